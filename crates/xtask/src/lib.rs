@@ -1,1 +1,29 @@
-//! To be written.
+//! What people who work on Drover run, as a library: the command line is `main.rs`, the tests are the other user.
+//!
+//! - [`parts`] fetches and builds what tests need (Debian root filesystems, Kubernetes' programs, Helm), once per machine.
+//! - [`root`] runs a program inside such a root filesystem.
+//! - [`cluster`] is a real one-node cluster; [`control_plane`] is etcd and kube-apiserver alone.
+//! - [`images`] makes the two OCI images; [`crds`] and [`layers`] are the checks and the tests.
+//!
+//! Nothing of the product may depend on this crate.
+
+//pub mod cluster;
+//pub mod control_plane;
+//pub mod crds;
+//pub mod images;
+//pub mod layers;
+pub mod parts;
+//pub mod pki;
+pub mod root;
+pub mod run;
+
+use std::path::PathBuf;
+
+/// The checkout that this program was built from.
+pub fn checkout() -> PathBuf {
+    // Cargo tells the running program first: a binary that was built elsewhere must not point back there.
+    let manifest =
+        std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
+    let manifest = PathBuf::from(manifest);
+    manifest.ancestors().find(|dir| dir.join("Cargo.lock").is_file()).unwrap_or(&manifest).to_path_buf()
+}
