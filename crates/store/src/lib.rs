@@ -1,1 +1,22 @@
-//! To be written.
+//! Nix's local store on disk, as Nix itself keeps it: layout, SQLite database, locks, roots and file metadata, so that
+//! real Nix can read, verify, collect and share what is written here.
+//!
+//! This crate owns everything below a store's directories and the protocols between the processes that share them. It
+//! may not touch the network or an async runtime, starts no processes, and knows nothing of builds or of who asks.
+//! All of it is synchronous; NARs stream through it and are never held in memory.
+//!
+//! In the order of its story: where a store lies ([`StoreUri`], [`StoreLayout`]), its objects as files ([`fs`]), who may
+//! touch them when ([`PathLock`], [`TempRoots`]), and the store itself ([`LocalStore`]).
+
+mod error;
+pub mod fs;
+mod layout;
+mod local;
+mod path_lock;
+mod temp_roots;
+
+pub use error::Error;
+pub use layout::{StoreLayout, StoreUri};
+pub use local::{Access, Added, LocalStore, TempDir, ValidPath, VerifyReport};
+pub use path_lock::{PathLock, Wait};
+pub use temp_roots::TempRoots;
