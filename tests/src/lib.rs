@@ -1,1 +1,3 @@
-//! To be written.
+//! What the tests with real parts share.
+
+pub mod sqlite;

@@ -5,8 +5,8 @@
 { tcc, libc, sqlite }:
 let
   source = name: path: builtins.path { inherit name path; };
-  compiler = source "tcc-0.9.27" (/. + tcc);
-  library = source "libc-2.36" (/. + libc);
+  compiler = source "tcc" (/. + tcc);
+  library = source "libc" (/. + libc);
   amalgamation = source "sqlite-source" (/. + sqlite);
   loader = "${library}/lib/ld-linux-x86-64.so.2";
   # The loader runs the compiler, so that nothing outside the inputs is needed; LD_SO is what tcc writes into programs.
