@@ -1,1 +1,7 @@
-//! To be written.
+//! Drover's operator: it watches build requests and has them built by pods.
+pub mod error;
+pub mod http;
+pub mod init;
+pub mod keys;
+pub mod metrics;
+pub mod session;

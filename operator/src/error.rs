@@ -1,0 +1,69 @@
+//! What can go wrong in the operator, by the act that failed.
+//!
+//! A failure of a *build* is no error: it is the outcome of a session (`drover_session::Failure`) and ends in the
+//! request's status. These are failures of the operator's own acts; the controller retries them.
+
+use std::path::PathBuf;
+
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// Opening a cache that a class names.
+    #[error("cannot open the cache {url}: {why}")]
+    Cache { url: String, why: String },
+    /// A request to the API server.
+    #[error("cannot {act}: {source}")]
+    Kube { act: &'static str, source: Box<kube::Error> },
+    /// A request to the API server that took too long. kube retries inside a call; this bounds it.
+    #[error("cannot {act}: the API server gave no answer within {seconds} s")]
+    KubeTimeout { act: &'static str, seconds: u64 },
+    /// Reading or writing a local file.
+    #[error("cannot {act} {}: {source}", path.display())]
+    File { act: &'static str, path: PathBuf, source: std::io::Error },
+    /// The builder's host key, read from its log.
+    #[error("cannot learn the builder's host key: {why}")]
+    HostKey { why: String },
+    /// A Secret that should hold a key.
+    #[error("cannot use Secret {name}: {why}")]
+    Secret { name: String, why: String },
+    /// The seed that client keys are derived from.
+    #[error("cannot use the operator's seed: {why}")]
+    Seed { why: String },
+    /// Reaching or talking to a builder by SSH.
+    #[error("cannot {act} over SSH: {source}")]
+    Ssh { act: &'static str, source: openssh::Error },
+    /// What the pod's plan needs and the settings or the class do not give.
+    #[error("cannot describe the builder pod: {why}")]
+    Pod { why: String },
+}
+
+impl Error {
+    /// A stable word for metric labels.
+    pub fn category(&self) -> &'static str {
+        match self {
+            Self::Cache { .. } => "cache",
+            Self::Kube { source, .. } => match source.as_ref() {
+                kube::Error::Api(status) if status.is_conflict() => "conflict",
+                kube::Error::Api(_) => "api",
+                _ => "api-transport",
+            },
+            Self::KubeTimeout { .. } => "api-timeout",
+            Self::File { .. } => "file",
+            Self::HostKey { .. } => "host-key",
+            Self::Secret { .. } => "secret",
+            Self::Seed { .. } => "seed",
+            Self::Ssh { .. } => "ssh",
+            Self::Pod { .. } => "pod",
+        }
+    }
+
+    /// For `map_err` at a call to the API server; `act` completes "cannot …".
+    pub fn kube(act: &'static str) -> impl FnOnce(kube::Error) -> Self {
+        move |source| Self::Kube { act, source: Box::new(source) }
+    }
+
+    /// Somebody else wrote the object since it was read: read again and plan again.
+    pub fn is_conflict(&self) -> bool {
+        matches!(self, Self::Kube { source, .. } if matches!(source.as_ref(), kube::Error::Api(s) if s.is_conflict()))
+    }
+}

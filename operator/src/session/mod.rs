@@ -1,0 +1,2 @@
+pub mod host_key;
+pub mod ssh;
