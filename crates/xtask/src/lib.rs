@@ -7,13 +7,13 @@
 //!
 //! Nothing of the product may depend on this crate.
 
-//pub mod cluster;
+pub mod cluster;
 //pub mod control_plane;
 //pub mod crds;
-//pub mod images;
+pub mod images;
 //pub mod layers;
 pub mod parts;
-//pub mod pki;
+pub mod pki;
 pub mod root;
 pub mod run;
 

@@ -1,10 +1,12 @@
 //! `cargo xtask`: the command line of [`xtask`].
 
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 
-use anyhow::Result;
+use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand};
+use xtask::cluster::Cluster;
 use xtask::parts::rootfs::Nix;
 use xtask::{parts, root};
 
@@ -20,12 +22,48 @@ struct Arguments {
 enum Act {
     /// Fetches and builds what tests need, and prints where it is
     Parts,
+    /// A real one-node Kubernetes cluster, in namespaces of its own
+    #[command(subcommand)]
+    Cluster(ClusterAct),
     /// Runs a program of a real Nix (2.8, 2.26 or 2.34), with this directory and /tmp
     Peer {
         version: Nix,
         #[arg(trailing_var_arg = true, required = true, allow_hyphen_values = true)]
         command: Vec<String>,
     },
+}
+
+#[derive(Subcommand)]
+enum ClusterAct {
+    /// Starts the cluster, unless it runs already, and waits until its node is Ready
+    Up,
+    /// Ends the cluster; leaves nothing
+    Down,
+    /// Says whether it runs, and where its files are
+    Status,
+    /// Brings the images of a tar file onto the node
+    Load {
+        #[arg(required = true)]
+        images: Vec<PathBuf>,
+    },
+    /// kubectl as the cluster's administrator
+    #[command(disable_help_flag = true)]
+    Kubectl(Rest),
+    /// Helm as the cluster's administrator
+    #[command(disable_help_flag = true)]
+    Helm(Rest),
+    /// Runs a program of this machine in the cluster's network, with its KUBECONFIG
+    #[command(disable_help_flag = true)]
+    Exec(Rest),
+    /// Runs a program of the node's, for instance `ctr -n k8s.io image ls`
+    #[command(disable_help_flag = true)]
+    Node(Rest),
+}
+
+#[derive(clap::Args)]
+struct Rest {
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    words: Vec<String>,
 }
 
 fn main() -> ExitCode {
@@ -41,6 +79,7 @@ fn main() -> ExitCode {
 fn act(act: Act) -> Result<ExitCode> {
     match act {
         Act::Parts => print_parts(),
+        Act::Cluster(act) => cluster(act),
         Act::Peer { version, command } => peer(version, &command),
     }
 }
@@ -57,13 +96,47 @@ fn print_parts() -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+fn cluster(act: ClusterAct) -> Result<ExitCode> {
+    let cluster = Cluster::find()?;
+    match act {
+        ClusterAct::Up => {
+            let cluster = Cluster::up()?;
+            println!("The node is Ready. Network namespace: {}", cluster.netns().display());
+        }
+        ClusterAct::Down => cluster.down()?,
+        ClusterAct::Status => {
+            println!("running     {}", cluster.is_running());
+            println!("netns       {}", cluster.netns().display());
+            println!("kubeconfig  {}", cluster.kubeconfig().display());
+            println!("logs        {}", cluster.logs().display());
+        }
+        ClusterAct::Load { images } => images.iter().try_for_each(|image| cluster.load(image))?,
+        ClusterAct::Kubectl(rest) => return exec(cluster.kubectl_command()?.args(rest.words)),
+        ClusterAct::Helm(rest) => return exec(cluster.helm_command()?.args(rest.words)),
+        ClusterAct::Exec(Rest { words }) => {
+            let [program, args @ ..] = words.as_slice() else { bail!("exec what? Name a program") };
+            return exec(cluster.netns_command(program).args(args));
+        }
+        ClusterAct::Node(Rest { words }) => {
+            let [program, args @ ..] = words.as_slice() else {
+                bail!("run what on the node? Name a program")
+            };
+            return exec(cluster.node_command(program)?.args(args));
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Becomes the program: its exit code and its signals are this one's.
+fn exec(command: &mut Command) -> Result<ExitCode> {
+    Err(command.exec()).with_context(|| format!("could not start {}", xtask::run::describe(command)))
+}
+
 fn peer(version: Nix, command: &[String]) -> Result<ExitCode> {
-    use std::os::unix::process::CommandExt;
     let here: PathBuf = std::env::current_dir()?;
     let mut root = root::Root::new(parts::rootfs::nix(version)?).bind("/tmp", "/tmp");
     if !here.starts_with("/tmp") && here != std::path::Path::new("/") {
         root = root.bind(&here, &here);
     }
-    let mut command_line: Command = root.cwd(&here).command(&command[0])?;
-    Err(command_line.args(&command[1..]).exec().into())
+    exec(root.cwd(&here).command(&command[0])?.args(&command[1..]))
 }

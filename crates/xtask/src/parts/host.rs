@@ -1,6 +1,5 @@
 //! Programs of the machine itself: Debian packages that are installed when they are missing, and not otherwise.
 
-use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
@@ -53,9 +52,14 @@ pub fn install(packages: &[&str]) -> Result<()> {
 
 /// The full path of `program` on PATH; administrators' directories count, which an ordinary user's PATH leaves out.
 pub fn find(program: &str) -> Option<std::path::PathBuf> {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let system = ["/usr/sbin", "/sbin"].map(Path::new).map(Path::to_path_buf);
-    std::env::split_paths(&path).chain(system).map(|dir| dir.join(program)).find(|file| file.is_file())
+    std::env::split_paths(&path()).map(|dir| dir.join(program)).find(|file| file.is_file())
+}
+
+/// PATH, with administrators' directories at its end.
+pub fn path() -> std::ffi::OsString {
+    let mut path = std::env::var_os("PATH").unwrap_or_default();
+    path.push(":/usr/sbin:/sbin");
+    path
 }
 
 /// Whether this process is root, which namespaces with real mounts and the cluster take.

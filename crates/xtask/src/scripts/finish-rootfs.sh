@@ -15,6 +15,7 @@ tty:x:5:
 www-data:x:33:
 nogroup:x:65534:
 X
+: >"$root/etc/resolv.conf"
 echo 'hosts: files dns' >"$root/etc/nsswitch.conf"
 echo '127.0.0.1 localhost' >"$root/etc/hosts"
 if [ -e "$root/usr/bin/nix-store" ]; then
