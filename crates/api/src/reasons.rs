@@ -1,0 +1,158 @@
+//! Reasons: every word that a condition's `reason` can be, in one table.
+//!
+//! A reason is a promise: scripts match on it. Words are added, never changed. Each says what kind of end it is, if
+//! it is one, and what to do about it.
+
+use std::fmt;
+use std::fmt::Write as _;
+
+/// What a reason means for the request.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Kind {
+    /// Work goes on.
+    Progress,
+    /// The end: outputs are there.
+    Success,
+    /// The end: the request, its class or its build is at fault. Trying again as it is gives the same.
+    Failure,
+    /// The machinery is at fault: counts against `retries.infrastructure`, and is the end when that is used up.
+    Infrastructure,
+}
+
+macro_rules! reasons {
+    ($($name:ident $kind:ident $text:literal,)*) => {
+        /// Why a condition is as it is.
+        #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+        #[non_exhaustive]
+        pub enum Reason {
+            $(#[doc = $text] $name,)*
+        }
+
+        impl Reason {
+            /// All of them, in the order of a request's life.
+            pub const ALL: &'static [Self] = &[$(Self::$name,)*];
+
+            /// The word in a condition's `reason`.
+            pub const fn as_str(self) -> &'static str {
+                match self { $(Self::$name => stringify!($name),)* }
+            }
+
+            /// What it means and what to do, in one or two sentences.
+            pub const fn description(self) -> &'static str {
+                match self { $(Self::$name => $text,)* }
+            }
+
+            pub const fn kind(self) -> Kind {
+                match self { $(Self::$name => Kind::$kind,)* }
+            }
+        }
+    };
+}
+
+reasons! {
+    Pending Progress "The operator has not looked at the request yet.",
+    Accepted Progress "The spec is valid and its class may be used.",
+    Suspended Progress "`spec.suspend` is true. Set it to false to go on.",
+    WaitingForClass Progress "The class does not exist, or no class is the default. Make one.",
+    WaitingForInput Progress "Another request in the namespace will build an input; the message names it.",
+    WaitingForSameBuild Progress "Another request in the namespace is building the same derivation.",
+    WaitingForConcurrency Progress "The class's `concurrency` is used up; a builder that ends makes room.",
+    WaitingForQuota Progress "A quota or an admission policy refuses the pod; the message is its own.",
+    WaitingForNode Progress "No node has room for the pod. A cluster autoscaler would add one.",
+    StartingBuilder Progress "The pod has a node and starts.",
+    ImagePull Progress "The builder's image cannot be pulled yet; the message is the kubelet's.",
+    Scheduled Progress "The pod has a node.",
+    Connecting Progress "The operator dials the builder.",
+    BuilderReady Progress "The builder answered.",
+    CopyingInputs Progress "Inputs that the builder lacks are being sent.",
+    InputsCopied Progress "Every input is in the builder's store, and locked.",
+    Building Progress "The builder runs.",
+    CollectingOutputs Progress "Outputs are being received and checked.",
+    OutputsCollected Progress "Every output was received, checked and stored.",
+    Retrying Progress "An attempt failed and another one will be made; the message says why and when.",
+    Built Success "Built. `status.outputs` has the paths.",
+    AlreadyBuilt Success "Every output was in the class's cache already; nothing was built.",
+    BuildFailed Failure "The builder failed: its exit code and last lines are in `status.failure`.",
+    TimedOut Failure "The build ran longer than `spec.timeoutSeconds`.",
+    MaxSilentExceeded Failure "The build wrote nothing for `spec.maxSilentSeconds`.",
+    LogLimitExceeded Failure "The build wrote more than `spec.maxLogBytes`.",
+    OutputSizeLimitExceeded Failure "The outputs are larger than `spec.maxOutputBytes`.",
+    OutputHashMismatch Failure
+        "An output is not what was declared or what the builder said of it. For a fixed output, correct its hash.",
+    OutputRejected Failure "An output breaks the derivation's own rules, such as `allowedReferences`.",
+    NotDeterministic Failure "Builds of the same derivation differ; the message names the outputs.",
+    InputMissing Failure "An input is in no cache and no request builds it; the message names it. Copy it to a cache.",
+    InputHashMismatch Failure "A cache delivered an input that is not what it announced. Repair the cache.",
+    OutOfMemory Failure "The build needed more memory than it has. Raise `spec.resources`.",
+    DiskFull Failure "The build needed more disk than it has. Raise `spec.resources`.",
+    Cancelled Failure "`spec.cancel` was set.",
+    Unplaceable Failure "No pod of this class can ever run; the message says why.",
+    ClassNotAllowed Failure "The class is not for this namespace (`spec.allowedNamespaces` of the class).",
+    WrongSystem Failure "The class has no builders for the derivation's system or features.",
+    InvalidDerivation Failure "The derivation makes no sense; the message names the field.",
+    PathNotProven Failure
+        "An output path does not follow from what the request shows, and the class trusts nothing else.",
+    InfrastructureFailure Infrastructure
+        "A node, a pod, a connection, a cache or the operator failed, more often than `retries.infrastructure`.",
+}
+
+impl Reason {
+    /// Whether a request can end with it.
+    pub const fn is_terminal(self) -> bool {
+        !matches!(self.kind(), Kind::Progress)
+    }
+
+    /// Whether it counts against `retries.infrastructure`.
+    pub const fn is_infrastructure(self) -> bool {
+        matches!(self.kind(), Kind::Infrastructure)
+    }
+
+    /// The reason with this word.
+    pub fn parse(word: &str) -> Option<Self> {
+        Self::ALL.iter().copied().find(|reason| reason.as_str() == word)
+    }
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// The table for the documentation.
+pub fn markdown_table() -> String {
+    let mut table = String::from("| reason | end | meaning |\n|---|---|---|\n");
+    for reason in Reason::ALL {
+        let end = match reason.kind() {
+            Kind::Progress => "",
+            Kind::Success => "success",
+            Kind::Failure => "failure",
+            Kind::Infrastructure => "failure, after retries",
+        };
+        // Writing to a String cannot fail.
+        let _ = writeln!(table, "| `{reason}` | {end} | {} |", reason.description());
+    }
+    table
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_are_what_kubernetes_takes() {
+        for reason in Reason::ALL {
+            let word = reason.as_str();
+            assert!(word.starts_with(|c: char| c.is_ascii_uppercase()), "{word}");
+            assert!(word.chars().all(|c| c.is_ascii_alphanumeric()), "{word}");
+            assert_eq!(Reason::parse(word), Some(*reason));
+            assert!(reason.description().ends_with('.'), "{word}");
+        }
+        assert_eq!(Reason::parse("Nonsense"), None);
+    }
+
+    #[test]
+    fn table_has_them_all() {
+        assert_eq!(markdown_table().lines().count(), Reason::ALL.len() + 2);
+    }
+}
