@@ -1,0 +1,203 @@
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{self, BufReader, BufWriter, Read, Write};
+
+use drover_nix::{BasicDerivation, PathInfo, StoreDir, StorePath};
+
+use crate::commands::{
+    Command, add_to_store_nar, build_derivation, build_paths, dump_store_path, query_closure,
+    query_path_infos, query_valid_paths, read_done,
+};
+use crate::nar_copy::copy_nar;
+use crate::{BuildOptions, BuildResult, BuildTarget, Error, ReceivedPath, Version, greeting, wire};
+
+const READ_BUFFER: usize = 256 << 10;
+const WRITE_BUFFER: usize = 64 << 10;
+/// NARs are sent in pieces of at most this many bytes.
+const PIECE: usize = 128 << 10;
+/// Additions that may await their answer. Answers are 8 bytes each; a socket that nobody reads holds at least a few
+/// hundred of them, whatever its bookkeeping costs, so the server never blocks on one while we send.
+const MAX_IN_FLIGHT: u32 = 64;
+
+/// The client's half of one session.
+///
+/// The server's stderr, which carries build logs, is the caller's: it must be read all the time, or the server stalls.
+/// After an error the session is over; drop it and start another.
+pub struct Client<R: Read, W: Write> {
+    input: BufReader<R>,
+    output: BufWriter<W>,
+    dir: StoreDir,
+    version: Version,
+    in_flight: u32,
+}
+
+impl<R: Read, W: Write> Client<R, W> {
+    /// Greets the server, which has the store directory `dir`.
+    pub fn connect(reader: R, mut writer: W, dir: StoreDir) -> Result<Self, Error> {
+        writer
+            .write_all(&greeting::client_hello())
+            .and_then(|()| writer.flush())
+            .map_err(Error::io("sending the greeting"))?;
+        let mut input = BufReader::with_capacity(READ_BUFFER, reader);
+        let version = greeting::read_server_hello(&mut input)?;
+        let output = BufWriter::with_capacity(WRITE_BUFFER, writer);
+        Ok(Self { input, output, dir, version, in_flight: 0 })
+    }
+
+    /// The version in force.
+    pub fn version(&self) -> Version {
+        self.version
+    }
+
+    /// The valid ones among `paths`. `lock` keeps all of them from the collector until the session ends; `substitute`
+    /// has the server fetch missing ones first, as far as it can. Both only with a server that may write.
+    pub fn query_valid_paths(
+        &mut self,
+        paths: &BTreeSet<StorePath>,
+        lock: bool,
+        substitute: bool,
+    ) -> Result<BTreeSet<StorePath>, Error> {
+        self.finish_nars()?;
+        query_valid_paths::write_request(&mut self.output, &self.dir, paths, lock, substitute)?;
+        self.flush()?;
+        let valid = wire::read_paths(&mut self.input, &self.dir)?;
+        match valid.difference(paths).next() {
+            Some(stray) => {
+                let why = format!("{stray} was not asked for");
+                Err(Error::invalid("the answer to QueryValidPaths", why))
+            }
+            None => Ok(valid),
+        }
+    }
+
+    /// What the server knows about the valid ones among `paths`. Needs version 2.4.
+    pub fn query_path_infos(
+        &mut self,
+        paths: &BTreeSet<StorePath>,
+    ) -> Result<BTreeMap<StorePath, PathInfo>, Error> {
+        self.require(Command::QueryPathInfos, Version::NAR_HASH)?;
+        self.finish_nars()?;
+        query_path_infos::write_request(&mut self.output, &self.dir, paths)?;
+        self.flush()?;
+        query_path_infos::read_answer(&mut self.input, &self.dir, paths)
+    }
+
+    /// Writes the NAR of a valid path to `sink`, checked for its form but not for its hash, and returns its size in
+    /// bytes. An invalid path ends the session.
+    pub fn dump_store_path(&mut self, path: &StorePath, sink: &mut dyn Write) -> Result<u64, Error> {
+        self.finish_nars()?;
+        dump_store_path::write_request(&mut self.output, &self.dir, path)?;
+        self.flush()?;
+        copy_nar(&mut self.input, path, sink)
+    }
+
+    /// Adds a path whose references are valid there, and waits until it is. `nar` has to have exactly `nar_size`
+    /// bytes. Needs version 2.5.
+    pub fn add_to_store_nar(&mut self, info: &PathInfo, nar: &mut dyn Read) -> Result<(), Error> {
+        self.send_nar(info, nar)?;
+        self.finish_nars()
+    }
+
+    /// As [`Self::add_to_store_nar`], but does not wait: several additions are under way at once. The server works
+    /// through them in order, so references may be under way too. [`Self::finish_nars`], or any other command, waits.
+    pub fn send_nar(&mut self, info: &PathInfo, nar: &mut dyn Read) -> Result<(), Error> {
+        self.require(Command::AddToStoreNar, Version::ADD_TO_STORE_NAR)?;
+        if self.in_flight == MAX_IN_FLIGHT {
+            // Half of them, so that one flush serves many.
+            self.flush()?;
+            while self.in_flight > MAX_IN_FLIGHT / 2 {
+                self.read_done()?;
+            }
+        }
+        let path = ReceivedPath { info: info.clone(), registration_time: 0, ultimate: false };
+        add_to_store_nar::write_request(&mut self.output, &self.dir, &path)?;
+        self.copy_exactly(info, nar)?;
+        self.in_flight += 1;
+        Ok(())
+    }
+
+    /// Waits until everything that was sent is valid.
+    pub fn finish_nars(&mut self) -> Result<(), Error> {
+        if self.in_flight > 0 {
+            self.flush()?;
+        }
+        while self.in_flight > 0 {
+            self.read_done()?;
+        }
+        Ok(())
+    }
+
+    /// Builds all outputs. `drv_path` names the derivation; it need not exist. Inputs must be valid.
+    pub fn build_derivation(
+        &mut self,
+        drv_path: &StorePath,
+        derivation: &BasicDerivation,
+        options: &BuildOptions,
+    ) -> Result<BuildResult, Error> {
+        self.finish_nars()?;
+        let (output, dir) = (&mut self.output, &self.dir);
+        build_derivation::write_request(output, dir, self.version, drv_path, derivation, options)?;
+        self.flush()?;
+        BuildResult::read(&mut self.input, &self.dir, self.version)
+    }
+
+    /// Builds derivations whose files the server has, or makes paths valid by fetching. A failure of it is
+    /// [`Error::BuildPaths`], the only error after which the session goes on.
+    pub fn build_paths(&mut self, targets: &[BuildTarget], options: &BuildOptions) -> Result<(), Error> {
+        self.finish_nars()?;
+        build_paths::write_request(&mut self.output, &self.dir, self.version, targets, options)?;
+        self.flush()?;
+        build_paths::read_answer(&mut self.input)
+    }
+
+    /// The closure of valid paths under references, with the valid outputs of every `.drv` in it if asked for.
+    pub fn query_closure(
+        &mut self,
+        paths: &BTreeSet<StorePath>,
+        include_outputs: bool,
+    ) -> Result<BTreeSet<StorePath>, Error> {
+        self.finish_nars()?;
+        query_closure::write_request(&mut self.output, &self.dir, paths, include_outputs)?;
+        self.flush()?;
+        wire::read_paths(&mut self.input, &self.dir)
+    }
+
+    fn copy_exactly(&mut self, info: &PathInfo, nar: &mut dyn Read) -> Result<(), Error> {
+        let mut piece = vec![0; PIECE.min(usize::try_from(info.nar_size).unwrap_or(PIECE)).max(1)];
+        let mut sent = 0;
+        loop {
+            let got = match nar.read(&mut piece) {
+                Ok(got) => got,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(source) => return Err(Error::NarSource { path: info.path.clone(), sent, source }),
+            };
+            let total = sent + got as u64;
+            // Even one byte too many would be taken for the next command.
+            if total > info.nar_size || (got == 0 && total < info.nar_size) {
+                let (path, expected) = (info.path.clone(), info.nar_size);
+                return Err(Error::NarSize { path, expected, got: total });
+            }
+            if got == 0 {
+                return Ok(());
+            }
+            self.output.write_all(&piece[..got]).map_err(Error::io("sending a NAR"))?;
+            sent = total;
+        }
+    }
+
+    fn read_done(&mut self) -> Result<(), Error> {
+        read_done(&mut self.input)?;
+        self.in_flight -= 1;
+        Ok(())
+    }
+
+    fn require(&self, command: Command, needs: Version) -> Result<(), Error> {
+        match self.version {
+            have if have < needs => Err(Error::TooOld { command: command.name(), needs, have }),
+            _ => Ok(()),
+        }
+    }
+
+    fn flush(&mut self) -> Result<(), Error> {
+        self.output.flush().map_err(Error::io("sending a request"))
+    }
+}

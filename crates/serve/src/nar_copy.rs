@@ -1,0 +1,100 @@
+//! Moving one NAR out of a longer stream. A NAR has no length before it: only its grammar says where it ends.
+
+use std::io::{self, BufWriter, Read, Write};
+
+use drover_nix::{StorePath, nar};
+
+use crate::Error;
+
+const BUFFER: usize = 64 << 10;
+const ACT: &str = "receiving a NAR";
+
+/// Copies the NAR that `input` stands at to `sink`, checks it on the way, and takes not one byte beyond its end.
+/// Returns its size in bytes. On failure `sink` has a part of it.
+pub(crate) fn copy_nar(input: &mut impl Read, path: &StorePath, sink: &mut dyn Write) -> Result<u64, Error> {
+    let mut tee = Tee { input, sink: BufWriter::with_capacity(BUFFER, sink), broken: None };
+    let size = nar::Reader::new(&mut tee).skip_all();
+    let Tee { mut sink, broken, .. } = tee;
+    let size = match (broken, size) {
+        (Some(source), _) => {
+            // The buffered rest would only fail again, or hang.
+            let (_sink, _rest) = sink.into_parts();
+            return Err(Error::NarSink { path: path.clone(), source });
+        }
+        (None, Ok(size)) => size,
+        (None, Err(drover_nix::Error::NarIo { source, .. })) => return Err(Error::io(ACT)(source)),
+        (None, Err(error)) => return Err(Error::nix("a NAR")(error)),
+    };
+    sink.flush().map_err(|source| Error::NarSink { path: path.clone(), source })?;
+    Ok(size)
+}
+
+/// Passes on what is read through it, and remembers when that was what failed.
+struct Tee<'a, R> {
+    input: &'a mut R,
+    sink: BufWriter<&'a mut dyn Write>,
+    broken: Option<io::Error>,
+}
+
+impl<R: Read> Read for Tee<'_, R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let count = self.input.read(buffer)?;
+        if let Err(error) = self.sink.write_all(&buffer[..count]) {
+            let kind = error.kind();
+            self.broken = Some(error);
+            // Never `Interrupted`: the parser would try again.
+            return Err(if kind == io::ErrorKind::Interrupted { io::ErrorKind::Other } else { kind }.into());
+        }
+        Ok(count)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::file_nar;
+
+    fn path() -> StorePath {
+        "i00sflxqsj37lfmf95m8mn0grv615hpj-a".parse().unwrap()
+    }
+
+    #[test]
+    fn not_one_byte_too_many() {
+        for size in [0, 1, 7, 8, 100_000] {
+            let nar = file_nar(&vec![7; size]);
+            let stream = [nar.as_slice(), b"the rest"].concat();
+            let (mut input, mut sink) = (stream.as_slice(), Vec::new());
+            assert_eq!(copy_nar(&mut input, &path(), &mut sink).unwrap(), nar.len() as u64);
+            assert_eq!((input, sink), (b"the rest".as_slice(), nar));
+        }
+    }
+
+    #[test]
+    fn a_cut_off_archive() {
+        let nar = file_nar(b"hello\n");
+        for len in 0..nar.len() {
+            let error = copy_nar(&mut &nar[..len], &path(), &mut Vec::new()).unwrap_err();
+            assert!(error.is_disconnect(), "{len}: {error}");
+        }
+    }
+
+    #[test]
+    fn who_is_to_blame() {
+        struct Full;
+        impl Write for Full {
+            fn write(&mut self, _bytes: &[u8]) -> io::Result<usize> {
+                Err(io::ErrorKind::StorageFull.into())
+            }
+            fn flush(&mut self) -> io::Result<()> {
+                Ok(())
+            }
+        }
+        for size in [10, 1_000_000] {
+            let nar = file_nar(&vec![7; size]);
+            let error = copy_nar(&mut nar.as_slice(), &path(), &mut Full).unwrap_err();
+            assert!(matches!(error, Error::NarSink { .. }), "{size}: {error}");
+        }
+        let error = copy_nar(&mut [9; 200].as_slice(), &path(), &mut Vec::new()).unwrap_err();
+        assert!(matches!(error, Error::Nix { .. }), "{error}");
+    }
+}
