@@ -16,6 +16,9 @@ use crate::{ContentAddress, Error, Hash, HashAlgo, Method, StoreDir, StorePath};
 pub mod aterm;
 pub mod json;
 pub mod modulo;
+pub mod proof;
+#[cfg(test)]
+mod tests;
 
 /// The env entry in which structured attributes travel (Nix: parsed-derivations.cc).
 pub const STRUCTURED_ATTRS: &str = "__json";

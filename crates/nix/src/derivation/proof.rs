@@ -1,0 +1,244 @@
+//! Which output paths a derivation is entitled to, proven from the request alone or from the closure of its `.drv`.
+//!
+//! An input-addressed path is a function of the derivation and of every derivation below it, so whoever believes a
+//! bare claim lets anyone fill anyone's path (Nix: daemon.cc, BuildDerivation). Here a claim is recomputed. Pure: the
+//! caller brings the text of `.drv` files; each one is proven by its own name.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::modulo::{self, InputHash};
+use super::{BasicDerivation, Derivation, DerivationType, OutputName, aterm};
+use crate::{Error, StoreDir, StorePath};
+
+/// Most `.drv` files that one proof may take in.
+pub const MAX_DERIVATIONS: usize = 100_000;
+
+/// Derivations whose files and output paths were proven. What is in it stays true, so it may be kept and shared
+/// between proofs.
+#[derive(Default)]
+pub struct Proven(BTreeMap<StorePath, Entry>);
+
+struct Entry {
+    drv: Derivation,
+    hash: InputHash,
+    /// None where the path is not known before the build.
+    outputs: BTreeMap<OutputName, Option<StorePath>>,
+}
+
+/// Why a claim does not stand.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ProofError<E> {
+    /// The request differs from the derivation that its `drvPath` names.
+    #[error("{field} is not what {drv} says: the request has {claimed}, the derivation {proven}")]
+    Differs { field: String, drv: StorePath, claimed: String, proven: String },
+    /// A derivation, or the file that should hold one, is not what it should be.
+    #[error("derivation {drv}: {source}")]
+    Invalid { drv: String, source: Error },
+    /// A `.drv` file is not to be had.
+    #[error("{0} is needed for the proof, and no cache has it")]
+    Missing(StorePath),
+    /// A file's content does not lead to its name.
+    #[error("the file {path} is not what its name says: its content belongs at {computed}")]
+    Name { path: StorePath, computed: StorePath },
+    /// An output path is not the one that the derivation leads to.
+    #[error("output {output} of {drv} claims {claimed}, but its path is {computed}")]
+    Path { drv: String, output: OutputName, claimed: String, computed: String },
+    /// The path depends on content that is not known yet.
+    #[error("output {output} of {drv} cannot be proven: its path depends on outputs that are not built yet")]
+    Deferred { drv: String, output: OutputName },
+    /// The caller could not read a file.
+    #[error("cannot read {drv}")]
+    Read { drv: StorePath, source: E },
+    /// The closure is larger than [`MAX_DERIVATIONS`].
+    #[error("more than {MAX_DERIVATIONS} derivations are below {0}")]
+    TooMany(StorePath),
+}
+
+/// Proves the paths of `drv` from nothing but itself: for derivations that no other derivation is an input of.
+pub fn prove_alone(
+    dir: &StoreDir,
+    drv: &BasicDerivation,
+) -> Result<(), ProofError<std::convert::Infallible>> {
+    let invalid = |source| ProofError::Invalid { drv: drv.name.clone(), source };
+    match drv.kind().map_err(invalid)? {
+        // Paths of these follow from content, which is checked when it is there.
+        DerivationType::CaFixed | DerivationType::CaFloating | DerivationType::Impure => return Ok(()),
+        DerivationType::Deferred => {
+            let output = drv.outputs.keys().next().cloned().unwrap_or_else(OutputName::out);
+            return Err(ProofError::Deferred { drv: drv.name.clone(), output });
+        }
+        DerivationType::InputAddressed => {}
+    }
+    let computed = modulo::basic_output_paths(dir, drv).map_err(invalid)?;
+    let claimed = drv.output_paths(dir).map_err(invalid)?;
+    compare(dir, &drv.name, &claimed, &computed)
+}
+
+impl Proven {
+    /// Takes in the derivation `root` and all below it. `read` gives the text of a `.drv` file, or None if it is not
+    /// to be had. On an error, what was proven before it is kept.
+    pub fn prove<E>(
+        &mut self,
+        dir: &StoreDir,
+        root: &StorePath,
+        read: &mut dyn FnMut(&StorePath) -> Result<Option<Vec<u8>>, E>,
+    ) -> Result<(), ProofError<E>> {
+        // Depth first without recursion: a chain may be thousands of derivations long. A derivation stays on the
+        // stack until its inputs are proven.
+        let mut parsed: BTreeMap<StorePath, Derivation> = BTreeMap::new();
+        let mut stack = vec![root.clone()];
+        while let Some(path) = stack.last().cloned() {
+            if self.0.contains_key(&path) {
+                stack.pop();
+                continue;
+            }
+            let Some(drv) = parsed.get(&path) else {
+                if parsed.len() >= MAX_DERIVATIONS {
+                    return Err(ProofError::TooMany(root.clone()));
+                }
+                let drv = self.read_one(dir, &path, read)?;
+                // A cycle cannot be: each name is a hash over the names below it.
+                stack.extend(drv.input_drvs.keys().filter(|input| !self.0.contains_key(*input)).cloned());
+                parsed.insert(path, drv);
+                continue;
+            };
+            let entry = self.prove_one(dir, &path, drv)?;
+            parsed.remove(&path);
+            self.0.insert(path, entry);
+            stack.pop();
+        }
+        Ok(())
+    }
+
+    /// The resolved form of a derivation that was proven: its sources and the needed outputs of its inputs.
+    pub fn resolve(
+        &self,
+        drv_path: &StorePath,
+    ) -> Result<BasicDerivation, ProofError<std::convert::Infallible>> {
+        let entry = self.0.get(drv_path).ok_or_else(|| ProofError::Missing(drv_path.clone()))?;
+        entry
+            .drv
+            .resolve(|input, output| self.0.get(input)?.outputs.get(output)?.clone())
+            .map_err(|source| ProofError::Invalid { drv: drv_path.to_string(), source })
+    }
+
+    /// Checks that a request builds what the proven derivation `drv_path` says, and nothing else. It may list more
+    /// inputs, if they are in `closure`: what the derivation's own inputs refer to.
+    pub fn entitles(
+        &self,
+        dir: &StoreDir,
+        drv_path: &StorePath,
+        request: &BasicDerivation,
+        closure: &BTreeSet<StorePath>,
+    ) -> Result<(), ProofError<std::convert::Infallible>> {
+        let proven = self.resolve(drv_path)?;
+        let differs = |field: &str, claimed: String, proven: String| {
+            Err(ProofError::Differs { field: field.into(), drv: drv_path.clone(), claimed, proven })
+        };
+        for (field, claimed, proven) in [
+            ("name", request.name.as_str().into(), proven.name.as_str().into()),
+            ("system", request.system.clone(), proven.system.clone()),
+            ("builder", request.builder.clone(), proven.builder.clone()),
+        ] {
+            if claimed != proven {
+                return differs(field, format!("{claimed:?}"), format!("{proven:?}"));
+            }
+        }
+        if request.args != proven.args {
+            return differs("args", format!("{:?}", request.args), format!("{:?}", proven.args));
+        }
+        let keys: BTreeSet<_> = request.env.keys().chain(proven.env.keys()).collect();
+        for key in keys {
+            let (claimed, proven) = (request.env.get(key), proven.env.get(key));
+            if claimed != proven {
+                return differs(&format!("env.{key}"), format!("{claimed:?}"), format!("{proven:?}"));
+            }
+        }
+        if request.outputs != proven.outputs {
+            let paths = |drv: &BasicDerivation| {
+                drv.output_paths(dir)
+                    .map(|paths| format!("{paths:?}"))
+                    .unwrap_or_else(|error| error.to_string())
+            };
+            return differs("outputs", paths(request), paths(&proven));
+        }
+        if let Some(absent) = proven.input_srcs.difference(&request.input_srcs).next() {
+            return differs("inputSrcs", format!("no {absent}"), "it".into());
+        }
+        let extra = request.input_srcs.difference(&proven.input_srcs).find(|path| !closure.contains(*path));
+        match extra {
+            Some(extra) => {
+                differs("inputSrcs", extra.to_string(), "no such input, nor one that refers to it".into())
+            }
+            None => Ok(()),
+        }
+    }
+
+    fn read_one<E>(
+        &self,
+        dir: &StoreDir,
+        path: &StorePath,
+        read: &mut dyn FnMut(&StorePath) -> Result<Option<Vec<u8>>, E>,
+    ) -> Result<Derivation, ProofError<E>> {
+        let invalid = |source| ProofError::Invalid { drv: path.to_string(), source };
+        let text = match read(path) {
+            Ok(text) => text.ok_or_else(|| ProofError::Missing(path.clone()))?,
+            Err(source) => return Err(ProofError::Read { drv: path.clone(), source }),
+        };
+        let name = path.derivation_name().ok_or_else(|| {
+            invalid(Error::StorePath { path: path.as_str().into(), why: "it does not end with .drv".into() })
+        })?;
+        let drv = aterm::parse(dir, name, &text).map_err(invalid)?;
+        // The path of what was understood, so that a text which reads as something else proves nothing.
+        let computed = modulo::drv_path(dir, &drv).map_err(invalid)?;
+        if computed != *path {
+            return Err(ProofError::Name { path: path.clone(), computed });
+        }
+        Ok(drv)
+    }
+
+    /// Every input of `drv` has been proven.
+    fn prove_one<E>(
+        &self,
+        dir: &StoreDir,
+        path: &StorePath,
+        drv: &Derivation,
+    ) -> Result<Entry, ProofError<E>> {
+        let invalid = |source| ProofError::Invalid { drv: path.to_string(), source };
+        let mut input = |input: &StorePath| match self.0.get(input) {
+            Some(entry) => Ok(entry.hash.clone()),
+            None => Err(Error::Derivation { why: format!("its input {input} has not been proven") }),
+        };
+        let outputs = drv.basic.output_paths(dir).map_err(invalid)?;
+        if drv.basic.kind().map_err(invalid)? == DerivationType::InputAddressed {
+            let Some(computed) = modulo::output_paths(dir, drv, &mut input).map_err(invalid)? else {
+                let output = outputs.into_keys().next().unwrap_or_else(OutputName::out);
+                return Err(ProofError::Deferred { drv: path.to_string(), output });
+            };
+            compare(dir, path.as_str(), &outputs, &computed)?;
+        }
+        let hash = modulo::input_hash(dir, drv, &mut input).map_err(invalid)?;
+        Ok(Entry { drv: drv.clone(), hash, outputs })
+    }
+}
+
+fn compare<E>(
+    dir: &StoreDir,
+    drv: &str,
+    claimed: &BTreeMap<OutputName, Option<StorePath>>,
+    computed: &BTreeMap<OutputName, StorePath>,
+) -> Result<(), ProofError<E>> {
+    for (output, computed) in computed {
+        let claimed = claimed.get(output).and_then(Option::as_ref);
+        if claimed != Some(computed) {
+            return Err(ProofError::Path {
+                drv: drv.to_owned(),
+                output: output.clone(),
+                claimed: claimed.map_or_else(|| "no path".to_owned(), |path| dir.full(path)),
+                computed: dir.full(computed),
+            });
+        }
+    }
+    Ok(())
+}
