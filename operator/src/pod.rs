@@ -1,0 +1,398 @@
+//! The builder pod of one attempt: a pure function of request, class, settings and key.
+//!
+//! Nothing here talks to anybody. What the class's template says is merged over what Drover says, and what Drover
+//! must be able to rely on is then set again: labels, restart policy, no token, the builder's arguments.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use drover_api::{BuildRequest, BuilderClassSpec, Placement, Resources};
+use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
+use kube::ResourceExt as _;
+use serde_json::{Value, json};
+
+use crate::error::Error;
+use crate::settings::{BUILDER_PORT, Settings};
+
+/// Labels and annotations of builder pods.
+pub const UID_LABEL: &str = "drover.build/request-uid";
+pub const ATTEMPT_LABEL: &str = "drover.build/attempt";
+/// `namespace/name` of the request, for people and for finding the request of a pod.
+pub const REQUEST_ANNOTATION: &str = "drover.build/request";
+/// The container that builds.
+pub const CONTAINER: &str = "builder";
+
+/// Longest part of a pod's name that the request's name gives. With uid and attempt it stays below the 63 characters
+/// that a host name may have.
+const NAME_PART: usize = 40;
+/// Seconds that copying may take on top of the build's own timeout before the pod's deadline ends it.
+const COPY_SECONDS: u32 = 3600;
+/// The builder ends its sessions and goes; there is nothing left to save by then.
+const GRACE_SECONDS: u32 = 10;
+/// A pod without requests is the first to be evicted: what a builder asks for where neither class nor request speaks.
+const DEFAULT_REQUESTS: [(&str, &str); 3] =
+    [("cpu", "250m"), ("memory", "256Mi"), ("ephemeral-storage", "1Gi")];
+
+/// The name follows from request and attempt, so that a creation that is repeated meets the first one.
+pub fn name(request_name: &str, uid: &str, attempt: u32) -> String {
+    // Names of requests are DNS subdomains: ASCII, and dots are no part of a label.
+    let mut short: String = request_name.chars().take(NAME_PART).collect::<String>().replace('.', "-");
+    short.truncate(short.trim_end_matches('-').len());
+    let uid: String = uid.chars().filter(char::is_ascii_alphanumeric).take(8).collect();
+    format!("{short}-{uid}-{attempt}")
+}
+
+/// Where the pods of this class and request go.
+pub fn namespace<'a>(
+    class: &BuilderClassSpec,
+    request_namespace: &'a str,
+    settings: &'a Settings,
+) -> &'a str {
+    match class.placement {
+        Placement::BuilderNamespace => &settings.builder_namespace,
+        Placement::RequestNamespace => request_namespace,
+    }
+}
+
+/// Everything that decides what the pod looks like.
+#[derive(Debug)]
+pub struct PodPlan<'a> {
+    pub request: &'a BuildRequest,
+    pub class: &'a BuilderClassSpec,
+    pub class_name: &'a str,
+    pub attempt: u32,
+    /// System of the derivation and the features that it requires.
+    pub system: &'a str,
+    pub features: &'a BTreeSet<String>,
+    /// Public half of the attempt's client key.
+    pub authorized_key: &'a str,
+    pub settings: &'a Settings,
+}
+
+impl PodPlan<'_> {
+    pub fn build(&self) -> Result<Pod, Error> {
+        let mut pod = self.base();
+        if let Some(template) = &self.class.template {
+            let template = serde_json::to_value(template).map_err(|error| Error::Pod {
+                why: format!("the class's template cannot be written as JSON: {error}"),
+            })?;
+            merge(&mut pod, template, "");
+        }
+        self.insist(&mut pod);
+        serde_json::from_value(pod).map_err(|error| Error::Pod {
+            why: format!("merging template of class {} gives no pod: {error}", self.class_name),
+        })
+    }
+
+    fn base(&self) -> Value {
+        let settings = self.settings;
+        let mut spec = json!({
+            "hostUsers": false,
+            "enableServiceLinks": false,
+            "terminationGracePeriodSeconds": GRACE_SECONDS,
+            "activeDeadlineSeconds": match self.request.spec.timeout_seconds {
+                Some(timeout) => timeout.saturating_add(COPY_SECONDS),
+                None => settings.pod_deadline_seconds,
+            },
+            "nodeSelector": self.node_selector(),
+            "tolerations": self.scheduling().flat_map(|s| s.tolerations.iter()).collect::<Vec<_>>(),
+            "containers": [{
+                "name": CONTAINER,
+                "image": settings.builder_image,
+                "imagePullPolicy": settings.builder_pull_policy,
+                "ports": [{"name": "ssh", "containerPort": BUILDER_PORT, "protocol": "TCP"}],
+                // No capability is added, and seccomp stays as it is: RuntimeDefault refuses unshare. With a
+                // user namespace of its own and /proc unmasked, the builder nests Nix's whole sandbox.
+                "securityContext": {"allowPrivilegeEscalation": false, "procMount": "Unmasked"},
+                "resources": self.resources(),
+                "volumeMounts": [{"name": "nix", "mountPath": "/nix"}, {"name": "tmp", "mountPath": "/tmp"}],
+            }],
+            "volumes": [{"name": "nix", "emptyDir": {}}, {"name": "tmp", "emptyDir": {}}],
+        });
+        if !settings.builder_pull_secrets.is_empty() {
+            let secrets: Vec<Value> =
+                settings.builder_pull_secrets.iter().map(|name| json!({"name": name})).collect();
+            spec["imagePullSecrets"] = secrets.into();
+        }
+        json!({
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {
+                "labels": {
+                    "app.kubernetes.io/name": "drover-builder",
+                    "app.kubernetes.io/managed-by": "drover-operator",
+                },
+                // Both autoscalers would otherwise move a pod that cannot be moved.
+                "annotations": {
+                    "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
+                    "karpenter.sh/do-not-disrupt": "true",
+                },
+            },
+            "spec": spec,
+        })
+    }
+
+    /// What a template may not change.
+    fn insist(&self, pod: &mut Value) {
+        let request = self.request;
+        let uid = request.uid().unwrap_or_default();
+        let request_namespace = request.namespace().unwrap_or_default();
+        let metadata = &mut pod["metadata"];
+        metadata["name"] = name(&request.name_any(), &uid, self.attempt).into();
+        metadata["namespace"] = namespace(self.class, &request_namespace, self.settings).into();
+        metadata["labels"][UID_LABEL] = uid.as_str().into();
+        metadata["labels"][ATTEMPT_LABEL] = self.attempt.to_string().into();
+        metadata["annotations"][REQUEST_ANNOTATION] =
+            format!("{request_namespace}/{}", request.name_any()).into();
+        if self.class.placement == Placement::RequestNamespace {
+            metadata["ownerReferences"] = json!([{
+                "apiVersion": drover_api::API_VERSION,
+                "kind": "BuildRequest",
+                "name": request.name_any(),
+                "uid": uid,
+                "controller": true,
+                "blockOwnerDeletion": false,
+            }]);
+        }
+        let spec = &mut pod["spec"];
+        spec["restartPolicy"] = "Never".into();
+        spec["automountServiceAccountToken"] = false.into();
+        let containers = spec["containers"].as_array_mut().into_iter().flatten();
+        for container in containers.filter(|container| container["name"] == CONTAINER) {
+            container["args"] = json!([
+                "listen",
+                "--listen",
+                format!("0.0.0.0:{BUILDER_PORT}"),
+                "--authorized-key",
+                self.authorized_key,
+                "--store",
+                "local",
+            ]);
+        }
+    }
+
+    fn scheduling(&self) -> impl Iterator<Item = &drover_api::FeatureScheduling> {
+        self.features.iter().filter_map(|feature| self.class.feature_scheduling.get(feature))
+    }
+
+    fn node_selector(&self) -> BTreeMap<String, String> {
+        let mut selector: BTreeMap<String, String> = self
+            .scheduling()
+            .flat_map(|s| s.node_selector.iter().map(|(key, value)| (key.clone(), value.clone())))
+            .collect();
+        let arch = match self.system {
+            "x86_64-linux" | "i686-linux" => Some("amd64"),
+            "aarch64-linux" => Some("arm64"),
+            "riscv64-linux" => Some("riscv64"),
+            "powerpc64le-linux" => Some("ppc64le"),
+            _ => None,
+        };
+        if let Some(arch) = arch {
+            selector.insert("kubernetes.io/arch".into(), arch.into());
+        }
+        selector
+    }
+
+    /// The request's, or the class's, or a little: requests are never absent.
+    fn resources(&self) -> Resources {
+        let of_class = self.class.resources.as_ref().and_then(|resources| resources.default.clone());
+        let mut resources = self.request.spec.resources.clone().or(of_class).unwrap_or_default();
+        for extra in self.scheduling().flat_map(|s| &s.resources) {
+            resources.requests.insert(extra.0.clone(), extra.1.clone());
+            resources.limits.insert(extra.0.clone(), extra.1.clone());
+        }
+        for (name, amount) in DEFAULT_REQUESTS {
+            // A limit alone is a request, too: Kubernetes copies it.
+            if !resources.limits.contains_key(name) {
+                resources.requests.entry(name.into()).or_insert_with(|| Quantity(amount.into()));
+            }
+        }
+        resources
+    }
+}
+
+/// Merges `over` into `under`: objects by key; lists of things that have names by name; other lists and values are
+/// replaced. Nulls, which unset fields of a template become, say nothing.
+fn merge(under: &mut Value, over: Value, key: &str) {
+    match (under, over) {
+        (_, Value::Null) => {}
+        (Value::Object(under), Value::Object(over)) => {
+            for (key, value) in over {
+                match under.get_mut(&key) {
+                    Some(below) => merge(below, value, &key),
+                    None if value.is_null() => {}
+                    None => {
+                        under.insert(key, value);
+                    }
+                }
+            }
+        }
+        (Value::Array(under), Value::Array(over)) if merge_key(key).is_some() => {
+            let id = merge_key(key).unwrap_or_default();
+            for value in over {
+                match under.iter_mut().find(|below| below[id] == value[id]) {
+                    Some(below) => merge(below, value, ""),
+                    None => under.push(value),
+                }
+            }
+        }
+        (Value::Array(under), Value::Array(over)) if key == "tolerations" => under.extend(over),
+        (under, over) => *under = over,
+    }
+}
+
+/// By which field the entries of a list are told apart (Kubernetes: patchMergeKey of the pod's fields).
+fn merge_key(list: &str) -> Option<&'static str> {
+    match list {
+        "containers" | "initContainers" | "volumes" | "env" | "imagePullSecrets" => Some("name"),
+        "volumeMounts" => Some("mountPath"),
+        "ports" => Some("containerPort"),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn settings() -> Settings {
+        Settings {
+            namespace: "drover".into(),
+            builder_namespace: "drover-builders".into(),
+            builder_image: "drover/builder:1".into(),
+            builder_pull_policy: "IfNotPresent".into(),
+            builder_pull_secrets: vec![],
+            pod_deadline_seconds: 86_400,
+            work_dir: "/tmp".into(),
+            concurrency: 4,
+        }
+    }
+
+    fn request() -> BuildRequest {
+        let mut request = BuildRequest::new("hello.world", Default::default());
+        request.metadata.namespace = Some("team".into());
+        request.metadata.uid = Some("0f8fad5b-d9cb-469f-a165-70867728950e".into());
+        request
+    }
+
+    fn class(yaml: &str) -> BuilderClassSpec {
+        serde_yaml::from_str(&format!("systems: [x86_64-linux]\n{yaml}")).unwrap()
+    }
+
+    fn pod(request: &BuildRequest, class: &BuilderClassSpec, features: &[&str]) -> Value {
+        let plan = PodPlan {
+            request,
+            class,
+            class_name: "c",
+            attempt: 2,
+            system: "x86_64-linux",
+            features: &features.iter().map(|f| (*f).to_owned()).collect(),
+            authorized_key: "ssh-ed25519 AAAA",
+            settings: &settings(),
+        };
+        serde_json::to_value(plan.build().unwrap()).unwrap()
+    }
+
+    #[test]
+    fn names_are_host_names_and_tell_attempts_apart() {
+        let uid = "0f8fad5b-d9cb-469f-a165-70867728950e";
+        assert_eq!(name("hello.world", uid, 2), "hello-world-0f8fad5b-2");
+        let long = name(&format!("{}-{}", "a".repeat(39), "b".repeat(200)), uid, u32::MAX);
+        assert_eq!(long, format!("{}-0f8fad5b-4294967295", "a".repeat(39)));
+        assert!(long.len() <= 63);
+    }
+
+    #[test]
+    fn a_pod_that_baseline_admits_and_nobody_evicts() {
+        let pod = pod(&request(), &class(""), &[]);
+        let spec = &pod["spec"];
+        assert_eq!(spec["hostUsers"], false);
+        assert_eq!(spec["automountServiceAccountToken"], false);
+        assert_eq!(spec["enableServiceLinks"], false);
+        assert_eq!(spec["restartPolicy"], "Never");
+        assert_eq!(spec["activeDeadlineSeconds"], 86_400);
+        assert_eq!(spec["nodeSelector"]["kubernetes.io/arch"], "amd64");
+        let context = &spec["containers"][0]["securityContext"];
+        assert_eq!(context["procMount"], "Unmasked");
+        assert_eq!(context["allowPrivilegeEscalation"], false);
+        assert!(context["capabilities"].is_null() && context["seccompProfile"].is_null());
+        for (name, amount) in DEFAULT_REQUESTS {
+            assert_eq!(spec["containers"][0]["resources"]["requests"][name], amount);
+        }
+        let metadata = &pod["metadata"];
+        assert_eq!(metadata["namespace"], "drover-builders");
+        assert_eq!(metadata["labels"][ATTEMPT_LABEL], "2");
+        assert_eq!(metadata["annotations"]["cluster-autoscaler.kubernetes.io/safe-to-evict"], "false");
+        assert!(metadata["ownerReferences"].is_null(), "nothing is owned across namespaces");
+        let args = spec["containers"][0]["args"].as_array().unwrap();
+        assert_eq!(args[4], "ssh-ed25519 AAAA");
+    }
+
+    #[test]
+    fn the_template_is_merged_but_cannot_take_over() {
+        let class = class(
+            "placement: RequestNamespace
+template:
+  metadata: {labels: {team: x, drover.build/attempt: '7'}}
+  spec:
+    restartPolicy: Always
+    automountServiceAccountToken: true
+    priorityClassName: builds
+    containers:
+    - name: builder
+      args: [evil]
+      env: [{name: A, value: b}]
+      volumeMounts: [{name: big, mountPath: /nix}]
+    - {name: side, image: s}
+    volumes: [{name: big, emptyDir: {sizeLimit: 1Gi}}]
+",
+        );
+        let pod = pod(&request(), &class, &[]);
+        assert_eq!(pod["metadata"]["labels"]["team"], "x");
+        assert_eq!(pod["metadata"]["labels"][ATTEMPT_LABEL], "2");
+        assert_eq!(pod["metadata"]["namespace"], "team");
+        assert_eq!(pod["metadata"]["ownerReferences"][0]["kind"], "BuildRequest");
+        let spec = &pod["spec"];
+        assert_eq!(
+            (&spec["restartPolicy"], &spec["automountServiceAccountToken"]),
+            (&"Never".into(), &false.into())
+        );
+        assert_eq!(spec["priorityClassName"], "builds");
+        assert_eq!(spec["volumes"].as_array().unwrap().len(), 3);
+        let builder = &spec["containers"][0];
+        assert_eq!(builder["args"][0], "listen");
+        assert_eq!(builder["image"], "drover/builder:1");
+        assert_eq!(builder["volumeMounts"][0]["name"], "big");
+        assert_eq!(builder["volumeMounts"].as_array().unwrap().len(), 2);
+        assert_eq!(spec["containers"][1]["name"], "side");
+    }
+
+    #[test]
+    fn features_bring_their_scheduling() {
+        let class = class(
+            "features: [kvm]
+featureScheduling:
+  kvm: {nodeSelector: {kvm: 'yes'}, tolerations: [{key: kvm}], resources: {devices/kvm: '1'}}
+resources: {default: {requests: {cpu: '4'}, limits: {memory: 8Gi}}}
+",
+        );
+        let with = pod(&request(), &class, &["kvm"]);
+        assert_eq!(with["spec"]["nodeSelector"]["kvm"], "yes");
+        assert_eq!(with["spec"]["tolerations"][0]["key"], "kvm");
+        let resources = &with["spec"]["containers"][0]["resources"];
+        assert_eq!(resources["requests"]["devices/kvm"], "1");
+        assert_eq!(resources["limits"]["devices/kvm"], "1");
+        assert_eq!(resources["requests"]["cpu"], "4");
+        assert!(resources["requests"]["memory"].is_null(), "the limit is the request");
+        let without = pod(&request(), &class, &[]);
+        assert!(without["spec"]["nodeSelector"]["kvm"].is_null());
+    }
+
+    #[test]
+    fn the_deadline_leaves_time_to_copy() {
+        let mut request = request();
+        request.spec.timeout_seconds = Some(60);
+        let pod = pod(&request, &class(""), &[]);
+        assert_eq!(pod["spec"]["activeDeadlineSeconds"], 60 + COPY_SECONDS);
+    }
+}

@@ -1,0 +1,28 @@
+//! What the operator is told at start and needs everywhere. Plain data; `main` fills it from flags.
+
+/// Identity of the operator towards the API server: field manager and User-Agent.
+pub const FIELD_MANAGER: &str = "drover-operator";
+/// Field manager of status, which is another writer than that of objects.
+pub const STATUS_MANAGER: &str = "drover-operator-status";
+/// Port that builders listen on.
+pub const BUILDER_PORT: u16 = 2222;
+
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Namespace of the operator: its seed and the Secrets that classes name are here.
+    pub namespace: String,
+    /// Namespace of the builders, for classes whose placement is `BuilderNamespace`.
+    pub builder_namespace: String,
+    /// Image of the builder.
+    pub builder_image: String,
+    /// `Always`, `IfNotPresent` or `Never`.
+    pub builder_pull_policy: String,
+    /// Names of Secrets with which the kubelet pulls that image, in the builder's namespace.
+    pub builder_pull_secrets: Vec<String>,
+    /// Seconds that a pod may live if the request has no timeout and the class no deadline.
+    pub pod_deadline_seconds: u32,
+    /// Directory for spooled archives, logs and connections; short, since sockets lie below it.
+    pub work_dir: std::path::PathBuf,
+    /// Requests that are looked at at the same time.
+    pub concurrency: u16,
+}

@@ -1,0 +1,244 @@
+//! The status that is being written: what was, and what a plan makes of it.
+//!
+//! [`Draft`] owns the rules of the status: conditions keep their transition times, a verdict is spoken once, and a
+//! draft that equals what is stored is no write. Pure.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use drover_api::conditions::{self, Status};
+use drover_api::{
+    Attempt, BuildRequest, BuildRequestStatus, BuilderStatus, FailureStatus, LOG_TAIL_LINES, OutputStatus,
+    Phase, Reason, format_duration,
+};
+use jiff::Timestamp;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+
+use crate::world::PodView;
+
+/// Longest message of a failure or an attempt. The log has the rest.
+const MAX_MESSAGE: usize = 4096;
+/// Longest line of the log's tail.
+const MAX_LINE: usize = 1024;
+
+#[derive(Clone, Debug)]
+pub struct Draft {
+    before: BuildRequestStatus,
+    pub status: BuildRequestStatus,
+    generation: Option<i64>,
+    created: Option<Timestamp>,
+    now: Timestamp,
+}
+
+impl Draft {
+    pub fn new(request: &BuildRequest, now: Timestamp) -> Self {
+        let before = request.status.clone().unwrap_or_default();
+        Self {
+            status: before.clone(),
+            before,
+            generation: request.metadata.generation,
+            created: request.metadata.creation_timestamp.as_ref().map(|time| time.0),
+            now,
+        }
+    }
+
+    /// Some if there is anything to write.
+    pub fn finish(mut self) -> Option<BuildRequestStatus> {
+        if self.status == self.before {
+            return None;
+        }
+        self.status.observed_generation = self.generation;
+        Some(self.status)
+    }
+
+    /// Sets one of the phases' conditions.
+    pub fn phase(&mut self, condition: &str, status: Status, reason: Reason, message: &str) {
+        let message = cut(message, MAX_MESSAGE);
+        conditions::set(
+            &mut self.status.conditions,
+            condition,
+            status,
+            reason,
+            message,
+            self.generation,
+            self.now,
+        );
+    }
+
+    /// Says what the request does now. Sets the phases that nobody has spoken of to Unknown.
+    pub fn progress(&mut self, phase: Phase, reason: Reason, message: &str) {
+        for condition in conditions::PHASES {
+            if conditions::find(&self.status.conditions, condition).is_none() {
+                self.phase(condition, Status::Unknown, Reason::Pending, "");
+            }
+        }
+        self.status.phase = Some(phase);
+        self.summary(None, reason, message);
+    }
+
+    /// The attempt that has begun and not ended.
+    pub fn open_attempt(&self) -> Option<&Attempt> {
+        self.status.attempts.last().filter(|attempt| attempt.end_time.is_none())
+    }
+
+    fn open_attempt_mut(&mut self) -> Option<&mut Attempt> {
+        self.status.attempts.last_mut().filter(|attempt| attempt.end_time.is_none())
+    }
+
+    /// Begins attempt `number`. What the last one had reached no longer counts.
+    pub fn begin_attempt(&mut self, number: u32) {
+        let status = &mut self.status;
+        status.attempt = Some(number);
+        status.start_time.get_or_insert(Time(self.now));
+        status.attempts.push(Attempt { number, start_time: Some(Time(self.now)), ..Attempt::default() });
+        status.builder = None;
+        status.timings = None;
+        status.transfer = None;
+        for condition in &conditions::PHASES[1..] {
+            self.phase(condition, Status::Unknown, Reason::Pending, "");
+        }
+    }
+
+    /// Records where the open attempt's pod is.
+    pub fn pod(&mut self, pod: &PodView) {
+        if let Some(attempt) = self.open_attempt_mut() {
+            attempt.pod = Some(pod.name.clone());
+            attempt.node.clone_from(&pod.node);
+        }
+        let builder = self.status.builder.get_or_insert_with(BuilderStatus::default);
+        builder.pod = Some(pod.name.clone());
+        builder.namespace = Some(pod.namespace.clone());
+        builder.node.clone_from(&pod.node);
+        // Image ids come late and would cost a write of their own: taken along when there is one.
+        if pod.image.is_some() {
+            builder.image.clone_from(&pod.image);
+        }
+    }
+
+    /// Ends the open attempt.
+    pub fn end_attempt(&mut self, reason: Reason, message: &str, infrastructure: bool) {
+        let now = self.now;
+        if let Some(attempt) = self.open_attempt_mut() {
+            attempt.end_time = Some(Time(now));
+            attempt.reason = Some(reason.as_str().to_owned());
+            attempt.message = (!message.is_empty()).then(|| cut(message, MAX_MESSAGE).to_owned());
+            attempt.infrastructure = infrastructure;
+        }
+    }
+
+    /// Ended attempts whose failure was the machinery's, and those whose failure was the build's.
+    pub fn failures(&self) -> (u32, u32) {
+        let ended = self.status.attempts.iter().filter(|attempt| attempt.end_time.is_some());
+        ended.fold((0, 0), |(infrastructure, build), attempt| match attempt.infrastructure {
+            true => (infrastructure + 1, build),
+            false => (infrastructure, build + 1),
+        })
+    }
+
+    /// The good end.
+    pub fn succeed(&mut self, reason: Reason, outputs: BTreeMap<String, OutputStatus>) {
+        self.end_attempt(reason, "", false);
+        let message = match outputs.first_key_value() {
+            Some((_, output)) if outputs.len() == 1 => output.path.clone(),
+            _ => format!("{} outputs are in the cache", outputs.len()),
+        };
+        self.status.outputs = outputs;
+        for condition in [conditions::BUILT, conditions::OUTPUTS_COLLECTED] {
+            self.phase(condition, Status::True, reason, "");
+        }
+        self.end(Phase::Succeeded);
+        self.summary(Some(true), reason, &message);
+    }
+
+    /// The bad end.
+    pub fn fail(&mut self, reason: Reason, message: &str, log_tail: &[String]) {
+        self.end_attempt(reason, message, reason.is_infrastructure());
+        for condition in conditions::PHASES {
+            let reached = conditions::is_true(&self.status.conditions, condition);
+            // The first phase that was not reached is the one that failed.
+            if !reached {
+                self.phase(condition, Status::False, reason, message);
+                break;
+            }
+        }
+        let skip = log_tail.len().saturating_sub(LOG_TAIL_LINES);
+        self.status.failure = Some(FailureStatus {
+            reason: reason.as_str().to_owned(),
+            message: cut(message, MAX_MESSAGE).to_owned(),
+            log_tail: log_tail[skip..].iter().map(|line| cut(line, MAX_LINE).to_owned()).collect(),
+        });
+        self.end(Phase::Failed);
+        self.summary(Some(false), reason, message);
+    }
+
+    fn end(&mut self, phase: Phase) {
+        let status = &mut self.status;
+        status.phase = Some(phase);
+        status.completion_time = Some(Time(self.now));
+        let began = status.start_time.as_ref().map(|time| time.0).or(self.created).unwrap_or(self.now);
+        // A clock that was set back gives no negative duration.
+        let took = Duration::try_from(self.now.duration_since(began)).unwrap_or_default();
+        status.duration = Some(format_duration(took));
+    }
+
+    fn summary(&mut self, verdict: Option<bool>, reason: Reason, message: &str) {
+        let message = cut(message, MAX_MESSAGE);
+        let conditions = &mut self.status.conditions;
+        conditions::set_summary(conditions, verdict, reason, message, self.generation, self.now);
+    }
+}
+
+/// At most `limit` bytes of `text`, ending between two characters.
+fn cut(text: &str, limit: usize) -> &str {
+    let mut end = text.len().min(limit);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    &text[..end]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(second: i64) -> Timestamp {
+        Timestamp::from_second(second).unwrap()
+    }
+
+    #[test]
+    fn nothing_new_is_no_write() {
+        let mut request = BuildRequest::new("a", Default::default());
+        let mut draft = Draft::new(&request, at(1));
+        draft.progress(Phase::Pending, Reason::WaitingForClass, "no class");
+        request.status = draft.finish();
+        assert!(request.status.is_some());
+        let mut draft = Draft::new(&request, at(2));
+        draft.progress(Phase::Pending, Reason::WaitingForClass, "no class");
+        assert_eq!(draft.finish(), None);
+    }
+
+    #[test]
+    fn a_failure_marks_the_phase_that_was_not_reached() {
+        let request = BuildRequest::new("a", Default::default());
+        let mut draft = Draft::new(&request, at(1));
+        draft.progress(Phase::Pending, Reason::Accepted, "");
+        draft.phase(conditions::ACCEPTED, Status::True, Reason::Accepted, "");
+        draft.begin_attempt(1);
+        let mut later = draft.clone();
+        later.now = at(93);
+        later.fail(Reason::InputMissing, "no cache has x", &["line".into()]);
+        let status = later.finish().unwrap();
+        let condition = conditions::find(&status.conditions, conditions::SCHEDULED).unwrap();
+        assert_eq!((condition.status.as_str(), condition.reason.as_str()), ("False", "InputMissing"));
+        assert_eq!(status.duration.as_deref(), Some("1m32s"));
+        assert_eq!(status.attempts[0].reason.as_deref(), Some("InputMissing"));
+        assert_eq!(status.failure.unwrap().log_tail, ["line"]);
+        assert_eq!(conditions::verdict(&status.conditions), Some(false));
+    }
+
+    #[test]
+    fn text_is_cut_between_characters() {
+        assert_eq!(cut("aä", 2), "a");
+        assert_eq!(cut("aä", 3), "aä");
+    }
+}

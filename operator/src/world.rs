@@ -1,0 +1,123 @@
+//! The [`World`]: all that a plan may know about one request, gathered before and not changed while it is made.
+//!
+//! Plain data, no behaviour beyond questions about itself; nothing here may touch tokio, the clock, the network or the
+//! environment. `observe` fills it in, tests write it down.
+
+use std::collections::BTreeMap;
+
+use drover_api::{BuildRequest, BuilderClassSpec, OutputStatus, Reason, Timings, Transfer};
+use jiff::Timestamp;
+
+/// One request and everything around it.
+#[derive(Clone, Debug)]
+pub struct World {
+    pub request: BuildRequest,
+    pub class: Class,
+    /// Every pod that carries the request's uid, whatever its state.
+    pub pods: Vec<PodView>,
+    /// Whether the outputs were found in the class's cache. Asked once for every attempt.
+    pub lookup: Lookup,
+    /// The operator's session for this request, if this process has one.
+    pub session: Option<SessionView>,
+}
+
+/// The class that the request gets.
+#[derive(Clone, PartialEq, Debug)]
+pub enum Class {
+    /// None has the name, or none is the default.
+    Absent,
+    Found {
+        name: String,
+        spec: Box<BuilderClassSpec>,
+        /// Whether the request's namespace may use it.
+        allowed: bool,
+    },
+}
+
+/// What is known of the outputs before a builder is asked.
+#[derive(Clone, PartialEq, Debug)]
+pub enum Lookup {
+    /// Nobody has looked yet, or the answer was lost with the process.
+    Unknown,
+    /// Not all of them are in the cache, or the cache could not be asked.
+    Missing,
+    /// All of them.
+    Present(BTreeMap<String, OutputStatus>),
+}
+
+/// A builder pod, as far as it matters.
+#[derive(Clone, PartialEq, Debug)]
+pub struct PodView {
+    pub name: String,
+    pub namespace: String,
+    pub uid: String,
+    pub attempt: u32,
+    pub created: Timestamp,
+    /// It has a deletion timestamp.
+    pub deleting: bool,
+    pub node: Option<String>,
+    /// What the scheduler says while it finds no node.
+    pub unschedulable: Option<String>,
+    /// What the kubelet says while a container cannot start: reason and message.
+    pub waiting: Option<(String, String)>,
+    /// It will not run again: how it ended.
+    pub ended: Option<PodEnd>,
+    /// Image of the builder's container, with digest once it runs.
+    pub image: Option<String>,
+}
+
+/// How a pod came to its end without being asked.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct PodEnd {
+    /// The pod's reason (`Evicted`, `DeadlineExceeded`) or its container's (`OOMKilled`, `Error`).
+    pub reason: String,
+    pub message: String,
+}
+
+/// What a session has reached. Comparable, so that "later than" can be asked.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Stage {
+    Connecting,
+    Ready,
+    CopyingInputs,
+    InputsCopied,
+    Building,
+    Built,
+    Collecting,
+}
+
+/// A session with a builder.
+#[derive(Clone, PartialEq, Debug)]
+pub struct SessionView {
+    pub attempt: u32,
+    pub pod_uid: String,
+    pub stage: Stage,
+    /// The builder's sandbox, once it has said which.
+    pub sandbox: Option<String>,
+    /// Last lines of the build's log so far.
+    pub log_tail: Vec<String>,
+    pub end: Option<SessionEnd>,
+}
+
+/// How a session ended.
+#[derive(Clone, PartialEq, Debug)]
+pub enum SessionEnd {
+    /// The outputs were received, hashed, checked and stored in the cache.
+    Finished { outputs: BTreeMap<String, OutputStatus>, transfer: Transfer, timings: Timings },
+    Failed {
+        reason: Reason,
+        message: String,
+        /// The machinery failed, not the build.
+        infrastructure: bool,
+    },
+}
+
+impl World {
+    pub fn pod_of(&self, attempt: u32) -> Option<&PodView> {
+        self.pods.iter().find(|pod| pod.attempt == attempt)
+    }
+
+    pub fn session_of(&self, attempt: u32) -> Option<&SessionView> {
+        self.session.as_ref().filter(|session| session.attempt == attempt)
+    }
+}
