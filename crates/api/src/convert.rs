@@ -42,16 +42,27 @@ pub enum Target {
 
 /// What `spec` asks for, checked.
 pub fn target(spec: &BuildRequestSpec, dir: &StoreDir) -> Result<Target, FieldError> {
-    match (&spec.derivation, &spec.drv_path) {
-        (Some(derivation), None) => complete(to_basic(derivation, dir)?, dir).map(Target::Derivation),
-        (None, Some(path)) => {
-            let path = store_path("spec.drvPath", path, dir)?;
-            if !path.is_derivation() {
-                return Err(FieldError::new("spec.drvPath", format!("{path} does not end with .drv")));
-            }
-            Ok(Target::DrvPath(path))
-        }
-        _ => Err(FieldError::new("spec", "it needs exactly one of derivation and drvPath")),
+    match (&spec.derivation, drv_path(spec, dir)?) {
+        (Some(derivation), _) => complete(to_basic(derivation, dir)?, dir).map(Target::Derivation),
+        (None, Some(path)) => Ok(Target::DrvPath(path)),
+        (None, None) => Err(FieldError::new("spec", "it needs a derivation, a drvPath or both")),
+    }
+}
+
+/// The `.drv` that the request says it comes from.
+pub fn drv_path(spec: &BuildRequestSpec, dir: &StoreDir) -> Result<Option<StorePath>, FieldError> {
+    let Some(path) = &spec.drv_path else {
+        return Ok(None);
+    };
+    let field = "spec.drvPath";
+    let path = store_path(field, path, dir)?;
+    match (path.derivation_name(), &spec.derivation) {
+        (None, _) => Err(FieldError::new(field, format!("{path} does not end with .drv"))),
+        (Some(name), Some(drv)) if name != drv.name => Err(FieldError::new(
+            field,
+            format!("{path} is not called {}.drv, as the derivation is", drv.name),
+        )),
+        _ => Ok(Some(path)),
     }
 }
 

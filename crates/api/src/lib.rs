@@ -9,6 +9,8 @@
 
 // `KubeSchema` repeats each struct inside a function, where its `pub` reaches nobody.
 #![allow(unreachable_pub)]
+// Several `printcolumn(type_ = "string")` in one `kube` attribute are several columns, not one thing said twice.
+#![allow(clippy::duplicated_attributes)]
 
 mod class;
 pub mod conditions;

@@ -44,8 +44,8 @@ use crate::schema::{self, immutable};
         priority = 1
     )
 )]
-#[x_kube(validation = Rule::new("has(self.derivation) != has(self.drvPath)")
-    .message("spec needs exactly one of derivation and drvPath"))]
+#[x_kube(validation = Rule::new("has(self.derivation) || has(self.drvPath)")
+    .message("spec needs a derivation, a drvPath or both"))]
 #[x_kube(validation = immutable("derivation"))]
 #[x_kube(validation = immutable("drvPath"))]
 #[x_kube(validation = immutable("class"))]
@@ -60,12 +60,13 @@ use crate::schema::{self, immutable};
     .message("spec.cancel cannot be taken back: make a new BuildRequest").field_path(".cancel"))]
 #[serde(rename_all = "camelCase")]
 pub struct BuildRequestSpec {
-    /// The derivation, resolved: its inputs are store paths only. Exactly one of `derivation` and `drvPath` is set.
+    /// The derivation, resolved: its inputs are store paths only. May be left out if `drvPath` is given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub derivation: Option<DerivationSpec>,
 
-    /// Full store path of a `.drv` file. It is read from the class's caches, with the `.drv` files below it, and
-    /// resolved there.
+    /// Full store path of the `.drv` file that the derivation comes from. The build's log is kept under its name, and
+    /// where the class's caches have it and the `.drv` files below it, they prove the output paths. Without
+    /// `derivation` it is read from the caches and resolved.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(schema_with = "schema::drv_path")]
     pub drv_path: Option<String>,

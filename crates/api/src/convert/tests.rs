@@ -126,7 +126,7 @@ fn bytes_that_json_cannot_carry_are_refused() {
 }
 
 #[test]
-fn exactly_one_target() {
+fn what_a_request_may_name() {
     let derivation = Some(spec(&[("out", fixed("flat"))]));
     let drv_path = Some(format!("{SOURCE}.drv"));
     let of = |derivation: &Option<DerivationSpec>, drv_path: &Option<String>| {
@@ -139,8 +139,10 @@ fn exactly_one_target() {
     };
     assert!(matches!(of(&derivation, &None), Ok(Target::Derivation(_))));
     assert!(matches!(of(&None, &drv_path), Ok(Target::DrvPath(_))));
+    let named = Some(format!("{}-{}.drv", &SOURCE[..43], derivation.as_ref().unwrap().name));
+    assert!(matches!(of(&derivation, &named), Ok(Target::Derivation(_))));
+    assert_eq!(of(&derivation, &drv_path).unwrap_err().field, "spec.drvPath");
     assert_eq!(of(&None, &None).unwrap_err().field, "spec");
-    assert_eq!(of(&derivation, &drv_path).unwrap_err().field, "spec");
     assert_eq!(of(&None, &Some(SOURCE.into())).unwrap_err().field, "spec.drvPath");
 }
 
