@@ -1,3 +1,15 @@
-//! What the tests with real parts share.
+//! Fixtures: the real parts that tests run against, each as a value that cleans up when it is dropped.
+//!
+//! [`Peer`] is a real Nix, [`HttpCache`] a real nginx that serves a binary cache, [`ControlPlane`] a real API server and
+//! [`Cluster`] a real node. Nothing here imitates any of them. The parts come from `xtask`, which fetches what is missing;
+//! they take root, but for [`ControlPlane`]. [`sqlite`] is real software to build.
 
+mod http_cache;
+mod peer;
 pub mod sqlite;
+
+pub use http_cache::HttpCache;
+pub use peer::Peer;
+pub use xtask::cluster::{Cluster, NODE_ADDRESS};
+pub use xtask::control_plane::ControlPlane;
+pub use xtask::parts::rootfs::Nix;

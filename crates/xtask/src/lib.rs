@@ -8,10 +8,10 @@
 //! Nothing of the product may depend on this crate.
 
 pub mod cluster;
-//pub mod control_plane;
-//pub mod crds;
+pub mod control_plane;
+pub mod crds;
 pub mod images;
-//pub mod layers;
+pub mod layers;
 pub mod parts;
 pub mod pki;
 pub mod root;

@@ -7,8 +7,9 @@ use std::process::{Command, ExitCode};
 use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand};
 use xtask::cluster::Cluster;
+use xtask::layers::{self, Layer};
 use xtask::parts::rootfs::Nix;
-use xtask::{parts, root};
+use xtask::{crds, parts, root};
 
 /// What people who work on Drover run.
 #[derive(Parser)]
@@ -20,6 +21,14 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Act {
+    /// Runs the tests: all, or one layer (unit, peers, control-plane, node)
+    Test { layer: Option<Layer> },
+    /// Writes crds/ from the code
+    Crds {
+        /// Only fails where the files are not what the code generates
+        #[arg(long)]
+        check: bool,
+    },
     /// Fetches and builds what tests need, and prints where it is
     Parts,
     /// A real one-node Kubernetes cluster, in namespaces of its own
@@ -78,10 +87,18 @@ fn main() -> ExitCode {
 
 fn act(act: Act) -> Result<ExitCode> {
     match act {
+        Act::Test { layer } => test(layer),
+        Act::Crds { check } => if check { crds::check() } else { crds::write() }.map(|()| ExitCode::SUCCESS),
         Act::Parts => print_parts(),
         Act::Cluster(act) => cluster(act),
         Act::Peer { version, command } => peer(version, &command),
     }
+}
+
+fn test(layer: Option<Layer>) -> Result<ExitCode> {
+    let total = layers::test(layer.as_ref().map_or(&Layer::ALL, std::slice::from_ref));
+    println!("{} passed, {} failed", total.passed, total.failed);
+    Ok(if total.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 fn print_parts() -> Result<ExitCode> {

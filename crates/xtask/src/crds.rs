@@ -1,0 +1,88 @@
+//! `crds/*.yaml`: what `drover crds` prints, one file a resource; and the check that the files are what the code says.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+
+use crate::run;
+
+/// Writes the files, and removes those that the code knows no more.
+pub fn write() -> Result<()> {
+    let dir = crate::checkout().join("crds");
+    fs::create_dir_all(&dir)?;
+    let wanted = generate()?;
+    for name in read(&dir)?.keys().filter(|name| !wanted.contains_key(*name)) {
+        fs::remove_file(dir.join(name))?;
+    }
+    for (name, text) in &wanted {
+        fs::write(dir.join(name), text)?;
+        println!("crds/{name}");
+    }
+    Ok(())
+}
+
+/// Fails, with the difference, where the files are not what the code generates.
+pub fn check() -> Result<()> {
+    let dir = crate::checkout().join("crds");
+    let wanted = generate()?;
+    if read(&dir).unwrap_or_default() == wanted {
+        println!("crds/ is what the code generates");
+        return Ok(());
+    }
+    let fresh = tempfile::tempdir()?;
+    for (name, text) in &wanted {
+        fs::write(fresh.path().join(name), text)?;
+    }
+    let diff = run::output(Command::new("diff").args(["-ruN"]).arg(&dir).arg(fresh.path()))?;
+    print!("{}", String::from_utf8_lossy(&diff.stdout));
+    bail!("crds/ is not what the code generates; run: cargo xtask crds")
+}
+
+fn generate() -> Result<BTreeMap<String, String>> {
+    split(&run::stdout(run::cargo().args(["run", "--quiet", "--package", "drover", "--", "crds"]))?)
+}
+
+/// The documents of a YAML stream, named by the resource: `builds.example.com` is `builds.yaml`.
+fn split(stream: &str) -> Result<BTreeMap<String, String>> {
+    let mut files = BTreeMap::new();
+    for document in stream.split("---\n").filter(|document| !document.trim().is_empty()) {
+        let value: serde_yaml::Value =
+            serde_yaml::from_str(document).context("`drover crds` prints what is not YAML")?;
+        let name = value["metadata"]["name"].as_str().context("a document without metadata.name")?;
+        let plural = name.split('.').next().unwrap_or(name);
+        files.insert(format!("{plural}.yaml"), format!("{}\n", document.trim_end()));
+    }
+    if files.is_empty() {
+        bail!("`drover crds` prints nothing");
+    }
+    Ok(files)
+}
+
+fn read(dir: &Path) -> Result<BTreeMap<String, String>> {
+    let mut files = BTreeMap::new();
+    for entry in fs::read_dir(dir).with_context(|| format!("could not list {}", dir.display()))? {
+        let entry = entry?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if name.ends_with(".yaml") {
+            files.insert(name, fs::read_to_string(entry.path())?);
+        }
+    }
+    Ok(files)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_document_is_a_file_named_by_its_plural() {
+        let files = split("---\nmetadata:\n  name: as.example.com\n---\nmetadata:\n  name: bs.example.com\n")
+            .unwrap();
+        assert_eq!(files.keys().collect::<Vec<_>>(), ["as.yaml", "bs.yaml"]);
+        assert_eq!(files["as.yaml"], "metadata:\n  name: as.example.com\n");
+        assert!(split("").is_err());
+    }
+}

@@ -1,0 +1,169 @@
+//! The tests, in layers by what they need: `unit` nothing, `peers` real Nix, `control-plane` a real API server, `node` a
+//! real cluster. A layer whose parts cannot be had fails; none is skipped.
+
+use std::io::{BufRead, BufReader};
+use std::process::Stdio;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+
+use crate::parts::rootfs::{self, Nix};
+use crate::parts::{go, host};
+use crate::run;
+
+/// What a layer's tests need on the machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Layer {
+    /// Every crate's own tests.
+    Unit,
+    /// Against real Nix 2.8, 2.26 and 2.34, as client and as server.
+    Peers,
+    /// Against a real etcd and kube-apiserver.
+    ControlPlane,
+    /// In a real one-node cluster.
+    Node,
+}
+
+/// What the tests of one or several layers said.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tally {
+    pub passed: u64,
+    /// Tests that failed or were ignored, and programs of tests that did not compile or ended in another way.
+    pub failed: u64,
+}
+
+impl Layer {
+    /// Every layer, in the order in which they run: the fastest first.
+    pub const ALL: [Self; 4] = [Self::Unit, Self::Peers, Self::ControlPlane, Self::Node];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Unit => "unit",
+            Self::Peers => "peers",
+            Self::ControlPlane => "control-plane",
+            Self::Node => "node",
+        }
+    }
+
+    /// Fetches and builds what this layer's tests need, so that their own time is that of testing.
+    fn prepare(self) -> Result<()> {
+        match self {
+            Self::Unit => host::ensure(host::C_TOOLS),
+            Self::Peers => {
+                host::ensure(host::C_TOOLS)?;
+                rootfs::nginx()?;
+                Nix::ALL.into_iter().try_for_each(|nix| rootfs::check_version(nix, &rootfs::nix(nix)?))
+            }
+            Self::ControlPlane => {
+                rootfs::node()?;
+                go::kubernetes().map(drop)
+            }
+            Self::Node => {
+                rootfs::node()?;
+                rootfs::nginx()?;
+                rootfs::tcc()?;
+                rootfs::nix(Nix::V2_34)?;
+                go::kubernetes()?;
+                go::helm().map(drop)
+            }
+        }
+    }
+
+    /// What cargo is told. Tests of a layer share machines, ports and a cluster: `node` runs one at a time.
+    fn cargo_arguments(self) -> Vec<&'static str> {
+        match self {
+            Self::Unit => vec!["test", "--workspace", "--exclude", "drover-tests", "--no-fail-fast"],
+            Self::Peers => vec!["test", "-p", "drover-tests", "--test", "peers"],
+            Self::ControlPlane => vec!["test", "-p", "drover-tests", "--test", "control_plane"],
+            Self::Node => vec!["test", "-p", "drover-tests", "--test", "node", "--", "--test-threads=1"],
+        }
+    }
+}
+
+impl std::str::FromStr for Layer {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let names = Self::ALL.map(Self::name).join(", ");
+        Self::ALL
+            .into_iter()
+            .find(|layer| layer.name() == text)
+            .with_context(|| format!("the layers are {names}"))
+    }
+}
+
+/// Runs these layers and prints what each took; a layer that cannot be prepared counts as one failure.
+pub fn test(layers: &[Layer]) -> Tally {
+    let mut total = Tally::default();
+    for layer in layers {
+        let start = Instant::now();
+        eprintln!("== {}", layer.name());
+        let tally = layer.prepare().map(|()| start.elapsed()).and_then(|took| {
+            eprintln!("== {}: parts ready after {:.0} s", layer.name(), took.as_secs_f64());
+            run_layer(*layer)
+        });
+        let tally = tally.unwrap_or_else(|error| {
+            eprintln!("error: the layer {} cannot run: {error:#}", layer.name());
+            Tally { passed: 0, failed: 1 }
+        });
+        total.passed += tally.passed;
+        total.failed += tally.failed;
+        let took = start.elapsed().as_secs_f64();
+        println!("== {}: {} passed, {} failed, {took:.0} s", layer.name(), tally.passed, tally.failed);
+    }
+    total
+}
+
+fn run_layer(layer: Layer) -> Result<Tally> {
+    let mut cargo = run::cargo();
+    cargo.args(layer.cargo_arguments()).stdin(Stdio::null()).stdout(Stdio::piped());
+    let mut child = cargo.spawn().context("could not start cargo")?;
+    let mut tally = Tally::default();
+    let lines = BufReader::new(child.stdout.take().context("cargo has no standard output")?).lines();
+    for line in lines {
+        let line = line?;
+        println!("{line}");
+        tally.add(&line);
+    }
+    // Cargo fails for a test, which is counted, and for what stops it from testing, which must count too.
+    if !child.wait()?.success() && tally.failed == 0 {
+        tally.failed = 1;
+    }
+    if tally == Tally::default() {
+        anyhow::bail!("no test ran");
+    }
+    Ok(tally)
+}
+
+impl Tally {
+    /// Counts a line that a test program ends with: `test result: ok. 3 passed; 0 failed; 1 ignored; …`.
+    fn add(&mut self, line: &str) {
+        let Some(result) = line.strip_prefix("test result: ") else { return };
+        let counts = result.split_once(". ").map_or("", |(_, counts)| counts);
+        for count in counts.split("; ") {
+            let Some((number, what)) = count.split_once(' ') else { continue };
+            let Ok(number) = number.parse::<u64>() else { continue };
+            match what {
+                "passed" => self.passed += number,
+                "failed" | "ignored" => self.failed += number,
+                _ => {}
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn results_are_counted_and_an_ignored_test_is_no_success() {
+        let mut tally = Tally::default();
+        tally.add("test result: FAILED. 3 passed; 1 failed; 2 ignored; 0 measured; 5 filtered out; finished in 0.00s");
+        tally.add("test serve::x ... ok");
+        tally.add(
+            "test result: ok. 10 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 1.20s",
+        );
+        assert_eq!(tally, Tally { passed: 13, failed: 3 });
+    }
+}

@@ -1,0 +1,3 @@
+//! The `control-plane` layer: against a real etcd and kube-apiserver. Run it by `cargo xtask test control-plane`.
+
+mod fixtures;

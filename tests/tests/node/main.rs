@@ -1,0 +1,3 @@
+//! The `node` layer: in a real cluster. Run it by `cargo xtask test node`.
+
+mod fixtures;
