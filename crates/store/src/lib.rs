@@ -8,15 +8,27 @@
 //! In the order of its story: where a store lies ([`StoreUri`], [`StoreLayout`]), its objects as files ([`fs`]), who may
 //! touch them when ([`PathLock`], [`TempRoots`]), and the store itself ([`LocalStore`]).
 
+mod content;
+mod db;
+mod derivations;
 mod error;
 pub mod fs;
+mod import;
 mod layout;
 mod local;
+mod open;
 mod path_lock;
+mod temp_dir;
 mod temp_roots;
+#[cfg(test)]
+mod testing;
+mod verify;
 
 pub use error::Error;
+pub use import::Added;
 pub use layout::{StoreLayout, StoreUri};
-pub use local::{Access, Added, LocalStore, TempDir, ValidPath, VerifyReport};
+pub use local::{Access, LocalStore, ValidPath};
 pub use path_lock::{PathLock, Wait};
+pub use temp_dir::TempDir;
 pub use temp_roots::TempRoots;
+pub use verify::VerifyReport;

@@ -1,17 +1,21 @@
 //! The local store: its database and its objects together.
 
-use std::collections::BTreeSet;
-use std::io::{Read, Write};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fs::File;
+use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use drover_nix::{Derivation, OutputName, PathInfo, StoreDir, StorePath};
+use drover_nix::derivation::modulo::InputHash;
+use drover_nix::{OutputName, PathInfo, StoreDir, StorePath};
 
-use crate::{Error, StoreLayout, TempRoots};
+use crate::db::Database;
+use crate::{Error, StoreLayout, TempRoots, open};
 
 /// What a store is opened for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Access {
-    /// Nothing is written, nothing is created. Needs no rights but to read.
+    /// Nothing is created and nothing changes. Needs no rights but to read.
     ReadOnly,
     /// Creates what is missing, the whole store if need be.
     ReadWrite,
@@ -20,7 +24,22 @@ pub enum Access {
 /// An open store. `Send + Sync`, and cheap to clone: clones share connections, one of which each operation in progress
 /// has to itself, so every thread may use the same store.
 #[derive(Clone, Debug)]
-pub struct LocalStore {}
+pub struct LocalStore {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    layout: StoreLayout,
+    access: Access,
+    database: Database,
+    /// Held shared while the store is open, so that nobody migrates the database under us.
+    _big_lock: Option<File>,
+    /// What imports protect; see [`LocalStore::add_nar`].
+    temp_roots: OnceLock<TempRoots>,
+    /// Hashes of derivations that were read to verify others.
+    input_hashes: Mutex<HashMap<StorePath, InputHash>>,
+}
 
 /// A path to be registered, its object in place on disk.
 #[derive(Clone, Debug)]
@@ -32,136 +51,208 @@ pub struct ValidPath {
     pub registration_time: u64,
 }
 
-/// What [`LocalStore::add_nar`] did.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Added {
-    /// The path was valid; nothing (or not all) was read from the archive.
-    AlreadyValid,
-    Imported,
-}
-
-/// What [`LocalStore::verify`] found.
-#[derive(Clone, Default, Debug)]
-pub struct VerifyReport {
-    pub paths_checked: u64,
-    /// One line a problem.
-    pub problems: Vec<String>,
-}
-
 impl LocalStore {
-    pub fn open(_layout: StoreLayout, _access: Access) -> Result<Self, Error> {
-        todo!()
+    /// Opens the store, creating it if `access` allows that and it is not there.
+    pub fn open(layout: StoreLayout, access: Access) -> Result<Self, Error> {
+        let (database, big_lock) = open::open(&layout, access)?;
+        Ok(Self {
+            inner: Arc::new(Inner {
+                layout,
+                access,
+                database,
+                _big_lock: big_lock,
+                temp_roots: OnceLock::new(),
+                input_hashes: Mutex::default(),
+            }),
+        })
     }
 
     pub fn layout(&self) -> &StoreLayout {
-        todo!()
+        &self.inner.layout
     }
 
+    /// What paths in the store begin with, wherever the files lie.
     pub fn store_dir(&self) -> &StoreDir {
-        todo!()
+        &self.inner.layout.store_dir
+    }
+
+    pub fn access(&self) -> Access {
+        self.inner.access
     }
 
     /// Where the object's files lie.
-    pub fn real_path(&self, _path: &StorePath) -> PathBuf {
-        todo!()
+    pub fn real_path(&self, path: &StorePath) -> PathBuf {
+        self.inner.layout.real_store_dir.join(path.as_str())
     }
 
-    pub fn path_info(&self, _path: &StorePath) -> Result<Option<PathInfo>, Error> {
-        todo!()
+    pub fn path_info(&self, path: &StorePath) -> Result<Option<PathInfo>, Error> {
+        Ok(self.database().row(path)?.map(|row| row.info))
     }
 
-    pub fn is_valid(&self, _path: &StorePath) -> Result<bool, Error> {
-        todo!()
+    /// A valid path with what only this store's database says of it.
+    pub fn registration(&self, path: &StorePath) -> Result<Option<ValidPath>, Error> {
+        self.database().row(path)
+    }
+
+    pub fn is_valid(&self, path: &StorePath) -> Result<bool, Error> {
+        self.database().is_valid(path)
     }
 
     /// Those of `paths` that are valid.
-    pub fn valid_paths(&self, _paths: &BTreeSet<StorePath>) -> Result<BTreeSet<StorePath>, Error> {
-        todo!()
+    pub fn valid_paths(&self, paths: &BTreeSet<StorePath>) -> Result<BTreeSet<StorePath>, Error> {
+        self.database().valid_paths(paths)
     }
 
     pub fn all_valid_paths(&self) -> Result<BTreeSet<StorePath>, Error> {
-        todo!()
+        self.database().all_valid_paths()
     }
 
     /// The valid path whose hash part is the 32 digits `hash_part`.
-    pub fn query_by_hash_part(&self, _hash_part: &str) -> Result<Option<StorePath>, Error> {
-        todo!()
+    pub fn query_by_hash_part(&self, hash_part: &str) -> Result<Option<StorePath>, Error> {
+        self.database().by_hash_part(hash_part)
     }
 
-    /// Valid paths that refer to `path`.
-    pub fn referrers(&self, _path: &StorePath) -> Result<BTreeSet<StorePath>, Error> {
-        todo!()
+    /// Valid paths that refer to `path`, itself included if it does.
+    pub fn referrers(&self, path: &StorePath) -> Result<BTreeSet<StorePath>, Error> {
+        self.database().referrers(path)
     }
 
     /// `paths` and everything that they refer to. Fails if one of them is not valid.
-    pub fn closure(&self, _paths: &BTreeSet<StorePath>) -> Result<BTreeSet<StorePath>, Error> {
-        todo!()
+    pub fn closure(&self, paths: &BTreeSet<StorePath>) -> Result<BTreeSet<StorePath>, Error> {
+        self.database().closure(paths)
     }
 
     /// The outputs of a valid `.drv` path, as far as they are known from it.
-    pub fn derivation_outputs(
-        &self,
-        _drv: &StorePath,
-    ) -> Result<std::collections::BTreeMap<OutputName, StorePath>, Error> {
-        todo!()
+    pub fn derivation_outputs(&self, drv: &StorePath) -> Result<BTreeMap<OutputName, StorePath>, Error> {
+        self.database().derivation_outputs(drv)
     }
 
-    /// Reads a valid `.drv`.
-    pub fn read_derivation(&self, _drv: &StorePath) -> Result<Derivation, Error> {
-        todo!()
+    /// Valid `.drv` paths that have `path` as an output.
+    pub fn valid_derivers(&self, path: &StorePath) -> Result<BTreeSet<StorePath>, Error> {
+        self.database().valid_derivers(path)
     }
 
     /// Writes the NAR of a valid path. Returns its size.
-    pub fn dump(&self, _path: &StorePath, _output: &mut dyn Write) -> Result<u64, Error> {
-        todo!()
-    }
-
-    /// Imports an archive: protects the path from collectors, locks it, unpacks and hashes, compares hash, size and
-    /// content address with `info`, and registers it. Reads exactly `info.nar_size` bytes at most. On failure nothing
-    /// is left on disk.
-    pub fn add_nar(
-        &self,
-        _info: &PathInfo,
-        _ultimate: bool,
-        _registration_time: u64,
-        _nar: &mut dyn Read,
-    ) -> Result<Added, Error> {
-        todo!()
-    }
-
-    /// Registers paths whose objects are in place, in one transaction. Whatever one refers to must be valid already
-    /// or be among them.
-    pub fn register(&self, _paths: &[ValidPath]) -> Result<(), Error> {
-        todo!()
+    pub fn dump(&self, path: &StorePath, output: &mut dyn Write) -> Result<u64, Error> {
+        if !self.is_valid(path)? {
+            return Err(Error::NotValid { path: path.clone() });
+        }
+        crate::fs::dump(&self.real_path(path), output)
     }
 
     /// A session's temporary roots.
     pub fn temp_roots(&self) -> Result<TempRoots, Error> {
-        todo!()
+        TempRoots::new(self)
     }
 
-    /// Makes the path invalid and deletes its files. Fails if another valid path refers to it.
-    pub fn delete_path(&self, _path: &StorePath) -> Result<u64, Error> {
-        todo!()
+    /// Makes the path invalid and deletes its files. Returns the bytes that became free. Fails if another valid path
+    /// refers to it. The caller sees to it that nobody needs the path: no root is looked at.
+    pub fn delete_path(&self, path: &StorePath) -> Result<u64, Error> {
+        self.must_write("delete a path")?;
+        self.database().invalidate(path)?;
+        self.input_hashes(|hashes| hashes.remove(path));
+        crate::fs::delete(&self.real_path(path))
     }
 
-    /// Makes a new directory in the store's directory that no collector touches while the guard lives.
-    pub fn temp_dir(&self) -> Result<TempDir, Error> {
-        todo!()
+    pub(crate) fn database(&self) -> &Database {
+        &self.inner.database
     }
 
-    /// Compares database and disk; with `contents` also the hash of every object.
-    pub fn verify(&self, _contents: bool) -> Result<VerifyReport, Error> {
-        todo!()
+    pub(crate) fn must_write(&self, act: &'static str) -> Result<(), Error> {
+        match self.inner.access {
+            Access::ReadWrite => Ok(()),
+            Access::ReadOnly => Err(Error::ReadOnly { act }),
+        }
+    }
+
+    /// The roots that this store holds itself, for as long as it is open.
+    pub(crate) fn own_temp_roots(&self) -> Result<&TempRoots, Error> {
+        if let Some(roots) = self.inner.temp_roots.get() {
+            return Ok(roots);
+        }
+        let roots = TempRoots::new(self)?;
+        Ok(self.inner.temp_roots.get_or_init(|| roots))
+    }
+
+    pub(crate) fn input_hashes<T>(&self, f: impl FnOnce(&mut HashMap<StorePath, InputHash>) -> T) -> T {
+        f(&mut self.inner.input_hashes.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    pub(crate) fn real_store_dir(&self) -> &Path {
+        &self.inner.layout.real_store_dir
     }
 }
 
-/// A directory of mode 0700 in the store's own directory, deleted with the guard.
-#[derive(Debug)]
-pub struct TempDir {}
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{add, store, store_path};
 
-impl TempDir {
-    pub fn path(&self) -> &Path {
-        todo!()
+    #[test]
+    fn closures_and_referrers() {
+        let (_dir, store) = store();
+        let a = add(&store, "a", &[]);
+        let b = add(&store, "b", &[&a, &store_path("b")]);
+        let c = add(&store, "c", &[&b]);
+        let d = add(&store, "d", &[]);
+        let set = |paths: &[&StorePath]| paths.iter().map(|path| (*path).clone()).collect::<BTreeSet<_>>();
+        assert_eq!(store.closure(&set(&[&c])).unwrap(), set(&[&a, &b, &c]));
+        assert_eq!(store.closure(&set(&[&a, &d])).unwrap(), set(&[&a, &d]));
+        assert_eq!(store.referrers(&a).unwrap(), set(&[&b]));
+        assert_eq!(store.referrers(&b).unwrap(), set(&[&b, &c]));
+        assert_eq!(store.path_info(&b).unwrap().unwrap().references, set(&[&a, &b]));
+        assert!(matches!(store.closure(&set(&[&store_path("e")])), Err(Error::NotValid { .. })));
+        assert_eq!(store.all_valid_paths().unwrap(), set(&[&a, &b, &c, &d]));
+    }
+
+    #[test]
+    fn hash_parts() {
+        let (_dir, store) = store();
+        let a = add(&store, "a", &[]);
+        assert_eq!(store.query_by_hash_part(a.hash_part()).unwrap(), Some(a.clone()));
+        assert_eq!(store.query_by_hash_part(store_path("b").hash_part()).unwrap(), None);
+        assert_eq!(store.query_by_hash_part(&a.hash_part()[..31]).unwrap(), None);
+    }
+
+    #[test]
+    fn deleting() {
+        let (_dir, store) = store();
+        let a = add(&store, "a", &[]);
+        let b = add(&store, "b", &[&a, &store_path("b")]);
+        assert!(matches!(store.delete_path(&a), Err(Error::Referenced { .. })));
+        assert!(store.is_valid(&a).unwrap());
+        assert!(store.delete_path(&b).unwrap() > 0);
+        assert!(!store.is_valid(&b).unwrap() && !store.real_path(&b).exists());
+        store.delete_path(&a).unwrap();
+        assert_eq!(store.all_valid_paths().unwrap(), BTreeSet::new());
+        // Gone without a trace: it can come back.
+        add(&store, "a", &[]);
+    }
+
+    #[test]
+    fn many_look_ups_agree_with_single_ones() {
+        let (_dir, store) = store();
+        let valid: BTreeSet<StorePath> = (0..50).map(|i| add(&store, &format!("v{i}"), &[])).collect();
+        let mut asked = valid.clone();
+        // Enough to be answered by a scan.
+        asked.extend((0..3_000).map(|i| store_path(&format!("x{i}"))));
+        assert_eq!(store.valid_paths(&asked).unwrap(), valid);
+        let few: BTreeSet<StorePath> = asked.iter().take(100).cloned().collect();
+        let expected: BTreeSet<StorePath> = few.intersection(&valid).cloned().collect();
+        assert_eq!(store.valid_paths(&few).unwrap(), expected);
+        assert_eq!(store.valid_paths(&BTreeSet::new()).unwrap(), BTreeSet::new());
+    }
+
+    #[test]
+    fn a_store_for_reading_sees_what_others_write_and_writes_nothing() {
+        let (_dir, store) = store();
+        let reader = LocalStore::open(store.layout().clone(), Access::ReadOnly).unwrap();
+        let a = add(&store, "a", &[]);
+        assert!(reader.is_valid(&a).unwrap());
+        let mut nar = Vec::new();
+        assert_eq!(reader.dump(&a, &mut nar).unwrap(), nar.len() as u64);
+        assert!(matches!(reader.delete_path(&a), Err(Error::ReadOnly { .. })));
+        assert!(matches!(reader.temp_roots(), Err(Error::ReadOnly { .. })));
+        assert!(matches!(reader.dump(&store_path("b"), &mut nar), Err(Error::NotValid { .. })));
     }
 }

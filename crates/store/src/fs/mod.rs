@@ -1,51 +1,97 @@
 //! Store objects as files: dumping and restoring NARs, canonical metadata, deleting trees.
 //!
 //! Trees may be hostile: made by a builder or by an archive. So everything goes by directory descriptors, never
-//! through a symlink, and never deeper than a NAR may nest (but for deleting, which copes with any depth).
+//! through a symlink, and never deeper than a NAR may nest (but for deleting, which copes with any depth). Nothing here
+//! knows of the database or of locks.
 
-use std::collections::HashSet;
-use std::io::{Read, Write};
-use std::ops::RangeInclusive;
-use std::path::Path;
+mod canonicalise;
+mod delete;
+mod dump;
+mod restore;
 
-use drover_nix::Sha256;
+use std::ffi::{OsStr, OsString};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FileType, Mode, OFlags, RawDir, Timespec, Timestamps};
+use rustix::io::Errno;
 
 use crate::Error;
 
-/// Writes the NAR of the file, directory or symlink at `path`. Returns the archive's size.
-pub fn dump(_path: &Path, _output: &mut dyn Write) -> Result<u64, Error> {
-    todo!()
+pub use canonicalise::{SeenInodes, canonicalise};
+pub use delete::delete;
+pub use dump::dump;
+pub(crate) use restore::restore_exactly;
+pub use restore::{Restored, restore};
+
+/// Mode of a file that may be executed, and of every directory.
+const EXECUTABLE: Mode = Mode::from_raw_mode(0o555);
+/// Mode of every other file.
+const PLAIN: Mode = Mode::from_raw_mode(0o444);
+
+/// One second after the epoch as the time of modification; that of access stays (Nix: posix-fs-canonicalise.cc).
+const CANONICAL_TIMES: Timestamps = Timestamps {
+    last_access: Timespec { tv_sec: 0, tv_nsec: rustix::fs::UTIME_OMIT },
+    last_modification: Timespec { tv_sec: 1, tv_nsec: 0 },
+};
+
+const OPEN_DIRECTORY: OFlags =
+    OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
+
+/// Bytes for one call that lists a directory.
+const LISTING_BUFFER: usize = 32 << 10;
+
+/// The directory that `path` is in, opened, and the name of `path` in it.
+fn open_parent(path: &Path) -> Result<(OwnedFd, &OsStr), Error> {
+    let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
+        let why = "it does not name a file in a directory".into();
+        return Err(Error::BadFile { path: path.into(), why });
+    };
+    let parent = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
+    // The way to the store is the administrator's and may have symlinks; what is below it may not.
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let fd =
+        rustix::fs::open(parent, flags, Mode::empty()).map_err(Error::sys("open the directory", parent))?;
+    Ok((fd, name))
 }
 
-/// What [`restore`] read.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Restored {
-    pub nar_hash: Sha256,
-    pub nar_size: u64,
+/// The names in an open directory, with their types as far as the file system says them, in no order.
+fn list(directory: BorrowedFd<'_>, path: &Path) -> Result<Vec<(OsString, FileType)>, Error> {
+    let mut buffer: Vec<u8> = Vec::with_capacity(LISTING_BUFFER);
+    let mut entries = RawDir::new(directory, buffer.spare_capacity_mut());
+    let mut names = Vec::new();
+    while let Some(entry) = entries.next() {
+        let entry = entry.map_err(Error::sys("list", path))?;
+        let name = entry.file_name().to_bytes();
+        if name != b"." && name != b".." {
+            names.push((OsString::from_vec(name.to_vec()), entry.file_type()));
+        }
+    }
+    Ok(names)
 }
 
-/// Unpacks a NAR to `destination`, which must not exist, with canonical metadata. Reads not one byte beyond the
-/// archive's end. On failure what was unpacked so far stays: see [`delete`].
-pub fn restore(_nar: &mut dyn Read, _destination: &Path) -> Result<Restored, Error> {
-    todo!()
+/// A name for an open file that system calls without a descriptor form can use. Following it leads to that very file,
+/// whatever became of its name meanwhile.
+fn by_descriptor(fd: impl AsFd) -> PathBuf {
+    use std::os::fd::AsRawFd as _;
+    PathBuf::from(format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd()))
 }
 
-/// Files that were canonicalised already, by device and inode: shared by all outputs of one build, so that hard links
-/// between them are told from links to files of others.
-pub type SeenInodes = HashSet<(u64, u64)>;
-
-/// Gives a builder's output the metadata that store objects have: modes 0444 and 0555, mtime 1, no extended
-/// attributes, owned by us. `uids`: who may own the files (else they are refused); None accepts all.
-pub fn canonicalise(
-    _path: &Path,
-    _uids: Option<RangeInclusive<u32>>,
-    _seen: &mut SeenInodes,
-) -> Result<(), Error> {
-    todo!()
+/// Opens a directory for listing. Where its mode forbids that to its owner, the mode is changed.
+fn open_directory_forcibly(parent: BorrowedFd<'_>, name: &OsStr) -> Result<OwnedFd, Errno> {
+    match rustix::fs::openat(parent, name, OPEN_DIRECTORY, Mode::empty()) {
+        Err(Errno::ACCESS) => {
+            let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            let fd = rustix::fs::openat(parent, name, flags, Mode::empty())?;
+            rustix::fs::chmod(by_descriptor(&fd), Mode::RWXU)?;
+            rustix::fs::openat(parent, name, OPEN_DIRECTORY, Mode::empty())
+        }
+        other => other,
+    }
 }
 
-/// Deletes the tree at `path`, whatever its modes and depth, if it is there. Returns the bytes of disk that became
-/// free (hard links elsewhere keep theirs).
-pub fn delete(_path: &Path) -> Result<u64, Error> {
-    todo!()
+/// For messages: `path` and a name that may be any bytes.
+fn below(path: &Path, name: &[u8]) -> PathBuf {
+    path.join(OsStr::from_bytes(name))
 }

@@ -1,0 +1,243 @@
+//! Whether a content address leads to the path and is the content's (Nix: local-store.cc, content-address.cc).
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::io::{self, Write};
+use std::path::Path;
+
+use bstr::ByteSlice as _;
+use drover_nix::hash::Sha256Hasher;
+use drover_nix::{ContentAddress, Hash, HashAlgo, Method, PathInfo, Sha256, StoreDir, StorePath};
+
+use crate::{Error, fs};
+
+/// The path must follow from the content address and the references.
+pub(crate) fn check_address(dir: &StoreDir, info: &PathInfo) -> Result<(), Error> {
+    let Some(ca) = &info.ca else { return Ok(()) };
+    let others: BTreeSet<StorePath> = info.other_references().cloned().collect();
+    let computed = ca
+        .store_path(dir, info.path.name(), &others, info.references.contains(&info.path))
+        .map_err(|error| fail(info, ca, error.to_string()))?;
+    if computed == info.path {
+        Ok(())
+    } else {
+        Err(fail(info, ca, format!("with its references it leads to {computed}")))
+    }
+}
+
+/// The object at `real`, whose archive was found to have the hash `info.nar_hash`, must have the content address.
+pub(crate) fn check_content(info: &PathInfo, real: &Path) -> Result<(), Error> {
+    let Some(ca) = &info.ca else { return Ok(()) };
+    let actual = match (ca.method, ca.hash.algo) {
+        (Method::Nar, HashAlgo::Sha256) if info.references.contains(&info.path) => {
+            let (with_offsets, without) = hash_modulo(real, info.path.hash_part())?;
+            // Nix 2.17 to 2.34 left the offsets out; paths from either are around.
+            if ca.hash == Hash::from(without) { without } else { with_offsets }.into()
+        }
+        (Method::Nar, HashAlgo::Sha256) => info.nar_hash.into(),
+        (Method::Nar, algo) => {
+            let mut digest = Digest::new(algo).ok_or_else(|| unsupported(info, ca))?;
+            fs::dump(real, &mut digest)?;
+            digest.finish()
+        }
+        (Method::Flat | Method::Text, algo) => {
+            let mut digest = Digest::new(algo).ok_or_else(|| unsupported(info, ca))?;
+            let meta = std::fs::symlink_metadata(real).map_err(Error::io("examine", real))?;
+            if !meta.is_file() {
+                return Err(fail(info, ca, "only a regular file can have it".into()));
+            }
+            File::open(real)
+                .and_then(|mut file| io::copy(&mut file, &mut digest))
+                .map_err(Error::io("read", real))?;
+            digest.finish()
+        }
+        (Method::Git, _) => return Err(unsupported(info, ca)),
+    };
+    if actual == ca.hash { Ok(()) } else { Err(fail(info, ca, format!("its content has the hash {actual}"))) }
+}
+
+/// The SHA-256 of an archive with its own hash part blanked out, with and without the offsets of its occurrences
+/// (Nix: references.cc, HashModuloSink).
+pub(crate) fn hash_modulo(real: &Path, hash_part: &str) -> Result<(Sha256, Sha256), Error> {
+    let mut sink = ModuloSink {
+        needle: hash_part.as_bytes().to_vec(),
+        held: Vec::new(),
+        position: 0,
+        matches: Vec::new(),
+        hasher: Sha256Hasher::new(),
+    };
+    fs::dump(real, &mut sink)?;
+    Ok(sink.finish())
+}
+
+fn unsupported(info: &PathInfo, ca: &ContentAddress) -> Error {
+    fail(info, ca, "content with this method and hash algorithm cannot be verified here".into())
+}
+
+fn fail(info: &PathInfo, ca: &ContentAddress, why: String) -> Error {
+    Error::ContentAddress { path: info.path.clone(), ca: ca.to_string(), why }
+}
+
+/// A digest of one of the algorithms that content addresses use. MD5 is missing: nothing here has it, and what it
+/// addresses is still protected by its NAR hash.
+struct Digest {
+    algo: HashAlgo,
+    context: ring::digest::Context,
+}
+
+impl Digest {
+    fn new(algo: HashAlgo) -> Option<Self> {
+        let algorithm = match algo {
+            HashAlgo::Md5 => return None,
+            HashAlgo::Sha1 => &ring::digest::SHA1_FOR_LEGACY_USE_ONLY,
+            HashAlgo::Sha256 => &ring::digest::SHA256,
+            HashAlgo::Sha512 => &ring::digest::SHA512,
+        };
+        Some(Self { algo, context: ring::digest::Context::new(algorithm) })
+    }
+
+    fn finish(self) -> Hash {
+        Hash { algo: self.algo, bytes: self.context.finish().as_ref().to_vec() }
+    }
+}
+
+impl Write for Digest {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.context.update(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+struct ModuloSink {
+    needle: Vec<u8>,
+    /// The end of what was seen, in which an occurrence may have begun. Shorter than the needle between writes.
+    held: Vec<u8>,
+    /// Where `held` begins in the archive.
+    position: u64,
+    matches: Vec<u64>,
+    hasher: Sha256Hasher,
+}
+
+impl ModuloSink {
+    fn finish(mut self) -> (Sha256, Sha256) {
+        self.hasher.update(&self.held);
+        let without = self.hasher.clone().finish();
+        for offset in &self.matches {
+            self.hasher.update(format!("|{offset}").as_bytes());
+        }
+        (self.hasher.finish(), without)
+    }
+}
+
+impl Write for ModuloSink {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.held.extend_from_slice(bytes);
+        let mut from = 0;
+        while let Some(found) = self.held[from..].find(&self.needle) {
+            let start = from + found;
+            from = start + self.needle.len();
+            self.held[start..from].fill(0);
+            self.matches.push(self.position + start as u64);
+        }
+        let keep = self.needle.len().saturating_sub(1);
+        let done = self.held.len().saturating_sub(keep).max(from).min(self.held.len());
+        self.hasher.update(&self.held[..done]);
+        self.held.drain(..done);
+        self.position += done as u64;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use drover_nix::store_path::HASH_PART_LEN;
+
+    use super::*;
+    use crate::testing::{file_nar, info, store, store_path};
+
+    /// An object with this content under the path that its address gives.
+    fn addressed(name: &str, content: &[u8], method: Method, algo: HashAlgo) -> (PathInfo, Vec<u8>) {
+        let nar = file_nar(content);
+        let mut digest = Digest::new(algo).unwrap();
+        digest.write_all(if method == Method::Nar { &nar } else { content }).unwrap();
+        let ca = ContentAddress { method, hash: digest.finish() };
+        let mut info = info(name, &nar, &[]);
+        info.path = ca.store_path(&StoreDir::default(), name, &BTreeSet::new(), false).unwrap();
+        info.ca = Some(ca);
+        (info, nar)
+    }
+
+    #[test]
+    fn every_method_is_verified() {
+        for (method, algo) in [
+            (Method::Nar, HashAlgo::Sha256),
+            (Method::Nar, HashAlgo::Sha512),
+            (Method::Flat, HashAlgo::Sha256),
+            (Method::Flat, HashAlgo::Sha1),
+            (Method::Text, HashAlgo::Sha256),
+        ] {
+            let (_dir, store) = store();
+            let (info, nar) = addressed("good", b"content", method, algo);
+            store.add_nar(&info, false, 0, &mut &nar[..]).unwrap();
+            assert_eq!(store.path_info(&info.path).unwrap().unwrap().ca, info.ca);
+            // Right hash and size of an archive, under an address that another content has.
+            let (mut forged, _) = addressed("bad", b"content", method, algo);
+            let nar = file_nar(b"forgery");
+            (forged.nar_hash, forged.nar_size) = (Sha256::of(&nar), nar.len() as u64);
+            let error = store.add_nar(&forged, false, 0, &mut &nar[..]).unwrap_err();
+            assert!(matches!(error, Error::ContentAddress { .. }), "{error}");
+            assert!(!store.real_path(&forged.path).exists());
+        }
+    }
+
+    #[test]
+    fn references_to_itself_are_blanked_out() {
+        let path = store_path("self");
+        let (_dir, store) = store();
+        let content =
+            [b"x".repeat(40_000), path.hash_part().into(), b"-".to_vec(), path.hash_part().into()].concat();
+        let real = store.real_path(&path);
+        std::fs::write(&real, &content).unwrap();
+        let nar = file_nar(&content);
+        let start = nar.windows(HASH_PART_LEN).position(|w| w == path.hash_part().as_bytes()).unwrap();
+        let mut blank = nar;
+        blank[start..start + 32].fill(0);
+        blank[start + 33..start + 65].fill(0);
+        let offsets = format!("|{start}|{}", start + 33);
+        let expected = (Sha256::of(&[&blank[..], offsets.as_bytes()].concat()), Sha256::of(&blank));
+        assert_eq!(hash_modulo(&real, path.hash_part()).unwrap(), expected);
+    }
+
+    #[test]
+    fn occurrences_across_writes_are_found() {
+        let needle = store_path("n").hash_part().to_owned();
+        let text = format!("ab{needle}c{needle}{needle}de");
+        let run = |step: usize| {
+            let mut sink = ModuloSink {
+                needle: needle.clone().into_bytes(),
+                held: Vec::new(),
+                position: 0,
+                matches: Vec::new(),
+                hasher: Sha256Hasher::new(),
+            };
+            for piece in text.as_bytes().chunks(step) {
+                sink.write_all(piece).unwrap();
+            }
+            let matches = sink.matches.clone();
+            (matches, sink.finish())
+        };
+        let whole = run(text.len());
+        assert_eq!(whole.0, [2, 35, 67]);
+        for step in 1..70 {
+            assert_eq!(run(step), whole, "{step}");
+        }
+    }
+}
