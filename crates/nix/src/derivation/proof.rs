@@ -242,3 +242,161 @@ fn compare<E>(
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::convert::Infallible;
+
+    use super::*;
+    use crate::DerivationOutput;
+
+    type Files = BTreeMap<StorePath, Vec<u8>>;
+
+    fn basic(name: &str) -> BasicDerivation {
+        BasicDerivation {
+            name: name.into(),
+            outputs: BTreeMap::from([(OutputName::out(), DerivationOutput::Deferred)]),
+            input_srcs: BTreeSet::new(),
+            system: "x86_64-linux".into(),
+            builder: "/bin/sh".into(),
+            args: vec!["-c".into()],
+            env: BTreeMap::from([("out".into(), "".into()), ("name".into(), name.into())]),
+        }
+    }
+
+    /// Adds a derivation with its right paths to the files, and says where it is.
+    fn add(files: &mut Files, proven: &mut Proven, name: &str, inputs: &[&StorePath]) -> StorePath {
+        let dir = StoreDir::default();
+        let out = || BTreeSet::from([OutputName::out()]);
+        let mut drv = Derivation {
+            basic: basic(name),
+            input_drvs: inputs.iter().map(|path| ((*path).clone(), out())).collect(),
+        };
+        let mut input = |path: &StorePath| Ok(proven.0[path].hash.clone());
+        let path = modulo::output_paths(&dir, &drv, &mut input).unwrap().unwrap()["out"].clone();
+        drv.basic.env.insert("out".into(), dir.full(&path).into());
+        drv.basic.outputs.insert(OutputName::out(), DerivationOutput::InputAddressed(path));
+        let drv_path = modulo::drv_path(&dir, &drv).unwrap();
+        files.insert(drv_path.clone(), aterm::print(&dir, &drv).unwrap());
+        prove(proven, files, &drv_path).unwrap();
+        drv_path
+    }
+
+    fn prove(proven: &mut Proven, files: &Files, root: &StorePath) -> Result<(), ProofError<Infallible>> {
+        proven.prove(&StoreDir::default(), root, &mut |path| Ok(files.get(path).cloned()))
+    }
+
+    /// A chain of three and its files.
+    fn chain() -> (Files, [StorePath; 3]) {
+        let (mut files, mut proven) = (Files::new(), Proven::default());
+        let bottom = add(&mut files, &mut proven, "bottom", &[]);
+        let middle = add(&mut files, &mut proven, "middle", &[&bottom]);
+        let top = add(&mut files, &mut proven, "top", &[&middle, &bottom]);
+        (files, [bottom, middle, top])
+    }
+
+    #[test]
+    fn a_closure_is_proven_and_resolved() {
+        let (files, [bottom, middle, top]) = chain();
+        let mut proven = Proven::default();
+        prove(&mut proven, &files, &top).unwrap();
+        let request = proven.resolve(&top).unwrap();
+        let outputs: BTreeSet<_> =
+            [&bottom, &middle].map(|drv| proven.0[drv].outputs["out"].clone().unwrap()).into();
+        assert_eq!(request.input_srcs, outputs);
+        proven.entitles(&StoreDir::default(), &top, &request, &BTreeSet::new()).unwrap();
+        // What was proven once is not read again.
+        prove(&mut proven, &Files::new(), &top).unwrap();
+    }
+
+    #[test]
+    fn any_change_of_a_request_is_found() {
+        let dir = StoreDir::default();
+        let (files, [bottom, _, top]) = chain();
+        let mut proven = Proven::default();
+        prove(&mut proven, &files, &top).unwrap();
+        let request = proven.resolve(&top).unwrap();
+        let foreign = proven.0[&bottom].outputs["out"].clone().unwrap();
+        type Lie = (&'static str, Box<dyn Fn(&mut BasicDerivation)>);
+        let lies: Vec<Lie> = vec![
+            ("name", Box::new(|drv| drv.name.push('x'))),
+            ("system", Box::new(|drv| drv.system = "i686-linux".into())),
+            ("builder", Box::new(|drv| drv.builder = "/bin/bash".into())),
+            ("args", Box::new(|drv| drv.args.push("x".into()))),
+            ("env.name", Box::new(|drv| drop(drv.env.remove(b"name".as_slice())))),
+            ("env.new", Box::new(|drv| drop(drv.env.insert("new".into(), "".into())))),
+            ("inputSrcs", Box::new(|drv| drop(drv.input_srcs.pop_first()))),
+            ("inputSrcs", {
+                let top = top.clone();
+                Box::new(move |drv| drv.input_srcs.extend([top.clone()]))
+            }),
+            ("outputs", {
+                let foreign = foreign.clone();
+                Box::new(move |drv| {
+                    drv.outputs.insert(OutputName::out(), DerivationOutput::InputAddressed(foreign.clone()));
+                })
+            }),
+        ];
+        for (expected, lie) in lies {
+            let mut request = request.clone();
+            lie(&mut request);
+            match proven.entitles(&dir, &top, &request, &BTreeSet::new()) {
+                Err(ProofError::Differs { field, .. }) => assert_eq!(field, expected),
+                other => panic!("{expected}: {other:?}"),
+            }
+        }
+        // An input more is no lie if the inputs refer to it anyway.
+        let mut more = request;
+        more.input_srcs.insert(top.clone());
+        proven.entitles(&dir, &top, &more, &BTreeSet::from([top.clone()])).unwrap();
+    }
+
+    #[test]
+    fn forged_files_prove_nothing() {
+        let (files, [bottom, middle, top]) = chain();
+        let mut missing = files.clone();
+        missing.remove(&bottom);
+        assert!(
+            matches!(prove(&mut Proven::default(), &missing, &top), Err(ProofError::Missing(path)) if path == bottom)
+        );
+
+        let mut swapped = files.clone();
+        swapped.insert(middle, files[&bottom].clone());
+        assert!(matches!(prove(&mut Proven::default(), &swapped, &top), Err(ProofError::Name { .. })));
+
+        // Right by its name, but its output is somebody else's: the name alone does not entitle.
+        let dir = StoreDir::default();
+        let mut drv = aterm::parse(&dir, "bottom", &files[&bottom]).unwrap();
+        let foreign = StorePath::from_parts([7; 20], "bottom").unwrap();
+        drv.basic.env.insert("out".into(), dir.full(&foreign).into());
+        drv.basic.outputs.insert(OutputName::out(), DerivationOutput::InputAddressed(foreign));
+        let liar = modulo::drv_path(&dir, &drv).unwrap();
+        let files = Files::from([(liar.clone(), aterm::print(&dir, &drv).unwrap())]);
+        assert!(matches!(prove(&mut Proven::default(), &files, &liar), Err(ProofError::Path { .. })));
+    }
+
+    #[test]
+    fn a_request_alone() {
+        let dir = StoreDir::default();
+        let mut drv = basic("alone");
+        assert!(matches!(prove_alone(&dir, &drv), Err(ProofError::Deferred { .. })));
+        let path = modulo::basic_output_paths(&dir, &drv).unwrap()["out"].clone();
+        drv.env.insert("out".into(), dir.full(&path).into());
+        drv.outputs.insert(OutputName::out(), DerivationOutput::InputAddressed(path));
+        prove_alone(&dir, &drv).unwrap();
+        drv.args.push("changed".into());
+        assert!(matches!(prove_alone(&dir, &drv), Err(ProofError::Path { .. })));
+    }
+
+    #[test]
+    fn a_chain_of_five_thousand() {
+        let (mut files, mut proven) = (Files::new(), Proven::default());
+        let mut last = add(&mut files, &mut proven, "d", &[]);
+        for _ in 1..5000 {
+            last = add(&mut files, &mut proven, "d", &[&last]);
+        }
+        let mut afresh = Proven::default();
+        prove(&mut afresh, &files, &last).unwrap();
+        assert_eq!(afresh.0.len(), 5000);
+    }
+}
