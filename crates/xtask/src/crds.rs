@@ -1,4 +1,5 @@
 //! `crds/*.yaml`: what `drover crds` prints, one file a resource; and the check that the files are what the code says.
+//! The chart has a copy, because a chart is complete in itself.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -9,36 +10,41 @@ use anyhow::{Context, Result, bail};
 
 use crate::run;
 
+/// Where the files are, below the checkout.
+const DIRS: [&str; 2] = ["crds", "charts/drover/crds"];
+
 /// Writes the files, and removes those that the code knows no more.
 pub fn write() -> Result<()> {
-    let dir = crate::checkout().join("crds");
-    fs::create_dir_all(&dir)?;
     let wanted = generate()?;
-    for name in read(&dir)?.keys().filter(|name| !wanted.contains_key(*name)) {
-        fs::remove_file(dir.join(name))?;
-    }
-    for (name, text) in &wanted {
-        fs::write(dir.join(name), text)?;
-        println!("crds/{name}");
+    for folder in DIRS {
+        let dir = crate::checkout().join(folder);
+        fs::create_dir_all(&dir)?;
+        for name in read(&dir)?.keys().filter(|name| !wanted.contains_key(*name)) {
+            fs::remove_file(dir.join(name))?;
+        }
+        for (name, text) in &wanted {
+            fs::write(dir.join(name), text)?;
+            println!("{folder}/{name}");
+        }
     }
     Ok(())
 }
 
 /// Fails, with the difference, where the files are not what the code generates.
 pub fn check() -> Result<()> {
-    let dir = crate::checkout().join("crds");
     let wanted = generate()?;
-    if read(&dir).unwrap_or_default() == wanted {
-        println!("crds/ is what the code generates");
+    let dirs = DIRS.map(|folder| crate::checkout().join(folder));
+    let Some(dir) = dirs.iter().find(|dir| read(dir).unwrap_or_default() != wanted) else {
+        println!("crds/ and its copy in the chart are what the code generates");
         return Ok(());
-    }
+    };
     let fresh = tempfile::tempdir()?;
     for (name, text) in &wanted {
         fs::write(fresh.path().join(name), text)?;
     }
-    let diff = run::output(Command::new("diff").args(["-ruN"]).arg(&dir).arg(fresh.path()))?;
+    let diff = run::output(Command::new("diff").args(["-ruN"]).arg(dir).arg(fresh.path()))?;
     print!("{}", String::from_utf8_lossy(&diff.stdout));
-    bail!("crds/ is not what the code generates; run: cargo xtask crds")
+    bail!("{} is not what the code generates; run: cargo xtask crds", dir.display())
 }
 
 fn generate() -> Result<BTreeMap<String, String>> {

@@ -1,7 +1,7 @@
 //! `cargo xtask`: the command line of [`xtask`].
 
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result, bail};
@@ -9,7 +9,7 @@ use clap::{Parser, Subcommand};
 use xtask::cluster::Cluster;
 use xtask::layers::{self, Layer};
 use xtask::parts::rootfs::Nix;
-use xtask::{crds, parts, root};
+use xtask::{crds, images, parts, root};
 
 /// What people who work on Drover run.
 #[derive(Parser)]
@@ -31,6 +31,8 @@ enum Act {
     },
     /// Fetches and builds what tests need, and prints where it is
     Parts,
+    /// Makes the two OCI images, drover-builder.tar and drover-operator.tar, in the directory OUT
+    Images { out: PathBuf },
     /// A real one-node Kubernetes cluster, in namespaces of its own
     #[command(subcommand)]
     Cluster(ClusterAct),
@@ -90,6 +92,7 @@ fn act(act: Act) -> Result<ExitCode> {
         Act::Test { layer } => test(layer),
         Act::Crds { check } => if check { crds::check() } else { crds::write() }.map(|()| ExitCode::SUCCESS),
         Act::Parts => print_parts(),
+        Act::Images { out } => images(&out),
         Act::Cluster(act) => cluster(act),
         Act::Peer { version, command } => peer(version, &command),
     }
@@ -106,10 +109,24 @@ fn print_parts() -> Result<ExitCode> {
         println!("nix {:<6}  {}", nix.version(), parts::rootfs::nix(nix)?.display());
     }
     println!("nginx       {}", parts::rootfs::nginx()?.display());
+    println!("ssh         {}", parts::rootfs::ssh()?.display());
     println!("tcc         {}", parts::rootfs::tcc()?.display());
     println!("node        {}", parts::rootfs::node()?.display());
     println!("kubernetes  {}", parts::go::kubernetes()?.display());
     println!("helm        {}", parts::go::helm()?.display());
+    Ok(ExitCode::SUCCESS)
+}
+
+fn images(out: &Path) -> Result<ExitCode> {
+    for image in images::make(out)? {
+        let megabytes = image.written.compressed as f64 / (1 << 20) as f64;
+        println!(
+            "{}  {}  {megabytes:.1} MiB compressed  {}",
+            image.reference,
+            image.written.digest,
+            image.file.display()
+        );
+    }
     Ok(ExitCode::SUCCESS)
 }
 
@@ -152,7 +169,7 @@ fn exec(command: &mut Command) -> Result<ExitCode> {
 fn peer(version: Nix, command: &[String]) -> Result<ExitCode> {
     let here: PathBuf = std::env::current_dir()?;
     let mut root = root::Root::new(parts::rootfs::nix(version)?).bind("/tmp", "/tmp");
-    if !here.starts_with("/tmp") && here != std::path::Path::new("/") {
+    if !here.starts_with("/tmp") && here != Path::new("/") {
         root = root.bind(&here, &here);
     }
     exec(root.cwd(&here).command(&command[0])?.args(&command[1..]))

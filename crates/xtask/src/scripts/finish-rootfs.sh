@@ -36,5 +36,7 @@ if [ -d "$root/usr/share/ca-certificates" ]; then
 fi
 # Programs find their libraries by the loader's cache; its own configuration does when it was never run.
 ldconfig -r "$root"
-# The package lists and the packages are not needed any more.
-rm -rf "$root/var/lib/apt" "$root/var/cache/apt" "$root/usr/share/doc" "$root/usr/share/locale" "$root/usr/share/man" "$root/usr/share/perl" "$root/usr/lib/x86_64-linux-gnu/perl"
+# The package lists, the packages and the documentation are not needed any more; the copyright notices stay.
+rm -rf "$root/var/lib/apt" "$root/var/cache/apt" "$root/usr/share/locale" "$root/usr/share/man"
+rm -rf "$root/usr/share/perl" "$root/usr/lib/x86_64-linux-gnu/perl"
+find "$root/usr/share/doc" ! -type d ! -name copyright -delete
