@@ -137,3 +137,96 @@ impl LocalStore {
 fn spell(path: Option<&StorePath>) -> String {
     path.map_or_else(|| "not known".into(), ToString::to_string)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use drover_nix::{BasicDerivation, ContentAddress, Hash, Method, PathInfo, Sha256};
+
+    use super::*;
+    use crate::testing::{file_nar, info, store, store_path};
+
+    /// A derivation with one output, its path filled in.
+    fn derivation(store: &LocalStore, name: &str, inputs: &[&StorePath]) -> Derivation {
+        let env = [("out".into(), "".into()), ("name".into(), name.into())];
+        let basic = BasicDerivation {
+            name: name.into(),
+            outputs: [(OutputName::out(), DerivationOutput::Deferred)].into(),
+            input_srcs: BTreeSet::new(),
+            system: "x86_64-linux".into(),
+            builder: "/bin/sh".into(),
+            args: Vec::new(),
+            env: env.into(),
+        };
+        let input_drvs = inputs.iter().map(|path| ((*path).clone(), [OutputName::out()].into())).collect();
+        let mut drv = Derivation { basic, input_drvs };
+        store.hash_inputs(&drv, &HashSet::new()).unwrap();
+        let paths = modulo::output_paths(store.store_dir(), &drv, &mut |input| store.known_hash(input));
+        claim(store, &mut drv, paths.unwrap().unwrap().remove("out").unwrap());
+        drv
+    }
+
+    fn claim(store: &LocalStore, drv: &mut Derivation, path: StorePath) {
+        drv.basic.env.insert("out".into(), store.store_dir().full(&path).into());
+        drv.basic.outputs.insert(OutputName::out(), DerivationOutput::InputAddressed(path));
+    }
+
+    fn add(store: &LocalStore, drv: &Derivation) -> Result<StorePath, Error> {
+        let text = aterm::print(store.store_dir(), drv).unwrap();
+        let nar = file_nar(&text);
+        let info = PathInfo {
+            path: modulo::drv_path(store.store_dir(), drv).unwrap(),
+            references: drv.input_drvs.keys().cloned().collect(),
+            ca: Some(ContentAddress { method: Method::Text, hash: Hash::from(Sha256::of(&text)) }),
+            ..info("x", &nar, &[])
+        };
+        store.add_nar(&info, false, 0, &mut &nar[..]).map(|_| info.path)
+    }
+
+    #[test]
+    fn outputs_are_recorded() {
+        let (_dir, store) = store();
+        let first = derivation(&store, "first", &[]);
+        let first_path = add(&store, &first).unwrap();
+        let second = derivation(&store, "second", &[&first_path]);
+        let second_path = add(&store, &second).unwrap();
+        assert_eq!(store.read_derivation(&second_path).unwrap(), second);
+        let outputs = store.derivation_outputs(&second_path).unwrap();
+        let known = second.basic.output_paths(store.store_dir()).unwrap();
+        assert_eq!(Some(&outputs["out"]), known["out"].as_ref());
+        assert_eq!(store.valid_derivers(&outputs["out"]).unwrap(), [second_path].into());
+    }
+
+    #[test]
+    fn a_derivation_that_claims_what_is_not_its_own_is_refused() {
+        let (_dir, store) = store();
+        let input = add(&store, &derivation(&store, "input", &[])).unwrap();
+        let mut thief = derivation(&store, "thief", &[&input]);
+        claim(&store, &mut thief, store_path("thief"));
+        let error = add(&store, &thief).unwrap_err();
+        assert!(matches!(error, Error::Derivation { .. }), "{error}");
+        let mut liar = derivation(&store, "liar", &[&input]);
+        liar.basic.env.insert("out".into(), "/nix/store/elsewhere".into());
+        assert!(matches!(add(&store, &liar), Err(Error::Derivation { .. })));
+        let nar = file_nar(b"not a derivation");
+        let error = store.add_nar(&info("x.drv", &nar, &[]), false, 0, &mut &nar[..]).unwrap_err();
+        assert!(matches!(error, Error::Derivation { .. }), "{error}");
+        assert_eq!(store.all_valid_paths().unwrap(), [input].into());
+    }
+
+    #[test]
+    fn long_chains_are_hashed_without_recursion() {
+        let (_dir, store) = store();
+        let mut paths: Vec<StorePath> = Vec::new();
+        for i in 0..300 {
+            let inputs: Vec<&StorePath> = paths.iter().rev().take(2).collect();
+            let drv = derivation(&store, &format!("d{i}"), &inputs);
+            paths.push(add(&store, &drv).unwrap());
+        }
+        // As a process sees it that has verified nothing yet.
+        store.input_hashes(HashMap::clear);
+        let last = paths.last().unwrap();
+        add(&store, &derivation(&store, "last", &[last])).unwrap();
+    }
+}

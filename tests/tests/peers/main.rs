@@ -1,3 +1,4 @@
 //! The `peers` layer: against real Nix of every version that is supported. Run it by `cargo xtask test peers`.
 
 mod fixtures;
+mod store;

@@ -1,0 +1,219 @@
+//! The local store against real Nix: each reads, verifies and collects what the other wrote.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use anyhow::{Context as _, Result, ensure};
+use drover_nix::StorePath;
+use drover_store::{Access, Added, LocalStore, StoreLayout, TempRoots};
+use drover_tests::{Nix, Peer};
+use serde_json::Value;
+
+/// A derivation with two outputs and a source, one that uses it, and what only Nix's own tests would think of: names
+/// that are no UTF-8, a symlink to nowhere, an executable, an empty directory.
+const CHAIN: &str = r#"
+let
+  source = builtins.toFile "source" "some text\n";
+  make = attrs: derivation ({ system = "x86_64-linux"; builder = "/bin/sh"; } // attrs);
+  lib = make {
+    name = "lib";
+    outputs = [ "out" "dev" ];
+    args = [ "-c" ''
+      mkdir $out $dev $out/empty
+      echo ${source} $out > $out/text
+      echo $out > $dev/back
+      printf '#!/bin/sh\n' > $out/run
+      chmod 755 $out/run
+      ln -s /no/where $out/link
+      echo odd > $out/$(printf '\377')
+    '' ];
+    PATH = "/bin:/usr/bin";
+  };
+in make {
+  name = "user";
+  args = [ "-c" "echo ${lib} > $out" ];
+}
+"#;
+
+/// A directory that goes with its read-only trees.
+struct Root(tempfile::TempDir);
+
+impl Root {
+    fn new() -> Result<Self> {
+        Ok(Self(tempfile::tempdir()?))
+    }
+
+    fn path(&self) -> &Path {
+        self.0.path()
+    }
+
+    fn text(&self) -> String {
+        self.path().to_string_lossy().into_owned()
+    }
+
+    fn store(&self, access: Access) -> Result<LocalStore> {
+        Ok(LocalStore::open(StoreLayout::in_root(self.path()), access)?)
+    }
+}
+
+impl Drop for Root {
+    fn drop(&mut self) {
+        let _ = drover_store::fs::delete(&self.path().join("nix"));
+    }
+}
+
+/// A store that real Nix made and filled, and the path of what was built last.
+fn filled_by_nix(peer: &Peer) -> Result<(Root, StorePath)> {
+    let root = Root::new()?;
+    // As its own /nix: in a store elsewhere the builds would need a sandbox and a shell to put there.
+    std::fs::create_dir(root.path().join("nix"))?;
+    let out = with_nix(peer, &root).run("nix-build", &["--no-out-link", "-E", CHAIN])?;
+    let out = out.trim().rsplit('/').next().context("no output")?.parse()?;
+    Ok((root, out))
+}
+
+fn with_nix(peer: &Peer, root: &Root) -> Peer {
+    peer.clone().with_at(&root.path().join("nix"), "/nix")
+}
+
+/// Copies everything, references first.
+fn copy_all(from: &LocalStore, to: &LocalStore) -> Result<()> {
+    let mut left = from.all_valid_paths()?;
+    while !left.is_empty() {
+        let ready: Vec<StorePath> = left
+            .iter()
+            .filter(|path| {
+                from.path_info(path).is_ok_and(|info| {
+                    info.is_some_and(|info| {
+                        info.other_references().all(|reference| !left.contains(reference))
+                    })
+                })
+            })
+            .cloned()
+            .collect();
+        ensure!(!ready.is_empty(), "the references run in a circle: {left:?}");
+        for path in ready {
+            let registration = from.registration(&path)?.context("it was valid")?;
+            let mut nar = Vec::new();
+            from.dump(&path, &mut nar)?;
+            let time = registration.registration_time;
+            let added = to.add_nar(&registration.info, registration.ultimate, time, &mut &nar[..])?;
+            ensure!(added == Added::Imported);
+            left.remove(&path);
+        }
+    }
+    Ok(())
+}
+
+/// What `nix path-info` says of every path, without what may differ between equal stores.
+fn all_infos(peer: &Peer, root: &Root) -> Result<Value> {
+    let args = [
+        "--extra-experimental-features",
+        "nix-command",
+        "path-info",
+        "--json",
+        "--all",
+        "--store",
+        &root.text(),
+    ];
+    Ok(serde_json::from_str(&peer.run("nix", &args)?)?)
+}
+
+#[test]
+fn nix_is_content_with_a_store_that_drover_wrote() -> Result<()> {
+    for nix in Nix::ALL {
+        let peer = Peer::new(nix)?;
+        let (theirs, out) = filled_by_nix(&peer)?;
+        let ours = Root::new()?;
+        copy_all(&theirs.store(Access::ReadOnly)?, &ours.store(Access::ReadWrite)?)?;
+        peer.run("nix-store", &["--store", &ours.text(), "--verify", "--check-contents"])?;
+        // Hashes, sizes, references, derivers, `ultimate`, content addresses and times: all of it.
+        ensure!(all_infos(&peer, &ours)? == all_infos(&peer, &theirs)?, "{nix:?}");
+        let full = format!("/nix/store/{out}");
+        for query in ["--references", "--deriver", "--requisites", "--hash", "--size"] {
+            let ask = |root: &Root| peer.run("nix-store", &["--store", &root.text(), "-q", query, &full]);
+            ensure!(ask(&ours)? == ask(&theirs)?, "{nix:?} {query}");
+        }
+        let deriver = peer.run("nix-store", &["--store", &ours.text(), "-q", "--deriver", &full])?;
+        let outputs = |root: &Root| {
+            peer.run("nix-store", &["--store", &root.text(), "-q", "--outputs", deriver.trim()])
+        };
+        ensure!(outputs(&ours)? == outputs(&theirs)?, "{nix:?}");
+        // And Nix goes on working in it: nothing is left to build.
+        let again = with_nix(&peer, &ours).run("nix-build", &["--no-out-link", "-E", CHAIN])?;
+        ensure!(again.trim() == full, "{again}");
+        ensure!(ours.store(Access::ReadOnly)?.verify(true)?.problems.is_empty());
+    }
+    Ok(())
+}
+
+#[test]
+fn drover_reads_a_store_that_nix_wrote() -> Result<()> {
+    for nix in Nix::ALL {
+        let peer = Peer::new(nix)?;
+        let (root, out) = filled_by_nix(&peer)?;
+        let store = root.store(Access::ReadOnly)?;
+        let full = format!("/nix/store/{out}");
+        let requisites = peer.run("nix-store", &["--store", &root.text(), "-q", "--requisites", &full])?;
+        let requisites: BTreeSet<StorePath> = requisites
+            .lines()
+            .map(|line| store.store_dir().parse(line.as_bytes()))
+            .collect::<Result<_, _>>()?;
+        ensure!(store.closure(&[out.clone()].into())? == requisites);
+        ensure!(store.verify(true)?.problems.is_empty());
+        for path in &requisites {
+            let theirs = peer
+                .command("nix-store")?
+                .args([
+                    "--store",
+                    &root.text(),
+                    "--dump",
+                    &root.path().join("nix/store").join(path.as_str()).to_string_lossy(),
+                ])
+                .output()?;
+            let mut ours = Vec::new();
+            store.dump(path, &mut ours)?;
+            ensure!(ours == theirs.stdout, "{nix:?} {path}");
+        }
+        // With all that is needed to work in it, too: a database of Nix's own making, and its locks.
+        let store = root.store(Access::ReadWrite)?;
+        ensure!(store.is_valid(&out)?);
+        let drv = store.valid_derivers(&out)?.into_iter().next().context("no deriver")?;
+        ensure!(store.derivation_outputs(&drv)?.values().any(|path| *path == out));
+        store.read_derivation(&drv)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn nix_collects_garbage_around_what_drover_protects() -> Result<()> {
+    for nix in Nix::ALL {
+        let peer = Peer::new(nix)?;
+        let (theirs, out) = filled_by_nix(&peer)?;
+        let root = Root::new()?;
+        let store = root.store(Access::ReadWrite)?;
+        copy_all(&theirs.store(Access::ReadOnly)?, &store)?;
+        let layout = store.layout().clone();
+        // The imports' own roots go with the store that held them.
+        drop(store);
+        // By default the derivers of what is alive are kept too.
+        let collect = || {
+            let args = ["--option", "keep-derivations", "false", "--store", &root.text(), "--gc"];
+            peer.run("nix-store", &args)
+        };
+        let store = LocalStore::open(layout, Access::ReadWrite)?;
+        let closure = store.closure(&[out.clone()].into())?;
+        let all = store.all_valid_paths()?;
+        ensure!(closure.len() < all.len(), "there should be garbage");
+        let roots = TempRoots::new(&store)?;
+        roots.add(&out)?;
+        collect()?;
+        ensure!(store.all_valid_paths()? == closure, "{nix:?}");
+        let present = |path: &StorePath| -> bool { store.real_path(path).exists() };
+        ensure!(closure.iter().all(present) && !all.difference(&closure).any(present));
+        drop(roots);
+        collect()?;
+        ensure!(store.all_valid_paths()?.is_empty(), "{nix:?}");
+    }
+    Ok(())
+}
