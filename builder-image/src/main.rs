@@ -1,1 +1,90 @@
-fn main() {}
+//! `drover-builder`: one program that owns a store and builds into it.
+//!
+//! In the order of its story: the command line ([`cli`]), a session on standard input and output ([`stdio`]) or over
+//! SSH ([`listen`]), what it answers ([`backend`]), how a derivation is built ([`build`]) and in what ([`sandbox`]).
+//! Only [`listen`] is asynchronous; everything below it is plain threads.
+
+mod backend;
+mod build;
+mod cli;
+mod error;
+mod listen;
+mod machine;
+mod sandbox;
+mod stdio;
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use drover_store::{Access, LocalStore, StoreUri};
+
+use crate::build::Builder;
+use crate::cli::{Cli, Command};
+
+fn main() -> ExitCode {
+    // The helper reads no command line but this word, and must stay single-threaded.
+    if std::env::args_os().nth(1).is_some_and(|word| word == sandbox::launch::HELPER_COMMAND) {
+        return sandbox::child::main();
+    }
+    let words = std::env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned());
+    let cli = match cli::parse(words) {
+        Ok(cli) => cli,
+        Err(why) => {
+            eprintln!("drover-builder: {why}");
+            return ExitCode::from(2);
+        }
+    };
+    // What a store holds is not secret, and Nix's programs all have this mask.
+    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
+    match run(&cli) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("drover-builder: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
+    match &cli.command {
+        Command::Help => print!("{}", cli::USAGE),
+        Command::Version => println!("drover-builder {}", env!("CARGO_PKG_VERSION")),
+        Command::Serve { write } => stdio::serve(builder(cli, *write)?, *write)?,
+        Command::Listen { address, authorized_keys, host_key, max_sessions } => {
+            let options = listen::Options {
+                address,
+                authorized_keys,
+                host_key: host_key.as_deref(),
+                max_sessions: *max_sessions,
+            };
+            listen::run(&options, builder(cli, true)?)?;
+        }
+        Command::Gc => anyhow::bail!("gc is not there yet: use nix-store --gc on this store"),
+        Command::Verify { contents } => {
+            let report = open(&cli.store, Access::ReadWrite)?.verify(*contents)?;
+            report.problems.iter().for_each(|problem| eprintln!("{problem}"));
+            println!("{} paths checked, {} problems", report.paths_checked, report.problems.len());
+            return Ok(if report.problems.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn builder(cli: &Cli, write: bool) -> anyhow::Result<Builder> {
+    let access = if write { Access::ReadWrite } else { Access::ReadOnly };
+    Ok(Builder { store: open(&cli.store, access)?, settings: machine::settings(cli)? })
+}
+
+fn open(uri: &str, access: Access) -> anyhow::Result<LocalStore> {
+    let uri = StoreUri::parse(uri)?.with_environment()?;
+    let access = if uri.read_only { Access::ReadOnly } else { access };
+    let layout = uri.layout();
+    if access == Access::ReadOnly && !Path::new(&layout.state_dir).join("db/db.sqlite").exists() {
+        // A reader may come before the first writer, and then there is nothing to read.
+        anyhow::bail!(
+            "there is no store at {}; start with --write to make one",
+            layout.real_store_dir.display()
+        );
+    }
+    Ok(LocalStore::open(layout, access)?)
+}

@@ -1,0 +1,269 @@
+//! Watches a running build: its output, its limits, and whether anyone still wants it (Nix: worker.cc,
+//! derivation-building-goal.cc). It decides when a build has ended and how; it may not look at outputs.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::fd::OwnedFd;
+
+use super::log::{Log, Tail};
+use crate::error::Error;
+use crate::sandbox::launch::{Report, Running};
+
+/// Longest sleep: how late a limit can be noticed, and how soon a slow log reader is looked at again.
+const MAX_SLEEP: Duration = Duration::from_millis(1000);
+const LOG_RETRY: Duration = Duration::from_millis(20);
+/// How much output is taken at once.
+const CHUNK: usize = 64 << 10;
+/// How long a killed build may take to be gone before this program gives up on it.
+const KILL_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Limits of one build; None is none.
+#[derive(Clone, Copy, Default, Debug)]
+pub(crate) struct Limits {
+    pub timeout: Option<Duration>,
+    pub max_silent: Option<Duration>,
+    pub max_log_bytes: Option<u64>,
+}
+
+/// How a build ended.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) enum End {
+    Exited(i32),
+    Signalled(i32),
+    TimedOut(Duration),
+    Silent(Duration),
+    LogLimit(u64),
+    Cancelled,
+    /// The sandbox was complete, but there was no such program or it could not be run.
+    NotExecuted(String),
+    /// The builder never ran.
+    SetUp(String),
+}
+
+/// Tells builds to stop. Clones are one.
+#[derive(Clone)]
+pub(crate) struct Cancel {
+    inner: Arc<(AtomicBool, OwnedFd)>,
+}
+
+impl Cancel {
+    pub(crate) fn new() -> io::Result<Self> {
+        let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        Ok(Self { inner: Arc::new((AtomicBool::new(false), event)) })
+    }
+
+    pub(crate) fn cancel(&self) {
+        self.inner.0.store(true, Ordering::SeqCst);
+        // Stays readable: nobody reads it. It can only overflow, which leaves it readable too.
+        let _overflow = rustix::io::write(&self.inner.1, &1_u64.to_ne_bytes());
+    }
+
+    pub(crate) fn is_cancelled(&self) -> bool {
+        self.inner.0.load(Ordering::SeqCst)
+    }
+
+    /// Sleeps for `time` at most. True if builds are to stop.
+    pub(crate) fn wait(&self, time: Duration) -> bool {
+        let _woken = poll(&mut [PollFd::new(&self.inner.1, PollFlags::IN)], Some(&timespec(time)));
+        self.is_cancelled()
+    }
+}
+
+/// Sees a build to its end. Everything that ran in it is gone when this returns.
+pub(crate) fn supervise(
+    mut running: Running,
+    limits: &Limits,
+    log: &Log,
+    cancel: &Cancel,
+) -> Result<(End, Vec<String>), Error> {
+    let mut watch =
+        Watch { started: Instant::now(), last_output: Instant::now(), logged: 0, tail: Tail::default() };
+    let verdict = loop {
+        if cancel.is_cancelled() {
+            break Some(End::Cancelled);
+        }
+        if let Some(end) = watch.exceeded(limits) {
+            break Some(end);
+        }
+        // A terminal that is not read holds the build up, which is what a slow reader of its log shall do.
+        let room = log.has_room();
+        let ready = watch.wait(&running, cancel, limits, room)?;
+        if ready.control
+            && let Some(end) = next_end(&mut running)?
+        {
+            break Some(end);
+        }
+        if ready.terminal && watch.drain(&running, limits, log, false)? {
+            break None;
+        }
+    };
+    running.kill();
+    let end = match verdict {
+        Some(verdict) => verdict,
+        None => last_end(&mut running)?,
+    };
+    // What is left fits into the terminal's own buffer.
+    watch.drain(&running, limits, log, true)?;
+    // Waits until the helper, and so the build, is gone.
+    drop(running);
+    let end = watch.over_log_limit(limits).unwrap_or(end);
+    Ok((end, watch.tail.finish()))
+}
+
+struct Watch {
+    started: Instant,
+    last_output: Instant,
+    logged: u64,
+    tail: Tail,
+}
+
+struct Ready {
+    terminal: bool,
+    control: bool,
+}
+
+impl Watch {
+    fn exceeded(&self, limits: &Limits) -> Option<End> {
+        let over = |limit: Option<Duration>, since: Instant| limit.filter(|limit| since.elapsed() >= *limit);
+        if let Some(end) = self.over_log_limit(limits) {
+            return Some(end);
+        }
+        if let Some(limit) = over(limits.timeout, self.started) {
+            return Some(End::TimedOut(limit));
+        }
+        over(limits.max_silent, self.last_output).map(End::Silent)
+    }
+
+    fn over_log_limit(&self, limits: &Limits) -> Option<End> {
+        limits.max_log_bytes.filter(|limit| self.logged > *limit).map(End::LogLimit)
+    }
+
+    /// Sleeps until there is something to do.
+    fn wait(
+        &mut self,
+        running: &Running,
+        cancel: &Cancel,
+        limits: &Limits,
+        room: bool,
+    ) -> Result<Ready, Error> {
+        let until = |limit: Option<Duration>, since: Instant| {
+            limit.map(|limit| limit.saturating_sub(since.elapsed()))
+        };
+        let mut sleep = MAX_SLEEP;
+        for left in [until(limits.timeout, self.started), until(limits.max_silent, self.last_output)]
+            .into_iter()
+            .flatten()
+        {
+            sleep = sleep.min(left + Duration::from_millis(1));
+        }
+        if !room {
+            sleep = sleep.min(LOG_RETRY);
+            // Silence of a build that we hold up ourselves is not its own.
+            self.last_output = Instant::now();
+        }
+        let mut fds =
+            vec![PollFd::new(&cancel.inner.1, PollFlags::IN), PollFd::new(running.control(), PollFlags::IN)];
+        if room {
+            fds.push(PollFd::new(running.terminal(), PollFlags::IN));
+        }
+        match poll(&mut fds, Some(&timespec(sleep))) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(errno) => return Err(Error::system("wait for the build")(errno.into())),
+        }
+        let ready = |index: usize| fds.get(index).is_some_and(|fd| !fd.revents().is_empty());
+        Ok(Ready { control: ready(1), terminal: ready(2) })
+    }
+
+    /// Takes what the build has written; unless it is all that will `ever` come, at most so much that limits are looked
+    /// at in time. True at its end.
+    fn drain(&mut self, running: &Running, limits: &Limits, log: &Log, ever: bool) -> Result<bool, Error> {
+        let mut chunk = vec![0; CHUNK];
+        loop {
+            match rustix::io::read(running.terminal(), &mut chunk[..]) {
+                // EIO: every process that had the terminal's other end is gone.
+                Ok(0) | Err(rustix::io::Errno::IO) => return Ok(true),
+                Ok(count) => {
+                    self.last_output = Instant::now();
+                    self.logged += count as u64;
+                    self.tail.write(&chunk[..count]);
+                    log.write(&chunk[..count]);
+                    if !ever && (!log.has_room() || self.over_log_limit(limits).is_some()) {
+                        return Ok(false);
+                    }
+                }
+                Err(rustix::io::Errno::INTR) => {}
+                Err(rustix::io::Errno::AGAIN) => return Ok(false),
+                Err(errno) => return Err(Error::system("read the build's output")(errno.into())),
+            }
+        }
+    }
+}
+
+/// How the build ended, if the sandbox has said so.
+fn next_end(running: &mut Running) -> Result<Option<End>, Error> {
+    let report = running.report().map_err(Error::system("read from the sandbox"))?;
+    Ok(match report {
+        None | Some(Report::Ready) => None,
+        Some(Report::Exited(code)) => Some(End::Exited(code)),
+        Some(Report::Signalled(signal)) => Some(End::Signalled(signal)),
+        Some(Report::NotExecuted(why)) => Some(End::NotExecuted(why)),
+        Some(Report::Failed(why)) => Some(End::SetUp(why)),
+    })
+}
+
+/// How the builder itself ended, once it is gone with all of its processes.
+fn last_end(running: &mut Running) -> Result<End, Error> {
+    let deadline = Instant::now() + KILL_TIMEOUT;
+    loop {
+        if let Some(end) = next_end(running)? {
+            return Ok(end);
+        }
+        if Instant::now() >= deadline {
+            let source = io::Error::from(io::ErrorKind::TimedOut);
+            return Err(Error::system("kill the build: it is still there after a minute")(source));
+        }
+        let timeout = Timespec { tv_sec: 1, tv_nsec: 0 };
+        let _again = poll(&mut [PollFd::new(running.control(), PollFlags::IN)], Some(&timeout));
+    }
+}
+
+fn timespec(time: Duration) -> Timespec {
+    Timespec {
+        tv_sec: i64::try_from(time.as_secs()).unwrap_or(i64::MAX),
+        tv_nsec: i64::from(time.subsec_nanos()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn which_limit_is_exceeded() {
+        let ago = |seconds| Instant::now().checked_sub(Duration::from_secs(seconds)).unwrap();
+        let watch = Watch { started: ago(10), last_output: ago(3), logged: 100, tail: Tail::default() };
+        let seconds = |seconds| Some(Duration::from_secs(seconds));
+        assert_eq!(watch.exceeded(&Limits::default()), None);
+        let limits = Limits { timeout: seconds(11), max_silent: seconds(4), max_log_bytes: Some(100) };
+        assert_eq!(watch.exceeded(&limits), None);
+        let timeout = Limits { timeout: seconds(9), ..limits };
+        assert_eq!(watch.exceeded(&timeout), Some(End::TimedOut(Duration::from_secs(9))));
+        let silent = Limits { max_silent: seconds(2), ..limits };
+        assert_eq!(watch.exceeded(&silent), Some(End::Silent(Duration::from_secs(2))));
+        let log = Limits { max_log_bytes: Some(99), ..limits };
+        assert_eq!(watch.exceeded(&log), Some(End::LogLimit(99)));
+    }
+
+    #[test]
+    fn cancelling_is_for_all_clones() {
+        let cancel = Cancel::new().unwrap();
+        let clone = cancel.clone();
+        cancel.cancel();
+        cancel.cancel();
+        assert!(clone.is_cancelled());
+    }
+}

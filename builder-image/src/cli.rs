@@ -1,0 +1,215 @@
+//! The command line: `serve` in our spelling and in Nix's, `listen`, `gc`, `verify`. Pure: it turns words into values.
+
+use std::path::PathBuf;
+
+pub(crate) const USAGE: &str = "\
+Builds Nix derivations in a store of its own, for clients that speak Nix's serve protocol.
+
+Usage:
+  drover-builder serve [--write] [OPTIONS]     the protocol on standard input and output, the log on standard error
+  drover-builder --serve [--write] [OPTIONS]   the same, as Nix and Hydra spell it
+  drover-builder listen --listen ADDRESS --authorized-key KEY|FILE [--host-key FILE] [OPTIONS]
+                                               the same over SSH; the first line on standard output is the host key
+  drover-builder gc [--store URI]              deletes what no root needs
+  drover-builder verify [--check-contents] [--store URI]
+
+Options:
+  --store URI               a root directory, or `local` with ?root=, store=, real=, state= (default: local)
+  --linger SECONDS          how long a build outlives its connection (default: 0)
+  --sandbox-shell PATH      a static shell that builds see as /bin/sh (default: busybox, where there is one)
+  --cores NUMBER            NIX_BUILD_CORES (default: 0, as many as there are)
+  --system SYSTEM           what this machine builds for (default: its own)
+  --extra-platforms LIST    what else it builds for
+  --system-features LIST    what derivations may require (default: nixos-test benchmark big-parallel, and kvm)
+  --max-sessions NUMBER     how many sessions `listen` serves at once (default: 64)
+Options of Nix that change nothing here are accepted: --builders, --max-jobs, --option, -v, --quiet and their like.
+";
+
+/// Nix's options that make sense for its own serve command, and how many words follow each.
+const IGNORED: [(&str, usize); 20] = [
+    ("--builders", 1),
+    ("--fallback", 0),
+    ("--keep-failed", 0),
+    ("--keep-going", 0),
+    ("--log-format", 1),
+    ("--max-jobs", 1),
+    ("--max-silent-time", 1),
+    ("--no-build-output", 0),
+    ("--option", 2),
+    ("--quiet", 0),
+    ("--substituters", 1),
+    ("--timeout", 1),
+    ("--verbose", 0),
+    ("-I", 1),
+    ("-K", 0),
+    ("-Q", 0),
+    ("-j", 1),
+    ("-k", 0),
+    ("-v", 0),
+    ("-vv", 0),
+];
+
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) enum Command {
+    Serve { write: bool },
+    Listen { address: String, authorized_keys: Vec<String>, host_key: Option<PathBuf>, max_sessions: usize },
+    Gc,
+    Verify { contents: bool },
+    Help,
+    Version,
+}
+
+/// The whole command line. Lists are None where they were not given.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) struct Cli {
+    pub command: Command,
+    pub store: String,
+    pub linger_seconds: u64,
+    pub sandbox_shell: Option<PathBuf>,
+    /// 0 for as many as there are.
+    pub cores: usize,
+    pub system: Option<String>,
+    pub extra_platforms: Option<Vec<String>>,
+    pub system_features: Option<Vec<String>>,
+}
+
+/// Parses the words behind the program's name. The error is one line.
+pub(crate) fn parse(words: impl IntoIterator<Item = String>) -> Result<Cli, String> {
+    let mut words = words.into_iter();
+    let mut command = None;
+    let (mut write, mut contents) = (false, false);
+    let (mut address, mut authorized_keys, mut host_key, mut max_sessions) = (None, Vec::new(), None, 64);
+    let mut cli = Cli {
+        command: Command::Help,
+        store: "local".into(),
+        linger_seconds: 0,
+        sandbox_shell: None,
+        cores: 0,
+        system: None,
+        extra_platforms: None,
+        system_features: None,
+    };
+    while let Some(word) = words.next() {
+        // Both `--name value` and `--name=value`.
+        let (name, mut inline) = match word.split_once('=') {
+            Some((name, value)) if name.starts_with("--") => (name.to_owned(), Some(value.to_owned())),
+            _ => (word.clone(), None),
+        };
+        let mut value =
+            || inline.take().or_else(|| words.next()).ok_or_else(|| format!("{name} needs a value"));
+        match name.as_str() {
+            "--help" | "-h" | "help" => return Ok(Cli { command: Command::Help, ..cli }),
+            "--version" => return Ok(Cli { command: Command::Version, ..cli }),
+            "serve" | "--serve" => set_command(&mut command, "serve")?,
+            "listen" => set_command(&mut command, "listen")?,
+            "gc" => set_command(&mut command, "gc")?,
+            "verify" => set_command(&mut command, "verify")?,
+            "--write" => write = true,
+            "--check-contents" => contents = true,
+            "--store" => cli.store = value()?,
+            "--listen" => address = Some(value()?),
+            "--authorized-key" => authorized_keys.push(value()?),
+            "--host-key" => host_key = Some(value()?.into()),
+            "--sandbox-shell" => cli.sandbox_shell = Some(value()?.into()),
+            "--linger" => cli.linger_seconds = number(&name, &value()?)?,
+            "--cores" => cli.cores = number(&name, &value()?)?,
+            "--max-sessions" => max_sessions = number(&name, &value()?)?,
+            "--system" => cli.system = Some(value()?),
+            "--extra-platforms" => cli.extra_platforms = Some(list(&value()?)),
+            "--system-features" => cli.system_features = Some(list(&value()?)),
+            other => match IGNORED.iter().find(|(ignored, _)| *ignored == other) {
+                Some((_, count)) => (inline.is_some().into()..*count).for_each(|_: usize| {
+                    words.next();
+                }),
+                None => return Err(format!("unknown argument {word:?}; see drover-builder --help")),
+            },
+        }
+    }
+    cli.command = match command {
+        Some("serve") => Command::Serve { write },
+        Some("listen") => {
+            let address = address.ok_or("listen needs --listen ADDRESS, for instance 0.0.0.0:2222")?;
+            if authorized_keys.is_empty() {
+                return Err("listen needs --authorized-key: without one nobody could log in".into());
+            }
+            Command::Listen { address, authorized_keys, host_key, max_sessions }
+        }
+        Some("gc") => Command::Gc,
+        Some("verify") => Command::Verify { contents },
+        _ => return Err("a command is needed: serve, listen, gc or verify; see drover-builder --help".into()),
+    };
+    Ok(cli)
+}
+
+fn set_command(command: &mut Option<&'static str>, name: &'static str) -> Result<(), String> {
+    match command.replace(name) {
+        Some(before) if before != name => Err(format!("{before} and {name} cannot be had at once")),
+        _ => Ok(()),
+    }
+}
+
+fn number<N: std::str::FromStr>(name: &str, text: &str) -> Result<N, String> {
+    text.parse().map_err(|_| format!("{name}: {text:?} is not a whole number"))
+}
+
+fn list(text: &str) -> Vec<String> {
+    text.split([' ', ',']).filter(|word| !word.is_empty()).map(str::to_owned).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(line: &str) -> Result<Cli, String> {
+        super::parse(line.split(' ').filter(|word| !word.is_empty()).map(str::to_owned))
+    }
+
+    #[test]
+    fn serve_in_every_spelling() {
+        for line in ["serve --write", "--serve --write", "--write --serve", "--builders x --serve -v --write"]
+        {
+            assert_eq!(parse(line).unwrap().command, Command::Serve { write: true }, "{line}");
+        }
+        assert_eq!(parse("--serve").unwrap().command, Command::Serve { write: false });
+        let line = "--option sandbox true serve --max-jobs=3 --store /x --cores 2 --linger=9";
+        let cli = parse(line).unwrap();
+        assert_eq!((cli.store.as_str(), cli.cores, cli.linger_seconds), ("/x", 2, 9));
+    }
+
+    #[test]
+    fn listen() {
+        let cli =
+            parse("listen --listen 127.0.0.1:0 --authorized-key a --authorized-key b --host-key k").unwrap();
+        let keys = vec!["a".into(), "b".into()];
+        let address = "127.0.0.1:0".into();
+        let expected =
+            Command::Listen { address, authorized_keys: keys, host_key: Some("k".into()), max_sessions: 64 };
+        assert_eq!(cli.command, expected);
+        assert!(parse("listen --listen 127.0.0.1:0").unwrap_err().contains("--authorized-key"));
+        assert!(parse("listen --authorized-key a").unwrap_err().contains("--listen"));
+    }
+
+    #[test]
+    fn the_rest() {
+        assert_eq!(parse("verify --check-contents").unwrap().command, Command::Verify { contents: true });
+        assert_eq!(parse("gc --store local").unwrap().command, Command::Gc);
+        assert_eq!(parse("--help").unwrap().command, Command::Help);
+        let features = parse("serve --system-features kvm,big-parallel").unwrap().system_features.unwrap();
+        assert_eq!(features, ["kvm", "big-parallel"]);
+    }
+
+    #[test]
+    fn what_is_refused() {
+        for line in [
+            "",
+            "--write",
+            "serve listen",
+            "serve --store",
+            "serve --bogus",
+            "serve --cores many",
+            "frobnicate",
+        ] {
+            assert!(parse(line).is_err(), "{line}");
+        }
+    }
+}

@@ -1,0 +1,102 @@
+//! What can go wrong in the builder, and which of Nix's statuses it is to the client that asked for a build.
+
+use std::io;
+use std::path::PathBuf;
+
+use drover_serve::BuildStatus;
+
+/// Every variant names the act that failed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub(crate) enum Error {
+    /// A system call on a file.
+    #[error("cannot {act} {}: {source}", path.display())]
+    File { act: &'static str, path: PathBuf, source: io::Error },
+    /// A system call on nothing that has a path.
+    #[error("cannot {act}: {source}")]
+    System { act: &'static str, source: io::Error },
+    /// The sandbox could not be set up; no instruction of the builder ran.
+    #[error("{why}")]
+    Sandbox { why: String },
+    #[error(transparent)]
+    Store(#[from] drover_store::Error),
+    #[error(transparent)]
+    Nix(#[from] drover_nix::Error),
+    /// The client went away or the program is told to stop.
+    #[error("the build was cancelled: {why}")]
+    Cancelled { why: String },
+    /// The build's end, as far as it is the derivation's own doing.
+    #[error("{message}")]
+    Verdict { status: BuildStatus, message: String },
+}
+
+impl Error {
+    /// A stable word for metrics and reasons.
+    pub(crate) fn category(&self) -> &'static str {
+        match self {
+            Self::File { .. } => "file",
+            Self::System { .. } => "system",
+            Self::Sandbox { .. } => "sandbox",
+            Self::Store(error) => error.category(),
+            Self::Nix(error) => error.category(),
+            Self::Cancelled { .. } => "cancelled",
+            Self::Verdict { .. } => "verdict",
+        }
+    }
+
+    /// What BuildDerivation answers (Nix: build-result.hh). Whatever is not the derivation's fault is miscellaneous, but
+    /// for a full disk, after which another try may work.
+    pub(crate) fn status(&self) -> BuildStatus {
+        match self {
+            Self::Verdict { status, .. } => *status,
+            Self::Store(drover_store::Error::Cycle { .. }) => BuildStatus::OutputRejected,
+            Self::Nix(drover_nix::Error::Derivation { .. } | drover_nix::Error::OutputName { .. }) => {
+                BuildStatus::InputRejected
+            }
+            error if error.is_disk_full() => BuildStatus::TransientFailure,
+            _ => BuildStatus::MiscFailure,
+        }
+    }
+
+    /// Whether a file system had no room left.
+    pub(crate) fn is_disk_full(&self) -> bool {
+        match self {
+            Self::Store(error) => error.is_disk_full(),
+            Self::File { source, .. } | Self::System { source, .. } => {
+                matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+            }
+            _ => false,
+        }
+    }
+
+    pub(crate) fn file(act: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::File { act, path, source }
+    }
+
+    pub(crate) fn system(act: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::System { act, source }
+    }
+
+    pub(crate) fn input(message: impl Into<String>) -> Self {
+        Self::Verdict { status: BuildStatus::InputRejected, message: message.into() }
+    }
+
+    pub(crate) fn output(message: impl Into<String>) -> Self {
+        Self::Verdict { status: BuildStatus::OutputRejected, message: message.into() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn statuses() {
+        let full = Error::file("write", "/x")(io::Error::from(io::ErrorKind::StorageFull));
+        assert_eq!(full.status(), BuildStatus::TransientFailure);
+        let other = Error::file("write", "/x")(io::Error::from(io::ErrorKind::NotFound));
+        assert_eq!((other.status(), other.category()), (BuildStatus::MiscFailure, "file"));
+        assert_eq!(Error::output("no").status(), BuildStatus::OutputRejected);
+    }
+}

@@ -1,0 +1,243 @@
+//! [`Kernel`] on Linux. Each method is one act of the calling process; none decides anything.
+
+use std::ffi::CString;
+use std::fs::File;
+use std::io;
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::Path;
+
+use rustix::mount::{self, MountFlags, MountPropagationFlags, UnmountFlags};
+use rustix::process::{self, Resource, Rlimit, Signal};
+use rustix::thread;
+
+use super::kernel::Kernel;
+use super::plan::Command;
+use super::seccomp;
+
+/// The calling process, which has one thread.
+pub(crate) struct Linux;
+
+impl Kernel for Linux {
+    fn session(&mut self) -> io::Result<()> {
+        default_signals()?;
+        process::setsid()?;
+        rustix::stdio::dup2_stdin(File::open("/dev/null")?)?;
+        rustix::stdio::dup2_stderr(rustix::stdio::stdout())?;
+        Ok(())
+    }
+
+    fn die_with_parent(&mut self) -> io::Result<()> {
+        Ok(process::set_parent_process_death_signal(Some(Signal::KILL))?)
+    }
+
+    fn loopback(&mut self) -> io::Result<()> {
+        use rustix::net::{AddressFamily, SocketFlags, SocketType};
+        let socket =
+            rustix::net::socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, None)?;
+        interface_up(&socket)
+    }
+
+    fn host_names(&mut self, host: &str, domain: &str) -> io::Result<()> {
+        rustix::system::sethostname(host.as_bytes())?;
+        Ok(rustix::system::setdomainname(domain.as_bytes())?)
+    }
+
+    fn private_mounts(&mut self) -> io::Result<()> {
+        Ok(mount::mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?)
+    }
+
+    fn bind(&mut self, source: &Path, target: &Path) -> io::Result<()> {
+        Ok(mount::mount_bind_recursive(source, target)?)
+    }
+
+    fn read_only_below(&mut self, target: &Path) -> io::Result<()> {
+        set_read_only(target, true, true)?;
+        set_read_only(target, false, false)
+    }
+
+    fn mount_proc(&mut self, target: &Path) -> io::Result<()> {
+        let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+        Ok(mount::mount("proc", target, "proc", flags, None)?)
+    }
+
+    fn mount_shm(&mut self, target: &Path) -> io::Result<()> {
+        let flags = MountFlags::NOSUID | MountFlags::NODEV;
+        Ok(mount::mount("tmpfs", target, "tmpfs", flags, c"mode=1777,size=50%")?)
+    }
+
+    fn pivot_root(&mut self, root: &Path) -> io::Result<()> {
+        // The old root is stacked on the new one, then taken off: no directory for it is needed.
+        process::chdir(root)?;
+        process::pivot_root(".", ".")?;
+        mount::unmount(".", UnmountFlags::DETACH)?;
+        Ok(process::chdir("/")?)
+    }
+
+    fn no_new_privileges(&mut self) -> io::Result<()> {
+        Ok(thread::set_no_new_privs(true)?)
+    }
+
+    fn filter_syscalls(&mut self) -> io::Result<()> {
+        seccompiler::apply_filter(&seccomp::program()).map_err(io::Error::other)
+    }
+
+    fn scope_sockets(&mut self) -> io::Result<()> {
+        // A second line only: the network namespace is the first, where there is one. Kernels before 6.12 lack it.
+        let _unsupported = landlock_abstract_sockets();
+        Ok(())
+    }
+
+    fn personality(&mut self, linux32: bool) -> io::Result<()> {
+        const ADDRESSES_AS_THEY_ARE: libc::c_ulong = 0x0004_0000;
+        const LINUX32: libc::c_ulong = 8;
+        if linux32 {
+            set_personality(LINUX32)?;
+        }
+        // Containers' own filters may refuse this one; a build is right without it, only less repeatable.
+        let base = if linux32 { LINUX32 } else { 0 };
+        let _refused = set_personality(base | ADDRESSES_AS_THEY_ARE);
+        Ok(())
+    }
+
+    fn change_dir(&mut self, path: &Path) -> io::Result<()> {
+        Ok(process::chdir(path)?)
+    }
+
+    fn close_descriptors(&mut self) -> io::Result<()> {
+        close_on_exec_from(3)
+    }
+
+    fn limits_and_umask(&mut self) -> io::Result<()> {
+        let hard = process::getrlimit(Resource::Core).maximum;
+        process::setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: hard })?;
+        process::umask(rustix::fs::Mode::from_raw_mode(0o022));
+        Ok(())
+    }
+
+    fn ids(&mut self, uid: u32, gid: u32) -> io::Result<()> {
+        // One thread: the thread's ids are the process's.
+        let (uid, gid) = (process::Uid::from_raw(uid), process::Gid::from_raw(gid));
+        thread::set_thread_res_gid(gid, gid, gid)?;
+        Ok(thread::set_thread_res_uid(uid, uid, uid)?)
+    }
+
+    fn exec(&mut self, command: &Command) -> io::Error {
+        exec(command)
+    }
+}
+
+/// Handlers that a program inherits are Rust's ignored SIGPIPE and whatever our own parent ignored.
+#[allow(unsafe_code)]
+fn default_signals() -> io::Result<()> {
+    const LAST_SIGNAL: libc::c_int = 64;
+    for signal in 1..=LAST_SIGNAL {
+        // SAFETY: SIG_DFL installs no handler of ours. KILL, STOP and libc's own signals answer EINVAL, as they may.
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    }
+    // SAFETY: `set` is initialised by sigemptyset before it is read, and outlives both calls.
+    let result = unsafe {
+        let mut set = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
+        libc::sigemptyset(set.as_mut_ptr());
+        libc::sigprocmask(libc::SIG_SETMASK, set.as_ptr(), std::ptr::null_mut())
+    };
+    check(libc::c_long::from(result)).map(drop)
+}
+
+#[allow(unsafe_code)]
+fn interface_up(socket: &rustix::fd::OwnedFd) -> io::Result<()> {
+    use std::os::fd::AsRawFd as _;
+    // SAFETY: an all-zero ifreq is valid: an empty name and flags of 0.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(b"lo") {
+        *to = from.cast_signed() as libc::c_char;
+    }
+    let flags = libc::IFF_UP | libc::IFF_LOOPBACK | libc::IFF_RUNNING;
+    request.ifr_ifru.ifru_flags = libc::c_short::try_from(flags).map_err(io::Error::other)?;
+    // SAFETY: the kernel reads one ifreq, which lives across the call.
+    let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS as _, &raw const request) };
+    check(libc::c_long::from(result)).map(drop)
+}
+
+/// Sets or clears the read-only flag of the mount at `path`, and of all below it if `recursive`. Leaves every other flag,
+/// which an old-style remount could not do to mounts that came from outside.
+#[allow(unsafe_code)]
+fn set_read_only(path: &Path, read_only: bool, recursive: bool) -> io::Result<()> {
+    #[repr(C)]
+    struct MountAttr {
+        set: u64,
+        clear: u64,
+        propagation: u64,
+        user_namespace: u64,
+    }
+    const READ_ONLY: u64 = 1;
+    const AT_RECURSIVE: libc::c_uint = 0x8000;
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let (set, clear) = if read_only { (READ_ONLY, 0) } else { (0, READ_ONLY) };
+    let attr = MountAttr { set, clear, propagation: 0, user_namespace: 0 };
+    let flags = if recursive { AT_RECURSIVE } else { 0 };
+    // SAFETY: path and attr live across the call and the size is attr's (mount_setattr(2)).
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            libc::AT_FDCWD,
+            path.as_ptr(),
+            flags,
+            &raw const attr,
+            size_of::<MountAttr>(),
+        )
+    };
+    match check(result) {
+        // Linux before 5.12. There the inputs rest on their owner and modes alone, as they do under Nix.
+        Err(error) if error.raw_os_error() == Some(libc::ENOSYS) => Ok(()),
+        other => other.map(drop),
+    }
+}
+
+#[allow(unsafe_code)]
+fn landlock_abstract_sockets() -> io::Result<()> {
+    #[repr(C)]
+    struct Ruleset {
+        access_fs: u64,
+        access_net: u64,
+        scoped: u64,
+    }
+    const SCOPE_ABSTRACT_UNIX_SOCKET: u64 = 1;
+    let ruleset = Ruleset { access_fs: 0, access_net: 0, scoped: SCOPE_ABSTRACT_UNIX_SOCKET };
+    // SAFETY: the struct lives across the call and its size is given (landlock_create_ruleset(2)).
+    let descriptor = unsafe {
+        libc::syscall(libc::SYS_landlock_create_ruleset, &raw const ruleset, size_of::<Ruleset>(), 0)
+    };
+    let descriptor = check(descriptor)?;
+    // SAFETY: takes a descriptor and flags only. The descriptor is closed on exec (landlock makes it so).
+    check(unsafe { libc::syscall(libc::SYS_landlock_restrict_self, descriptor, 0) }).map(drop)
+}
+
+#[allow(unsafe_code)]
+fn set_personality(bits: libc::c_ulong) -> io::Result<()> {
+    // SAFETY: takes a number and returns the old one.
+    check(libc::c_long::from(unsafe { libc::personality(bits) })).map(drop)
+}
+
+#[allow(unsafe_code)]
+fn close_on_exec_from(first: libc::c_uint) -> io::Result<()> {
+    const CLOSE_RANGE_CLOEXEC: libc::c_uint = 4;
+    // SAFETY: marks descriptors, closes none; takes numbers only.
+    check(unsafe { libc::syscall(libc::SYS_close_range, first, libc::c_uint::MAX, CLOSE_RANGE_CLOEXEC) })
+        .map(drop)
+}
+
+#[allow(unsafe_code)]
+fn exec(command: &Command) -> io::Error {
+    let pointers = |strings: &[CString]| {
+        let ends = std::iter::once(std::ptr::null());
+        strings.iter().map(|s| s.as_ptr()).chain(ends).collect::<Vec<_>>()
+    };
+    let (argv, env) = (pointers(&command.argv), pointers(&command.env));
+    // SAFETY: both arrays end in null and point to strings that `command` keeps alive; execve returns only on failure.
+    unsafe { libc::execve(command.program.as_ptr(), argv.as_ptr(), env.as_ptr()) };
+    io::Error::last_os_error()
+}
+
+fn check(result: libc::c_long) -> io::Result<libc::c_long> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}

@@ -1,0 +1,16 @@
+//! The sandbox: Linux namespaces in which one build runs, and nothing else of this program.
+//!
+//! A build's process must be cloned by a program with a single thread, so this program starts itself again as
+//! [`child`] for every build, hands it a [`plan`] over a socket, and talks to it through [`launch`]. The plan is a
+//! list of [`plan::Step`]s: its order is the security argument, and it is a pure value that tests can read. Steps
+//! reach the kernel through the trait [`kernel::Kernel`] only, which [`linux`] implements.
+//!
+//! Nothing in here knows stores or derivations.
+
+pub(crate) mod child;
+pub(crate) mod kernel;
+pub(crate) mod launch;
+pub(crate) mod linux;
+pub(crate) mod plan;
+pub(crate) mod rungs;
+pub(crate) mod seccomp;

@@ -1,0 +1,236 @@
+//! What is done, in which order, between the clone of a build's process and its first instruction. Pure: it builds a
+//! list and touches nothing. The order is Nix's (Nix: linux-derivation-builder.cc, enterChroot; derivation-builder.cc,
+//! runChild); every step that gives up a right stands behind the last one that needs it.
+
+use std::ffi::CString;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+/// Ids that a build sees itself as (Nix: sandbox uid and gid with user namespaces).
+pub(crate) const INSIDE_UID: u32 = 1000;
+pub(crate) const INSIDE_GID: u32 = 100;
+
+/// One act of the process that becomes the builder.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub(crate) enum Step {
+    /// Default signals, a session without a terminal, standard input from nowhere, standard error joined to output.
+    Session,
+    /// Dies when its parent does. Armed again after [`Step::Ids`], which disarms it.
+    DieWithParent,
+    /// Brings up `lo` in the build's own network namespace.
+    Loopback,
+    HostNames {
+        host: String,
+        domain: String,
+    },
+    /// No mount made from here on is seen outside, and none made outside is seen here.
+    PrivateMounts,
+    /// Makes `target` a mount of `source`, with all that is mounted below it.
+    Bind {
+        source: PathBuf,
+        target: PathBuf,
+    },
+    /// Makes everything mounted at and below `target` read-only, then `target` itself writable again.
+    ReadOnlyBelow {
+        target: PathBuf,
+    },
+    MountProc {
+        target: PathBuf,
+    },
+    MountShm {
+        target: PathBuf,
+    },
+    /// Makes `root` the root directory and takes the old one away.
+    PivotRoot {
+        root: PathBuf,
+    },
+    NoNewPrivileges,
+    /// Forbids set-user-ID files, extended attributes and access control lists.
+    FilterSyscalls,
+    /// Keeps the build from abstract sockets outside (Landlock, where the kernel has it).
+    ScopeSockets,
+    /// A 32-bit personality if asked for; never randomised addresses.
+    Personality {
+        linux32: bool,
+    },
+    ChangeDir {
+        path: PathBuf,
+    },
+    /// No descriptor but the standard three survives the exec.
+    CloseDescriptors,
+    /// No core dumps by default, and the file mode mask 0022.
+    LimitsAndUmask,
+    Ids {
+        uid: u32,
+        gid: u32,
+    },
+    Exec,
+    /// Instead of [`Step::Exec`]: the steps before it worked, and that was the question.
+    Exit,
+}
+
+/// A host id that one id inside stands for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub(crate) struct IdMap {
+    pub inside: u32,
+    pub outside: u32,
+}
+
+/// Everything that the helper process needs.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub(crate) struct Plan {
+    pub steps: Vec<Step>,
+    /// A network namespace of its own.
+    pub private_network: bool,
+    pub uid: IdMap,
+    pub gid: IdMap,
+    /// Travels next to the rest, as the kernel takes it.
+    #[serde(skip)]
+    pub command: Command,
+}
+
+/// What is executed. The program is the first of `argv`'s neighbours, not its first member: Nix gives the builder its
+/// base name as `argv[0]`.
+#[derive(Clone, Default, PartialEq, Eq, Debug)]
+pub(crate) struct Command {
+    pub program: CString,
+    pub argv: Vec<CString>,
+    /// `NAME=value` each.
+    pub env: Vec<CString>,
+}
+
+/// What a build's steps depend on.
+#[derive(Clone, Debug)]
+pub(crate) struct Layout {
+    /// The tree that becomes the root directory, mount points included.
+    pub root: PathBuf,
+    /// The store directory as the build sees it, absolute.
+    pub store_dir: PathBuf,
+    /// Source outside, target below `root`. Inputs below `store_dir` end up read-only.
+    pub binds: Vec<(PathBuf, PathBuf)>,
+    /// The build directory as the build sees it.
+    pub build_dir: PathBuf,
+    pub private_network: bool,
+    pub linux32: bool,
+    /// `/dev/shm` exists outside, so that it should inside.
+    pub shm: bool,
+}
+
+/// The steps of an ordinary build.
+pub(crate) fn build_steps(layout: &Layout) -> Vec<Step> {
+    let inside = |path: &Path| layout.root.join(path.strip_prefix("/").unwrap_or(path));
+    let mut steps = vec![Step::Session, Step::DieWithParent];
+    if layout.private_network {
+        steps.push(Step::Loopback);
+    }
+    steps.push(Step::HostNames { host: "localhost".into(), domain: "(none)".into() });
+    steps.push(Step::PrivateMounts);
+    // pivot_root takes a mount point; the store's own mount is what stays writable among its read-only inputs.
+    steps.push(Step::Bind { source: layout.root.clone(), target: layout.root.clone() });
+    let store = inside(&layout.store_dir);
+    steps.push(Step::Bind { source: store.clone(), target: store.clone() });
+    let binds = layout.binds.iter();
+    steps.extend(binds.map(|(source, target)| Step::Bind { source: source.clone(), target: target.clone() }));
+    steps.push(Step::ReadOnlyBelow { target: store });
+    steps.push(Step::MountProc { target: inside(Path::new("/proc")) });
+    if layout.shm {
+        steps.push(Step::MountShm { target: inside(Path::new("/dev/shm")) });
+    }
+    steps.extend([
+        Step::PivotRoot { root: layout.root.clone() },
+        Step::NoNewPrivileges,
+        Step::FilterSyscalls,
+        Step::ScopeSockets,
+        Step::Personality { linux32: layout.linux32 },
+        Step::ChangeDir { path: layout.build_dir.clone() },
+        Step::CloseDescriptors,
+        Step::LimitsAndUmask,
+        Step::Ids { uid: INSIDE_UID, gid: INSIDE_GID },
+        Step::DieWithParent,
+        Step::Exec,
+    ]);
+    steps
+}
+
+/// The steps that show whether this machine lets us sandbox: the ones that containers and kernels refuse. `scratch` is
+/// an empty directory.
+pub(crate) fn probe_steps(scratch: &Path) -> Vec<Step> {
+    vec![
+        Step::Session,
+        Step::DieWithParent,
+        Step::Loopback,
+        Step::PrivateMounts,
+        Step::Bind { source: scratch.to_owned(), target: scratch.to_owned() },
+        Step::MountProc { target: scratch.to_owned() },
+        Step::Ids { uid: INSIDE_UID, gid: INSIDE_GID },
+        Step::Exit,
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn layout() -> Layout {
+        Layout {
+            root: "/s/x.drv.chroot/root".into(),
+            store_dir: "/nix/store".into(),
+            binds: vec![("/s/in".into(), "/s/x.drv.chroot/root/nix/store/in".into())],
+            build_dir: "/build".into(),
+            private_network: true,
+            linux32: false,
+            shm: true,
+        }
+    }
+
+    fn position(steps: &[Step], wanted: impl Fn(&Step) -> bool) -> usize {
+        steps.iter().position(wanted).unwrap()
+    }
+
+    #[test]
+    fn rights_go_before_the_builder_runs_and_after_their_last_use() {
+        let steps = build_steps(&layout());
+        let pivot = position(&steps, |s| matches!(s, Step::PivotRoot { .. }));
+        let last_mount = steps
+            .iter()
+            .rposition(|s| {
+                matches!(
+                    s,
+                    Step::Bind { .. }
+                        | Step::MountProc { .. }
+                        | Step::MountShm { .. }
+                        | Step::ReadOnlyBelow { .. }
+                )
+            })
+            .unwrap();
+        let ids = position(&steps, |s| matches!(s, Step::Ids { .. }));
+        let filter = position(&steps, |s| *s == Step::FilterSyscalls);
+        let privileges = position(&steps, |s| *s == Step::NoNewPrivileges);
+        assert!(
+            position(&steps, |s| *s == Step::PrivateMounts)
+                < position(&steps, |s| matches!(s, Step::Bind { .. }))
+        );
+        assert!(last_mount < pivot && pivot < privileges && privileges < filter && filter < ids);
+        assert!(position(&steps, |s| *s == Step::CloseDescriptors) < ids);
+        assert_eq!(steps[ids + 1..], [Step::DieWithParent, Step::Exec]);
+    }
+
+    #[test]
+    fn inputs_are_read_only_and_the_store_is_not() {
+        let steps = build_steps(&layout());
+        let input = position(&steps, |s| matches!(s, Step::Bind { source, .. } if source.ends_with("in")));
+        let seal = position(
+            &steps,
+            |s| matches!(s, Step::ReadOnlyBelow { target } if target.ends_with("nix/store")),
+        );
+        assert!(input < seal);
+    }
+
+    #[test]
+    fn the_network_is_private_unless_it_is_needed() {
+        assert!(build_steps(&layout()).contains(&Step::Loopback));
+        let fetcher = Layout { private_network: false, ..layout() };
+        assert!(!build_steps(&fetcher).contains(&Step::Loopback));
+    }
+}

@@ -1,0 +1,204 @@
+//! A builder process with a store of its own, spoken to over pipes by the protocol's real client.
+//!
+//! Scripts run in Debian's static busybox, which is both the sandbox's shell and an input store path with an applet
+//! for every tool that they use. Without it these tests fail: `apt-get install busybox-static`.
+
+#![allow(dead_code)] // each test program uses its own part
+
+use std::collections::BTreeMap;
+use std::io::Read as _;
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+
+use bstr::BString;
+use drover_nix::{
+    BasicDerivation, ContentAddress, DerivationOutput, Hash, Method, OutputName, PathInfo, Sha256, StoreDir,
+    StorePath,
+};
+use drover_serve::{BuildOptions, BuildResult, Client};
+use tempfile::TempDir;
+
+pub(crate) const BUILDER: &str = env!("CARGO_BIN_EXE_drover-builder");
+/// Who an ordinary user is where the tests run as root.
+pub(crate) const NOBODY: u32 = 65534;
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum User {
+    Current,
+    /// Not root, whoever runs the tests.
+    Ordinary,
+}
+
+pub(crate) struct Builder {
+    pub(crate) client: Option<Client<ChildStdout, ChildStdin>>,
+    pub(crate) child: Child,
+    pub(crate) root: TempDir,
+    pub(crate) tools: StorePath,
+    log: Arc<Mutex<Vec<u8>>>,
+    log_reader: Option<JoinHandle<()>>,
+}
+
+impl Builder {
+    /// A new store, with the tools in it.
+    pub(crate) fn start(user: User) -> Self {
+        Self::start_with(user, &[])
+    }
+
+    pub(crate) fn start_with(user: User, args: &[&str]) -> Self {
+        let root = TempDir::new().unwrap();
+        let mut command = Command::new(BUILDER);
+        command.args(["--serve", "--write", "--store", root.path().to_str().unwrap()]).args(args);
+        if user == User::Ordinary && rustix::process::geteuid().is_root() {
+            std::os::unix::fs::chown(root.path(), Some(NOBODY), Some(NOBODY)).unwrap();
+            command.uid(NOBODY).gid(NOBODY);
+        }
+        let mut child =
+            command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let log = Arc::new(Mutex::new(Vec::new()));
+        let mut stderr = child.stderr.take().unwrap();
+        let sink = Arc::clone(&log);
+        let log_reader = std::thread::spawn(move || {
+            let mut chunk = [0; 4096];
+            while let Ok(count @ 1..) = stderr.read(&mut chunk) {
+                sink.lock().unwrap().extend(&chunk[..count]);
+            }
+        });
+        let (stdout, stdin) = (child.stdout.take().unwrap(), child.stdin.take().unwrap());
+        let mut client = Client::connect(stdout, stdin, StoreDir::default()).unwrap();
+        let tools = add(&mut client, "tools", &tools());
+        Self { client: Some(client), child, root, tools, log, log_reader: Some(log_reader) }
+    }
+
+    pub(crate) fn client(&mut self) -> &mut Client<ChildStdout, ChildStdin> {
+        self.client.as_mut().unwrap()
+    }
+
+    pub(crate) fn store_file(&self, path: &StorePath) -> PathBuf {
+        self.root.path().join("nix/store").join(path.as_str())
+    }
+
+    /// Runs a script with the tools on its PATH.
+    pub(crate) fn run(&mut self, script: &str) -> BuildResult {
+        self.run_with(script, &BuildOptions::default())
+    }
+
+    pub(crate) fn run_with(&mut self, script: &str, options: &BuildOptions) -> BuildResult {
+        let drv = self.derivation(script);
+        self.build(&drv, options)
+    }
+
+    pub(crate) fn build(&mut self, drv: &BasicDerivation, options: &BuildOptions) -> BuildResult {
+        let drv_path = path_for(&format!("{drv:?}"), &format!("{}.drv", drv.name));
+        self.client().build_derivation(&drv_path, drv, options).unwrap()
+    }
+
+    /// One input-addressed output.
+    pub(crate) fn derivation(&self, script: &str) -> BasicDerivation {
+        let out = path_for(script, "test");
+        let outputs = BTreeMap::from([(OutputName::out(), DerivationOutput::InputAddressed(out.clone()))]);
+        let mut drv = BasicDerivation {
+            name: "test".into(),
+            outputs,
+            input_srcs: [self.tools.clone()].into(),
+            system: "x86_64-linux".into(),
+            builder: "/bin/sh".into(),
+            args: vec!["-ec".into(), script.into()],
+            env: BTreeMap::new(),
+        };
+        set(&mut drv, "PATH", &format!("/nix/store/{}/bin", self.tools));
+        set(&mut drv, "out", &format!("/nix/store/{out}"));
+        drv
+    }
+
+    /// One output that is fixed by the hash of `content`.
+    pub(crate) fn fixed(&self, script: &str, method: Method, hash: Hash) -> BasicDerivation {
+        let mut drv = self.derivation(script);
+        let output = DerivationOutput::CaFixed(ContentAddress { method, hash });
+        let path = output.path(&StoreDir::default(), &drv.name, &OutputName::out()).unwrap().unwrap();
+        set(&mut drv, "out", &format!("/nix/store/{path}"));
+        drv.outputs = [(OutputName::out(), output)].into();
+        drv
+    }
+
+    /// What was written to standard error so far.
+    pub(crate) fn log(&self) -> String {
+        String::from_utf8_lossy(&self.log.lock().unwrap()).into_owned()
+    }
+
+    /// Ends the session and waits for the program. All of its log.
+    pub(crate) fn finish(&mut self) -> String {
+        self.client = None;
+        self.child.wait().unwrap();
+        if let Some(reader) = self.log_reader.take() {
+            reader.join().unwrap();
+        }
+        self.log()
+    }
+}
+
+impl Drop for Builder {
+    fn drop(&mut self) {
+        self.client = None;
+        let _ended = self.child.kill();
+        let _reaped = self.child.wait();
+        // Store objects are read-only even to their owner.
+        drover_store::fs::delete(&self.root.path().join("nix")).unwrap();
+    }
+}
+
+pub(crate) fn set(drv: &mut BasicDerivation, key: &str, value: &str) {
+    drv.env.insert(BString::from(key), BString::from(value));
+}
+
+pub(crate) fn out(drv: &BasicDerivation) -> StorePath {
+    let output = &drv.outputs[&OutputName::out()];
+    output.path(&StoreDir::default(), &drv.name, &OutputName::out()).unwrap().unwrap()
+}
+
+/// Some path that depends on `seed`.
+pub(crate) fn path_for(seed: &str, name: &str) -> StorePath {
+    StoreDir::default().make_path("output:out", Sha256::of(seed.as_bytes()), name).unwrap()
+}
+
+/// Adds a tree as a source.
+pub(crate) fn add(client: &mut Client<ChildStdout, ChildStdin>, name: &str, tree: &Path) -> StorePath {
+    let mut nar = Vec::new();
+    drover_store::fs::dump(tree, &mut nar).unwrap();
+    let nar_hash = Sha256::of(&nar);
+    let ca = ContentAddress { method: Method::Nar, hash: nar_hash.into() };
+    let path = ca.store_path(&StoreDir::default(), name, &[].into(), false).unwrap();
+    let info = PathInfo {
+        path: path.clone(),
+        nar_hash,
+        nar_size: nar.len() as u64,
+        references: [].into(),
+        deriver: None,
+        signatures: Vec::new(),
+        ca: Some(ca),
+    };
+    client.add_to_store_nar(&info, &mut nar.as_slice()).unwrap();
+    path
+}
+
+/// `bin/busybox` and a symlink for each applet.
+fn tools() -> PathBuf {
+    let busybox = ["/usr/bin/busybox", "/bin/busybox"].map(Path::new).into_iter().find(|path| path.exists());
+    let busybox = busybox.expect("busybox not found: apt-get install busybox-static");
+    let dir = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!(
+        "tools-{}-{:?}",
+        std::process::id(),
+        std::thread::current().id()
+    ));
+    let bin = dir.join("bin");
+    let _fresh = std::fs::remove_dir_all(&dir);
+    std::fs::create_dir_all(&bin).unwrap();
+    std::fs::copy(busybox, bin.join("busybox")).unwrap();
+    let list = Command::new(busybox).arg("--list").output().unwrap();
+    for applet in String::from_utf8(list.stdout).unwrap().lines().filter(|applet| *applet != "busybox") {
+        std::os::unix::fs::symlink("busybox", bin.join(applet)).unwrap();
+    }
+    dir
+}
