@@ -95,7 +95,7 @@ impl Walk<'_> {
     }
 
     fn one(&self, fd: &OwnedFd, stat: &Stat, kind: FileType, path: &Path) -> Result<(), Error> {
-        remove_xattrs(fd, stat, path)?;
+        let mode_changed = remove_xattrs(fd, stat, path)?;
         if stat.st_uid != self.uid.as_raw() {
             // Before the mode: a change of owner takes setuid away, and only the owner may change the mode.
             rustix::fs::chownat(fd, "", Some(self.uid), Some(self.gid), AtFlags::EMPTY_PATH)
@@ -108,7 +108,7 @@ impl Walk<'_> {
             _ => Some(PLAIN),
         };
         if let Some(mode) = mode
-            && Mode::from_raw_mode(stat.st_mode & 0o7777) != mode
+            && (mode_changed || Mode::from_raw_mode(stat.st_mode & 0o7777) != mode)
         {
             rustix::fs::chmod(by_descriptor(fd), mode).map_err(Error::sys("change the mode of", path))?;
         }
@@ -120,15 +120,17 @@ impl Walk<'_> {
     }
 }
 
-fn remove_xattrs(fd: &OwnedFd, stat: &Stat, path: &Path) -> Result<(), Error> {
+/// True if it had to change the file's mode for that.
+fn remove_xattrs(fd: &OwnedFd, stat: &Stat, path: &Path) -> Result<bool, Error> {
     let act = "list the extended attributes of";
     let file = by_descriptor(fd);
     // Most files have none, which a call without a buffer tells.
     match rustix::fs::listxattr_query(&file) {
-        Ok(0) | Err(Errno::OPNOTSUPP | Errno::NODATA) => return Ok(()),
+        Ok(0) | Err(Errno::OPNOTSUPP | Errno::NODATA) => return Ok(false),
         Ok(_) => {}
         Err(errno) => return Err(Error::sys(act, path)(errno)),
     }
+    let mut mode_changed = false;
     let mut buffer = vec![0; MAX_XATTR_NAMES];
     let len = rustix::fs::listxattr(&file, &mut buffer[..]).map_err(Error::sys(act, path))?;
     for name in buffer[..len].split(|byte| *byte == 0).filter(|name| !name.is_empty()) {
@@ -138,6 +140,7 @@ fn remove_xattrs(fd: &OwnedFd, stat: &Stat, path: &Path) -> Result<(), Error> {
         let removed = match rustix::fs::removexattr(&file, name) {
             // `user.` attributes need the right to write, which even an owner may lack.
             Err(Errno::ACCESS | Errno::PERM) => {
+                mode_changed = true;
                 let writable = Mode::from_raw_mode(stat.st_mode & 0o7777) | Mode::WUSR;
                 rustix::fs::chmod(&file, writable).and_then(|()| rustix::fs::removexattr(&file, name))
             }
@@ -145,7 +148,7 @@ fn remove_xattrs(fd: &OwnedFd, stat: &Stat, path: &Path) -> Result<(), Error> {
         };
         removed.map_err(Error::sys("remove an extended attribute of", path))?;
     }
-    Ok(())
+    Ok(mode_changed)
 }
 
 #[cfg(test)]
