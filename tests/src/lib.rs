@@ -5,11 +5,15 @@
 //! they take root, but for [`ControlPlane`]. [`sqlite`] is real software to build.
 
 mod http_cache;
+pub mod installation;
 mod peer;
+mod programs;
 pub mod sqlite;
 
 pub use http_cache::HttpCache;
+pub use installation::Installation;
 pub use peer::Peer;
+pub use programs::{images, program};
 pub use xtask::cluster::{Cluster, NODE_ADDRESS};
 pub use xtask::control_plane::ControlPlane;
 pub use xtask::parts::rootfs::Nix;

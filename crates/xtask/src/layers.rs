@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 
 use crate::parts::rootfs::{self, Nix};
 use crate::parts::{go, host};
-use crate::run;
+use crate::{images, run};
 
 /// What a layer's tests need on the machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,7 +64,8 @@ impl Layer {
                 rootfs::tcc()?;
                 rootfs::nix(Nix::V2_34)?;
                 go::kubernetes()?;
-                go::helm().map(drop)
+                go::helm()?;
+                images::make(&crate::checkout().join("target/images")).map(drop)
             }
         }
     }

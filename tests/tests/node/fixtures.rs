@@ -1,7 +1,9 @@
 //! The node runs what a builder needs: a pod that Pod Security `baseline` admits, and that can still nest namespaces and
 //! reach a cache in the cluster's network.
 
-use anyhow::Result;
+use std::path::Path;
+
+use anyhow::{Context, Result};
 use drover_tests::{Cluster, HttpCache};
 use xtask::{images, parts};
 
@@ -30,6 +32,27 @@ fn a_baseline_pod_nests_namespaces_and_reaches_the_cache() -> Result<()> {
     }
     cluster.kubectl(&["delete", "namespace", NAMESPACE, "--wait"])?;
     Ok(())
+}
+
+#[test]
+fn a_cluster_that_went_down_left_nothing() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let cluster = Cluster::in_dir(dir.path())?;
+    cluster.ensure_up()?;
+    let netns = cluster.netns();
+    let name = netns.file_name().context("a namespace has a name")?.to_owned();
+    let before = std::fs::metadata(cluster.kubeconfig())?.modified()?;
+    cluster.ensure_up()?;
+    assert_eq!(std::fs::metadata(cluster.kubeconfig())?.modified()?, before, "it was started a second time");
+
+    cluster.down()?;
+    assert!(!cluster.is_running() && !netns.exists());
+    assert_eq!(std::fs::read_dir(dir.path())?.count(), 0);
+    for group in std::fs::read_dir("/sys/fs/cgroup")? {
+        assert!(!group?.path().join(&name).exists(), "a control group is left");
+    }
+    assert!(!Path::new("/sys/fs/cgroup").join(&name).exists());
+    cluster.down() // and again, which has nothing to do
 }
 
 fn pod(cache: &str) -> String {

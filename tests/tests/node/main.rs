@@ -1,3 +1,4 @@
 //! The `node` layer: in a real cluster. Run it by `cargo xtask test node`.
 
 mod fixtures;
+mod images;

@@ -20,6 +20,17 @@ fn each_peer_is_its_version_and_instantiates() -> Result<()> {
 }
 
 #[test]
+fn what_a_peer_writes_outside_of_its_directories_is_gone() -> Result<()> {
+    let dir = tempfile::tempdir_in(std::env::current_dir()?)?;
+    let peer = Peer::new(Nix::V2_34)?.with(dir.path());
+    let inside = dir.path().join("kept").to_string_lossy().into_owned();
+    peer.run("sh", &["-ec", &format!("echo kept > {inside}; echo gone > /nix/gone; cat /nix/gone")])?;
+    assert_eq!(std::fs::read_to_string(&inside)?, "kept\n");
+    assert_eq!(peer.run("sh", &["-c", "ls -A /nix; ls -d /.old 2>/dev/null || true"])?, "");
+    Ok(())
+}
+
+#[test]
 fn nix_copies_to_the_http_cache_and_back() -> Result<()> {
     let peer = Peer::new(Nix::V2_34)?;
     let dir = tempfile::tempdir()?;

@@ -39,18 +39,29 @@ pub struct Cluster {
 impl Cluster {
     /// The cluster of this user, whether it runs or not.
     pub fn find() -> Result<Self> {
-        let named = std::env::var_os("DROVER_CLUSTER_DIR").filter(|dir| !dir.is_empty()).map(PathBuf::from);
-        let dir = named.map_or_else(
-            || Ok(parts::cache()?.join("cluster")),
-            |dir| Ok::<_, anyhow::Error>(std::path::absolute(dir)?),
-        )?;
+        let named = std::env::var_os("DROVER_CLUSTER_DIR").filter(|dir| !dir.is_empty());
+        named.map_or_else(
+            || Self::in_dir(&parts::cache()?.join("cluster")),
+            |dir| Self::in_dir(Path::new(&dir)),
+        )
+    }
+
+    /// The cluster whose state lies in `dir`, whether it runs or not. Any number of them may run side by side.
+    pub fn in_dir(dir: &Path) -> Result<Self> {
+        let dir = std::path::absolute(dir)?;
         let name = format!("drover-{}", &parts::key(&dir.to_string_lossy())[..6]);
         Ok(Self { dir, name })
     }
 
-    /// Sees to it that the cluster runs, from the parts and files of this version, and that its node is Ready.
+    /// The cluster of this user, running and Ready.
     pub fn up() -> Result<Self> {
         let cluster = Self::find()?;
+        cluster.ensure_up()?;
+        Ok(cluster)
+    }
+
+    /// Sees to it that the cluster runs, from the parts and files of this version, and that its node is Ready.
+    pub fn ensure_up(&self) -> Result<()> {
         if !host::is_root() {
             bail!("the cluster takes root, for its namespaces and control groups");
         }
@@ -58,18 +69,14 @@ impl Cluster {
         host::ensure(host::NET_TOOLS)?;
         let (node, programs) = (rootfs::node()?, go::kubernetes()?);
         let recipe = files::recipe(&node, &programs);
-        let _lock = cluster.lock()?;
-        if cluster.main_process().is_some()
-            && fs::read_to_string(cluster.dir.join("recipe")).is_ok_and(|was| was == recipe)
-        {
-            cluster.wait_ready()?;
-            return Ok(cluster);
+        let _lock = self.lock()?;
+        let same = fs::read_to_string(self.dir.join("recipe")).is_ok_and(|was| was == recipe);
+        if !(same && self.is_running()) {
+            self.remove()?;
+            self.start(&node, &programs)?;
         }
-        cluster.remove()?;
-        cluster.start(&node, &programs)?;
-        cluster.wait_ready()?;
-        fs::write(cluster.dir.join("recipe"), recipe)?;
-        Ok(cluster)
+        self.wait_ready()?;
+        Ok(fs::write(self.dir.join("recipe"), recipe)?)
     }
 
     /// Ends the cluster and removes all that it left: processes, network namespace, control groups, state.

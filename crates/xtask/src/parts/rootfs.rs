@@ -112,6 +112,9 @@ fn unpacked(name: &str, suite: &str, packages: &[&str]) -> Result<PathBuf> {
             bail!("making a root filesystem takes root");
         }
         host::ensure(host::ROOT_TOOLS)?;
+        if !Path::new("/usr/share/keyrings/debian-archive-keyring.gpg").is_file() {
+            host::install(&["debian-archive-keyring"])?; // a machine that is not a Debian itself
+        }
         let root = dir.join("root");
         eprintln!("parts: unpacking from Debian {suite}: {}", packages.join(" "));
         let mut mmdebstrap = Command::new("mmdebstrap");

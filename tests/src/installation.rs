@@ -1,0 +1,142 @@
+//! Drover installed as its users install it: the chart by Helm, images on a real node, a binary cache behind nginx.
+//!
+//! Nothing of Drover is called here; all that this does a person could type. The cluster and the release stay when it is
+//! dropped, the cache's server does not.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+use xtask::{checkout, run};
+
+use crate::{Cluster, HttpCache, Nix, Peer, images, program};
+
+/// Namespace and name of the release.
+pub const RELEASE: &str = "drover";
+/// Where its builders are.
+pub const BUILDERS: &str = "drover-builders";
+/// Where requests go, if they do not say.
+pub const TENANT: &str = "drover-tenant";
+
+const CACHE_PORT: u16 = 8100;
+
+/// A cluster with Drover and a cache.
+pub struct Installation {
+    pub cluster: Cluster,
+    pub cache: HttpCache,
+    /// A Nix whose store is in [`Self::store`], and which reaches the cache.
+    pub nix: Peer,
+    dir: PathBuf,
+}
+
+impl Installation {
+    /// Brings up the cluster, loads the images, serves an empty cache and installs the chart with a default class that
+    /// uses it. What an earlier call left of requests and cache is gone. `dir` is empty and below /tmp.
+    pub fn up(dir: &Path) -> Result<Self> {
+        let cluster = Cluster::up()?;
+        let [builder, operator] = images()?;
+        cluster.load(&builder.file)?;
+        cluster.load(&operator.file)?;
+        let served = dir.join("cache");
+        std::fs::create_dir_all(&served)?;
+        let cache = HttpCache::start_in(&cluster, &served, CACHE_PORT)?;
+        let nix = Peer::new(Nix::V2_34)?.in_netns(&cluster.netns());
+        let this = Self { cluster, cache, nix, dir: dir.to_owned() };
+
+        this.cluster.kubectl(&["delete", "namespace", TENANT, "--ignore-not-found", "--wait"])?;
+        let values = this.values(&[&builder.written.digest, &operator.written.digest]);
+        let values_file = dir.join("values.json");
+        std::fs::write(&values_file, serde_json::to_vec_pretty(&values)?)?;
+        let mut helm = this.cluster.helm_command()?;
+        helm.args(["upgrade", "--install", RELEASE]).arg(checkout().join("charts/drover"));
+        helm.args(["--namespace", RELEASE, "--create-namespace", "--wait", "--timeout=120s", "--values"]);
+        run::stdout(helm.arg(&values_file)).map_err(|error| error.context(this.operator_log()))?;
+        this.cluster.kubectl(&["create", "namespace", TENANT])?;
+        Ok(this)
+    }
+
+    /// The root of a Nix store on this machine, for [`Self::nix`].
+    pub fn store(&self) -> PathBuf {
+        self.dir.join("store")
+    }
+
+    /// Runs a program of real Nix on the store. Derivations may be built: in Nix's own sandbox.
+    pub fn nix(&self, program: &str, args: &[&str]) -> Result<String> {
+        let store = self.store().display().to_string();
+        run::stdout(self.nix_command(program)?.args(args).args(["--store", &store]))
+    }
+
+    /// As [`Self::nix`], to be completed.
+    pub fn nix_command(&self, program: &str) -> Result<Command> {
+        let mut nix = self.nix.command(program)?;
+        let config = "substitute = false\nbuild-users-group =\nexperimental-features = nix-command\n";
+        nix.env("NIX_CONFIG", config);
+        Ok(nix)
+    }
+
+    /// `nix copy` of these paths and all that they refer to into the cache; `.drv` files with all that they come from.
+    pub fn copy_to_cache(&self, paths: &[&str]) -> Result<()> {
+        let url = self.cache.url().to_owned();
+        self.nix("nix", &[&["copy", "--to", &url][..], paths].concat()).map(drop)
+    }
+
+    /// A program of Drover's in the cluster's network, as the cluster's administrator.
+    pub fn drover(&self, args: &[&str]) -> Result<Command> {
+        let mut drover = self.cluster.netns_command(program("drover")?);
+        drover.args(args);
+        Ok(drover)
+    }
+
+    /// `kubectl apply` into the tenant's namespace.
+    pub fn apply(&self, yaml: &str) -> Result<String> {
+        let mut kubectl = self.cluster.kubectl_command()?;
+        kubectl.args(["apply", "--namespace", TENANT, "-f", "-"]);
+        run::filter(&mut kubectl, yaml.as_bytes())
+    }
+
+    /// Waits as a person would until the request's condition Succeeded is True, or False, and returns the request.
+    pub fn wait(&self, name: &str, succeeded: &str) -> Result<Value> {
+        let condition = format!("--for=condition=Succeeded={succeeded}");
+        let request = format!("buildrequest/{name}");
+        let waited = self.cluster.kubectl(&["wait", "-n", TENANT, &request, &condition, "--timeout=180s"]);
+        let object = self.get(name)?;
+        waited.with_context(|| format!("the request: {object:#}\nthe operator: {}", self.operator_log()))?;
+        Ok(object)
+    }
+
+    pub fn get(&self, name: &str) -> Result<Value> {
+        let json = self.cluster.kubectl(&["get", "-n", TENANT, "buildrequest", name, "-o", "json"])?;
+        serde_json::from_str(&json).context("kubectl prints JSON")
+    }
+
+    /// Names of the builders' pods that are there.
+    pub fn builder_pods(&self) -> Result<Vec<String>> {
+        let names = self.cluster.kubectl(&["get", "-n", BUILDERS, "pods", "-o", "name"])?;
+        Ok(names.lines().map(str::to_owned).collect())
+    }
+
+    /// The end of the operator's log, for messages.
+    pub fn operator_log(&self) -> String {
+        let deployment = format!("deployment/{RELEASE}");
+        let log = self.cluster.kubectl(&["logs", "-n", RELEASE, &deployment, "--tail=60"]);
+        let pods = self.cluster.kubectl(&["get", "pods", "-A", "-o", "wide"]);
+        format!("{}\n{}", log.unwrap_or_else(|e| format!("{e:#}")), pods.unwrap_or_else(|e| format!("{e:#}")))
+    }
+
+    fn values(&self, digests: &[&str]) -> Value {
+        serde_json::json!({
+            // The tag stays the same from build to build: another image has to mean another pod.
+            "podAnnotations": {"drover.test/images": digests.join(",")},
+            "log": {"level": "info,drover_operator=debug", "format": "text"},
+            "class": {
+                "create": true,
+                "spec": {
+                    "default": true,
+                    "systems": ["x86_64-linux"],
+                    "caches": [{"url": self.cache.url(), "push": true}],
+                },
+            },
+        })
+    }
+}

@@ -1,0 +1,28 @@
+//! Drover's own programs, compiled from this checkout: as they are for development, and as images.
+
+use std::path::PathBuf;
+use std::sync::OnceLock;
+
+use anyhow::{Context, Result, anyhow};
+use xtask::images::{self, Image};
+use xtask::{checkout, run};
+
+/// The path of `drover`, `drover-builder` or `drover-operator`, compiled with the development profile.
+pub fn program(name: &str) -> Result<PathBuf> {
+    static BUILT: OnceLock<Result<(), String>> = OnceLock::new();
+    // Cargo holds no lock while tests run, so asking it is safe; where nothing changed it takes a blink.
+    let build = || run::run(run::cargo().args(["build", "--quiet"])).map_err(|error| format!("{error:#}"));
+    BUILT.get_or_init(build).clone().map_err(|error| anyhow!(error))?;
+    let this = std::env::current_exe()?;
+    // target/debug/deps/TEST-HASH
+    let dir = this.ancestors().nth(2).context("a test lies in target/PROFILE/deps")?;
+    let path = dir.join(name);
+    path.is_file().then_some(path).with_context(|| format!("cargo build made no {name} in {}", dir.display()))
+}
+
+/// The images of the builder and of the operator, made once for all tests of a program.
+pub fn images() -> Result<&'static [Image; 2]> {
+    static MADE: OnceLock<Result<[Image; 2], String>> = OnceLock::new();
+    let make = || images::make(&checkout().join("target/images")).map_err(|error| format!("{error:#}"));
+    MADE.get_or_init(make).as_ref().map_err(|error| anyhow!("{error}"))
+}
