@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 use serde_json::Value;
 use xtask::{checkout, run};
 
-use crate::{Cluster, HttpCache, Nix, Peer, images, program};
+use crate::{Cluster, HttpCache, Nix, Peer, images, program, sqlite};
 
 /// Namespace and name of the release.
 pub const RELEASE: &str = "drover";
@@ -41,7 +41,8 @@ impl Installation {
         let served = dir.join("cache");
         std::fs::create_dir_all(&served)?;
         let cache = HttpCache::start_in(&cluster, &served, CACHE_PORT)?;
-        let nix = Peer::new(Nix::V2_34)?.in_netns(&cluster.netns());
+        let nix = Peer::new(Nix::V2_34)?.in_netns(&cluster.netns()).with(&checkout().join("tests"));
+        let nix = nix.with(&sqlite::inputs()?);
         let this = Self { cluster, cache, nix, dir: dir.to_owned() };
 
         this.cluster.kubectl(&["delete", "namespace", TENANT, "--ignore-not-found", "--wait"])?;

@@ -14,8 +14,9 @@ pub fn program(name: &str) -> Result<PathBuf> {
     let build = || run::run(run::cargo().args(["build", "--quiet"])).map_err(|error| format!("{error:#}"));
     BUILT.get_or_init(build).clone().map_err(|error| anyhow!(error))?;
     let this = std::env::current_exe()?;
-    // target/debug/deps/TEST-HASH
-    let dir = this.ancestors().nth(2).context("a test lies in target/PROFILE/deps")?;
+    // A test is target/debug/deps/TEST-HASH, the demo target/debug/demo.
+    let dir = this.parent().context("a program lies in a directory")?;
+    let dir = if dir.ends_with("deps") { dir.parent().unwrap_or(dir) } else { dir };
     let path = dir.join(name);
     path.is_file().then_some(path).with_context(|| format!("cargo build made no {name} in {}", dir.display()))
 }

@@ -9,7 +9,7 @@ use clap::{Parser, Subcommand};
 use xtask::cluster::Cluster;
 use xtask::layers::{self, Layer};
 use xtask::parts::rootfs::Nix;
-use xtask::{crds, images, parts, root};
+use xtask::{crds, images, parts, root, run};
 
 /// What people who work on Drover run.
 #[derive(Parser)]
@@ -29,6 +29,8 @@ enum Act {
         #[arg(long)]
         check: bool,
     },
+    /// The main job from nothing: installs Drover on a real one-node cluster and builds real derivations there
+    Demo,
     /// Fetches and builds what tests need, and prints where it is
     Parts,
     /// Makes the two OCI images, drover-builder.tar and drover-operator.tar, in the directory OUT
@@ -91,6 +93,7 @@ fn act(act: Act) -> Result<ExitCode> {
     match act {
         Act::Test { layer } => test(layer),
         Act::Crds { check } => if check { crds::check() } else { crds::write() }.map(|()| ExitCode::SUCCESS),
+        Act::Demo => demo(),
         Act::Parts => print_parts(),
         Act::Images { out } => images(&out),
         Act::Cluster(act) => cluster(act),
@@ -102,6 +105,13 @@ fn test(layer: Option<Layer>) -> Result<ExitCode> {
     let total = layers::test(layer.as_ref().map_or(&Layer::ALL, std::slice::from_ref));
     println!("{} passed, {} failed", total.passed, total.failed);
     Ok(if total.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// It lives with the fixtures that it shares with tests, which this crate cannot depend on.
+fn demo() -> Result<ExitCode> {
+    let mut demo = run::cargo();
+    demo.args(["run", "--quiet", "-p", "drover-tests", "--bin", "demo"]);
+    run::run(&mut demo).map(|()| ExitCode::SUCCESS)
 }
 
 fn print_parts() -> Result<ExitCode> {
@@ -163,7 +173,7 @@ fn cluster(act: ClusterAct) -> Result<ExitCode> {
 
 /// Becomes the program: its exit code and its signals are this one's.
 fn exec(command: &mut Command) -> Result<ExitCode> {
-    Err(command.exec()).with_context(|| format!("could not start {}", xtask::run::describe(command)))
+    Err(command.exec()).with_context(|| format!("could not start {}", run::describe(command)))
 }
 
 fn peer(version: Nix, command: &[String]) -> Result<ExitCode> {

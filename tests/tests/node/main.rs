@@ -1,4 +1,5 @@
 //! The `node` layer: in a real cluster. Run it by `cargo xtask test node`.
 
+mod build;
 mod fixtures;
 mod images;
