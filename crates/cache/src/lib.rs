@@ -1,36 +1,121 @@
-//! Binary caches and local stores behind one trait: where inputs come from and where outputs go.
+//! Binary caches and local stores behind one trait: where inputs come from and outputs go to.
 //!
-//! This crate owns how caches are reached and laid out. It is synchronous and streaming: it never has a whole NAR in
-//! memory, and it believes nothing about a NAR before [`VerifiedNar`] has seen its last byte. It may not decide which
-//! paths are needed, nor talk to builders.
+//! This crate owns the layout of binary caches (Nix: binary-cache-store.cc), fetching and storing over files and HTTP,
+//! compression, and the question whether a cache's word about a path is believed. It is synchronous; an async caller
+//! runs it on a blocking thread, which its HTTP client insists on. It knows nothing of builds, builders or Kubernetes.
+//!
+//! What a cache says about a path ([`Cache::narinfo`]) is checked against [`CacheOptions`] before it is returned; the
+//! bytes that [`Cache::nar`] gives are not: read them through [`VerifiedNar`].
 
+mod binary;
+mod closure;
+mod compression;
 mod error;
+mod file;
+mod http;
+mod local;
+mod read;
 mod spool;
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
+mod trust;
 mod verified;
 
 use std::io::Read;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
 
-use drover_nix::{NarInfo, PathInfo, StorePath};
+use drover_nix::signature::PublicKey;
+use drover_nix::{NarInfo, PathInfo, StoreDir, StorePath};
 
+pub use closure::{Closure, closure};
 pub use error::Error;
+pub use read::{read_drv, read_file};
 pub use spool::{NarSpool, SpooledNar};
+pub use trust::is_self_proving;
 pub use verified::VerifiedNar;
 
-/// A place that has store paths. One handle serves many threads.
+/// How caches are read and what of them is believed.
+#[derive(Clone, Debug)]
+pub struct CacheOptions {
+    /// The store whose paths are wanted. A cache of another store directory is refused.
+    pub dir: StoreDir,
+    /// If there are any, each path that is not content-addressed must be signed by one of them. Without keys the
+    /// cache's own word is enough, unless `require_signatures` says otherwise. That of a local store always is: it
+    /// checked when it took the path in.
+    pub public_keys: Vec<PublicKey>,
+    /// Refuse what is neither signed nor content-addressed even if there are no keys.
+    pub require_signatures: bool,
+    /// For a connection to stand.
+    pub connect_timeout: Duration,
+    /// For a server to say something, and between any two pieces of a body.
+    pub stall_timeout: Duration,
+    /// How often a request is sent before a failure counts, and a broken body is resumed.
+    pub attempts: u32,
+    /// PEM file of certificate authorities to trust beside the system's.
+    pub certificates: Option<PathBuf>,
+}
+
+impl Default for CacheOptions {
+    /// `/nix/store`, no keys, Nix's five attempts.
+    fn default() -> Self {
+        Self {
+            dir: StoreDir::default(),
+            public_keys: Vec::new(),
+            require_signatures: false,
+            connect_timeout: Duration::from_secs(10),
+            stall_timeout: Duration::from_secs(60),
+            attempts: 5,
+            certificates: None,
+        }
+    }
+}
+
+/// Whether [`Cache::put`] wrote anything.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Stored {
+    New,
+    /// The path was there before, as this says, which may be another NAR than the one that was offered.
+    Already(Box<NarInfo>),
+}
+
+/// A place that has store objects.
 pub trait Cache: Send + Sync {
-    /// For messages: what the user wrote, without secrets.
+    /// For people and messages: without secrets.
     fn url(&self) -> String;
 
-    /// What the cache says about a path; None if it does not have it. Checked against the keys that the cache was
-    /// opened with.
+    /// What the cache says about a path, None if it does not have it. Fails where the word is not to be believed.
     fn narinfo(&self, path: &StorePath) -> Result<Option<NarInfo>, Error>;
 
-    /// The NAR, decompressed but not verified: wrap it in a [`VerifiedNar`].
+    /// The decompressed NAR, at most `narSize` bytes of it, not verified. Fails if it is gone.
     fn nar(&self, narinfo: &NarInfo) -> Result<Box<dyn Read + Send>, Error>;
 
-    /// Stores a path: its NAR first, its narinfo last. Does nothing if the cache has the path.
-    fn put(&self, info: &PathInfo, nar: &SpooledNar) -> Result<(), Error>;
+    /// Stores an object: the NAR first, what leads to it last. `info` must be `nar`'s. If the path is there already
+    /// with the same NAR, signatures that it lacks are added.
+    fn put(&self, info: &PathInfo, nar: &SpooledNar) -> Result<Stored, Error>;
 
-    /// Stores a build's log where `nix log` finds it.
-    fn put_log(&self, drv_path: &StorePath, log: &mut dyn Read) -> Result<(), Error>;
+    /// Stores a build log where `nix log` looks for it. Replaces an earlier one.
+    fn put_log(&self, drv: &StorePath, log: &mut dyn Read) -> Result<(), Error>;
+
+    /// The build log of a derivation, None if there is none.
+    fn log(&self, _drv: &StorePath) -> Result<Option<Box<dyn Read + Send>>, Error> {
+        Ok(None)
+    }
+}
+
+/// Opens a cache: `file://DIR`, `http://…`, `https://…`, or a local store as Nix writes it (`local?root=…`, `/DIR`,
+/// `auto`). Touches the network only when it is used.
+pub fn open(url: &str, options: &CacheOptions) -> Result<Arc<dyn Cache>, Error> {
+    match url.split_once("://") {
+        Some(("file", _)) => Ok(Arc::new(file::open(url, options)?)),
+        Some(("http" | "https", _)) => Ok(Arc::new(http::open(url, options)?)),
+        Some((scheme, _)) if scheme != "local" => Err(Error::Url {
+            url: url.to_owned(),
+            why: format!("{scheme} is not supported; give file://, http://, https:// or a local store"),
+        }),
+        _ => Ok(Arc::new(local::open(url, options)?)),
+    }
 }

@@ -1,66 +1,69 @@
-//! On its way from a builder to a cache an output rests in a temporary file, compressed: its narinfo can only be
-//! written once all of it was seen.
+//! A NAR on its way to a cache: hashed, scanned for references and compressed in one pass, into a file of its own.
 
 use std::collections::BTreeSet;
 use std::fs::File;
-use std::io::{self, BufReader, BufWriter, Read, Seek as _, Write};
+use std::io::{self, BufReader, BufWriter, Read, Write};
 use std::path::Path;
 
 use drover_nix::hash::Sha256Hasher;
+use drover_nix::narinfo::Compression;
 use drover_nix::references::RefScanner;
 use drover_nix::{Sha256, StorePath};
+use tempfile::NamedTempFile;
 
 use crate::Error;
 
-/// zstd's own default: a good part of what higher levels save, at the speed of a network.
-const LEVEL: i32 = 3;
-const BUFFER: usize = 128 << 10;
+/// zstd's own default: near the speed of the hash, and half the size of most outputs.
+const LEVEL: i32 = zstd::DEFAULT_COMPRESSION_LEVEL;
 
-/// Takes a NAR's bytes: hashes them, looks for references in them, and keeps them compressed.
+/// Takes a NAR's bytes; see [`SpooledNar`] for what becomes of them. The file goes when it is dropped.
 pub struct NarSpool {
-    encoder: zstd::Encoder<'static, Hashing>,
-    hasher: Sha256Hasher,
-    scanner: RefScanner,
+    hash: Sha256Hasher,
     size: u64,
+    scanner: RefScanner,
+    encoder: zstd::stream::write::Encoder<'static, Hashing<BufWriter<NamedTempFile>>>,
 }
 
-/// A NAR at rest, and what was learned about it. The file is gone when this is dropped.
+/// A compressed NAR in a file, and everything that a narinfo file says about its content.
 pub struct SpooledNar {
-    /// Of the NAR itself.
+    /// Of the uncompressed NAR.
     pub nar_hash: Sha256,
     pub nar_size: u64,
-    /// The candidates that occur in it.
+    /// Those of the candidates that occur in it.
     pub references: BTreeSet<StorePath>,
-    /// Of the compressed file (zstd).
+    pub compression: Compression,
+    /// Of the file.
     pub file_hash: Sha256,
     pub file_size: u64,
-    file: File,
+    file: NamedTempFile,
 }
 
 impl NarSpool {
-    /// Keeps the file, which has no name, in `dir`. Looks for references to `candidates`.
+    /// A spool in `dir`, an existing directory, that looks for references to `candidates`.
     pub fn new(dir: &Path, candidates: impl IntoIterator<Item = StorePath>) -> Result<Self, Error> {
-        let file = tempfile::tempfile_in(dir).map_err(spooling)?;
-        let file = BufWriter::with_capacity(BUFFER, file);
-        let hashing = Hashing { file, hasher: Sha256Hasher::new(), size: 0 };
-        let encoder = zstd::Encoder::new(hashing, LEVEL).map_err(spooling)?;
-        let scanner = RefScanner::new(candidates);
-        Ok(Self { encoder, hasher: Sha256Hasher::new(), scanner, size: 0 })
+        let fail = |source| Error::Io { act: format!("make a temporary file in {}", dir.display()), source };
+        let file = tempfile::Builder::new().prefix("nar-").tempfile_in(dir).map_err(fail)?;
+        let file =
+            Hashing { inner: BufWriter::with_capacity(128 << 10, file), hash: Sha256Hasher::new(), size: 0 };
+        Ok(Self {
+            hash: Sha256Hasher::new(),
+            size: 0,
+            scanner: RefScanner::new(candidates),
+            encoder: zstd::stream::write::Encoder::new(file, LEVEL).map_err(fail)?,
+        })
     }
 
-    /// Bytes of the NAR so far.
-    pub fn size(&self) -> u64 {
-        self.size
-    }
-
+    /// Completes the file.
     pub fn finish(self) -> Result<SpooledNar, Error> {
-        let Hashing { file, hasher, size } = self.encoder.finish().map_err(spooling)?;
-        let file = file.into_inner().map_err(|error| spooling(error.into_error()))?;
+        let fail = |source| Error::Io { act: "write the compressed NAR".into(), source };
+        let Hashing { inner, hash, size } = self.encoder.finish().map_err(fail)?;
+        let file = inner.into_inner().map_err(|error| fail(error.into_error()))?;
         Ok(SpooledNar {
-            nar_hash: self.hasher.finish(),
+            nar_hash: self.hash.finish(),
             nar_size: self.size,
             references: self.scanner.found(),
-            file_hash: hasher.finish(),
+            compression: Compression::Zstd,
+            file_hash: hash.finish(),
             file_size: size,
             file,
         })
@@ -69,79 +72,79 @@ impl NarSpool {
 
 impl Write for NarSpool {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let count = self.encoder.write(bytes)?;
-        self.hasher.update(&bytes[..count]);
-        self.scanner.feed(&bytes[..count]);
-        self.size += count as u64;
-        Ok(count)
+        self.encoder.write_all(bytes)?;
+        self.hash.update(bytes);
+        self.scanner.feed(bytes);
+        self.size += bytes.len() as u64;
+        Ok(bytes.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        self.encoder.flush()
+        Ok(())
     }
 }
 
 impl SpooledNar {
-    /// The compressed file, from its beginning. One reader at a time.
-    pub fn open_file(&self) -> Result<File, Error> {
-        let mut file = self.file.try_clone().map_err(spooling)?;
-        file.rewind().map_err(spooling)?;
-        Ok(file)
+    /// The NAR again, decompressed.
+    pub fn open_nar(&self) -> Result<Box<dyn Read + Send>, Error> {
+        let decoder = zstd::stream::read::Decoder::with_buffer(BufReader::new(self.open_file()?));
+        Ok(Box::new(decoder.map_err(|source| Error::Io { act: "read the compressed NAR".into(), source })?))
     }
 
-    /// The NAR, from its beginning. One reader at a time.
-    pub fn open_nar(&self) -> Result<impl Read + use<>, Error> {
-        let file = BufReader::with_capacity(BUFFER, self.open_file()?);
-        zstd::Decoder::with_buffer(file).map_err(spooling)
+    /// The file from its start, by a descriptor of its own.
+    pub(crate) fn open_file(&self) -> Result<File, Error> {
+        self.file.reopen().map_err(Error::io("open", self.file.path()))
     }
 }
 
-struct Hashing {
-    file: BufWriter<File>,
-    hasher: Sha256Hasher,
+struct Hashing<W> {
+    inner: W,
+    hash: Sha256Hasher,
     size: u64,
 }
 
-impl Write for Hashing {
+impl<W: Write> Write for Hashing<W> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let count = self.file.write(bytes)?;
-        self.hasher.update(&bytes[..count]);
+        let count = self.inner.write(bytes)?;
+        self.hash.update(&bytes[..count]);
         self.size += count as u64;
         Ok(count)
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        self.file.flush()
+        self.inner.flush()
     }
-}
-
-fn spooling(source: io::Error) -> Error {
-    Error::Io { act: "keep a NAR in a temporary file".to_owned(), source }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::{nar_of_file, store_path};
 
     #[test]
-    fn everything_in_one_pass() {
-        let wanted: StorePath = "i00sflxqsj37lfmf95m8mn0grv615hpj-a".parse().unwrap();
-        let other: StorePath = "q4mzjdlh5px6977h7v5fdsk1p33yg583-b".parse().unwrap();
-        let mut nar = vec![b'.'; 300_000];
-        nar.extend(wanted.as_str().as_bytes());
-        let mut spool = NarSpool::new(&std::env::temp_dir(), [wanted.clone(), other]).unwrap();
-        nar.chunks(1000).for_each(|piece| spool.write_all(piece).unwrap());
-        let spooled = spool.finish().unwrap();
-        assert_eq!((spooled.nar_hash, spooled.nar_size), (Sha256::of(&nar), nar.len() as u64));
-        assert_eq!(spooled.references, [wanted].into());
-        for _ in 0..2 {
-            let mut file = Vec::new();
-            spooled.open_file().unwrap().read_to_end(&mut file).unwrap();
-            assert_eq!((spooled.file_hash, spooled.file_size), (Sha256::of(&file), file.len() as u64));
-            let mut back = Vec::new();
-            spooled.open_nar().unwrap().read_to_end(&mut back).unwrap();
-            assert_eq!(back, nar);
+    fn one_pass_tells_all() {
+        let dir = tempfile::tempdir().unwrap();
+        let (there, absent) = (store_path("there"), store_path("absent"));
+        let nar = nar_of_file(format!("see {there} {}", "x".repeat(200_000)).as_bytes());
+        let mut spool = NarSpool::new(dir.path(), [there.clone(), absent]).unwrap();
+        for piece in nar.chunks(1000) {
+            spool.write_all(piece).unwrap();
         }
-        assert!(spooled.file_size < 10_000);
+        let spooled = spool.finish().unwrap();
+        assert_eq!(spooled.nar_hash, Sha256::of(&nar));
+        assert_eq!(spooled.nar_size, nar.len() as u64);
+        assert_eq!(spooled.references, [there].into());
+        let mut file = Vec::new();
+        spooled.open_file().unwrap().read_to_end(&mut file).unwrap();
+        assert_eq!((spooled.file_hash, spooled.file_size), (Sha256::of(&file), file.len() as u64));
+        assert!(file.len() < nar.len() / 10);
+        // Twice: each reader has its own place in the file.
+        for _ in 0..2 {
+            let mut again = Vec::new();
+            spooled.open_nar().unwrap().read_to_end(&mut again).unwrap();
+            assert!(again == nar);
+        }
+        drop(spooled);
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 }

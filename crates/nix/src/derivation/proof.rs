@@ -13,6 +13,9 @@ use crate::{Error, StoreDir, StorePath};
 /// Most `.drv` files that one proof may take in.
 pub const MAX_DERIVATIONS: usize = 100_000;
 
+/// Gives the text of a `.drv` file, or None if it is not to be had.
+pub type ReadFile<'a, E> = dyn FnMut(&StorePath) -> Result<Option<Vec<u8>>, E> + 'a;
+
 /// Derivations whose files and output paths were proven. What is in it stays true, so it may be kept and shared
 /// between proofs.
 #[derive(Default)]
@@ -82,7 +85,7 @@ impl Proven {
         &mut self,
         dir: &StoreDir,
         root: &StorePath,
-        read: &mut dyn FnMut(&StorePath) -> Result<Option<Vec<u8>>, E>,
+        read: &mut ReadFile<'_, E>,
     ) -> Result<(), ProofError<E>> {
         // Depth first without recursion: a chain may be thousands of derivations long. A derivation stays on the
         // stack until its inputs are proven.
@@ -179,7 +182,7 @@ impl Proven {
         &self,
         dir: &StoreDir,
         path: &StorePath,
-        read: &mut dyn FnMut(&StorePath) -> Result<Option<Vec<u8>>, E>,
+        read: &mut ReadFile<'_, E>,
     ) -> Result<Derivation, ProofError<E>> {
         let invalid = |source| ProofError::Invalid { drv: path.to_string(), source };
         let text = match read(path) {
@@ -330,12 +333,12 @@ mod tests {
                 let top = top.clone();
                 Box::new(move |drv| drv.input_srcs.extend([top.clone()]))
             }),
-            ("outputs", {
-                let foreign = foreign.clone();
+            (
+                "outputs",
                 Box::new(move |drv| {
                     drv.outputs.insert(OutputName::out(), DerivationOutput::InputAddressed(foreign.clone()));
-                })
-            }),
+                }),
+            ),
         ];
         for (expected, lie) in lies {
             let mut request = request.clone();

@@ -1,0 +1,120 @@
+//! Closures by references: what must be copied with a path.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+
+use drover_nix::{NarInfo, StorePath};
+
+use crate::{Cache, Error};
+
+/// Requests that are in flight at a time: a cache far away answers in a tenth of a second, and there may be thousands.
+const PARALLEL: usize = 16;
+
+/// A closure, as far as the caches have it.
+#[derive(Default)]
+pub struct Closure {
+    /// Each path with the index of the cache that has it and what that one says.
+    pub found: BTreeMap<StorePath, (usize, NarInfo)>,
+    /// Paths that no cache has.
+    pub missing: BTreeSet<StorePath>,
+}
+
+/// `roots` and everything that they refer to, directly or not. The first cache that has a path is the one that counts;
+/// a cache that fails counts only if no other has the path.
+pub fn closure(
+    caches: &[Arc<dyn Cache>],
+    roots: impl IntoIterator<Item = StorePath>,
+) -> Result<Closure, Error> {
+    let mut seen = BTreeSet::new();
+    let todo = roots.into_iter().filter(|root| seen.insert(root.clone())).collect();
+    let work = Work { state: Mutex::new(State { todo, seen, ..State::default() }), changed: Condvar::new() };
+    thread::scope(|scope| {
+        for _ in 0..PARALLEL {
+            scope.spawn(|| work.run(caches));
+        }
+    });
+    let state = work.state.into_inner().unwrap_or_else(PoisonError::into_inner);
+    match state.error {
+        Some(error) => Err(error),
+        None => Ok(state.closure),
+    }
+}
+
+struct Work {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    todo: VecDeque<StorePath>,
+    seen: BTreeSet<StorePath>,
+    /// Paths that a thread is asking about.
+    asking: usize,
+    closure: Closure,
+    error: Option<Error>,
+}
+
+impl Work {
+    fn run(&self, caches: &[Arc<dyn Cache>]) {
+        while let Some(path) = self.next() {
+            let found = ask(caches, &path);
+            let mut state = self.lock();
+            state.asking -= 1;
+            match found {
+                Ok(Some((cache, narinfo))) => {
+                    for reference in &narinfo.info.references {
+                        if state.seen.insert(reference.clone()) {
+                            state.todo.push_back(reference.clone());
+                        }
+                    }
+                    state.closure.found.insert(path, (cache, narinfo));
+                }
+                Ok(None) => {
+                    state.closure.missing.insert(path);
+                }
+                Err(error) => {
+                    state.error.get_or_insert(error);
+                }
+            }
+            self.changed.notify_all();
+        }
+    }
+
+    /// None when there is nothing to do and nothing can come any more.
+    fn next(&self) -> Option<StorePath> {
+        let mut state = self.lock();
+        loop {
+            if state.error.is_some() {
+                return None;
+            }
+            if let Some(path) = state.todo.pop_front() {
+                state.asking += 1;
+                return Some(path);
+            }
+            if state.asking == 0 {
+                return None;
+            }
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn ask(caches: &[Arc<dyn Cache>], path: &StorePath) -> Result<Option<(usize, NarInfo)>, Error> {
+    let mut failed = None;
+    for (index, cache) in caches.iter().enumerate() {
+        match cache.narinfo(path) {
+            Ok(Some(narinfo)) => return Ok(Some((index, narinfo))),
+            Ok(None) => {}
+            Err(error) => {
+                failed.get_or_insert(error);
+            }
+        }
+    }
+    failed.map_or(Ok(None), Err)
+}
