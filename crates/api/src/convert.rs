@@ -144,16 +144,7 @@ pub fn from_basic(drv: &BasicDerivation, dir: &StoreDir) -> Result<DerivationSpe
 pub fn complete(mut drv: BasicDerivation, dir: &StoreDir) -> Result<BasicDerivation, FieldError> {
     let fail = |error: drover_nix::Error| FieldError::new(format!("{ROOT}.outputs"), error);
     match drv.kind().map_err(fail)? {
-        DerivationType::Deferred => {
-            // Nix hashes with these variables there and blank.
-            for name in drv.outputs.keys() {
-                drv.env.insert(name.as_str().into(), BString::default());
-            }
-            for (name, path) in modulo::basic_output_paths(dir, &drv).map_err(fail)? {
-                drv.env.insert(name.as_str().into(), dir.full(&path).into());
-                drv.outputs.insert(name, DerivationOutput::InputAddressed(path));
-            }
-        }
+        DerivationType::Deferred => modulo::fill_output_paths(dir, &mut drv).map_err(fail)?,
         DerivationType::CaFixed => {
             for (name, path) in drv.output_paths(dir).map_err(fail)? {
                 if let Some(path) = path {

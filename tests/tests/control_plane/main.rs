@@ -1,3 +1,5 @@
 //! The `control-plane` layer: against a real etcd and kube-apiserver. Run it by `cargo xtask test control-plane`.
 
+mod crd;
 mod fixtures;
+mod operator;
