@@ -13,11 +13,13 @@ mod db;
 mod derivations;
 mod error;
 pub mod fs;
+mod gc;
 mod import;
 mod layout;
 mod local;
 mod open;
 mod path_lock;
+mod socket;
 mod temp_dir;
 mod temp_roots;
 #[cfg(test)]
@@ -25,6 +27,7 @@ mod testing;
 mod verify;
 
 pub use error::Error;
+pub use gc::{GcOptions, GcReport};
 pub use import::Added;
 pub use layout::{StoreLayout, StoreUri};
 pub use local::{Access, LocalStore, ValidPath};

@@ -19,7 +19,7 @@ use drover_nix::{StoreDir, StorePath};
 use rustix::fs::{FlockOperation, Mode, OFlags};
 
 use crate::path_lock::flock;
-use crate::{Error, LocalStore};
+use crate::{Error, LocalStore, socket};
 
 /// How long to wait before looking again for a collector that has its lock but not its socket yet.
 const COLLECTOR_RETRY: Duration = Duration::from_millis(100);
@@ -163,7 +163,7 @@ impl RootsFile {
     fn tell_collector(&self, state: &mut State, paths: &[&StorePath]) -> io::Result<()> {
         let mut socket = match state.collector.take() {
             Some(socket) => socket,
-            None => UnixStream::connect(&self.socket_path)?,
+            None => socket::connect(&self.socket_path)?,
         };
         for path in paths {
             socket.write_all(format!("{}\n", self.store_dir.full(path)).as_bytes())?;

@@ -88,6 +88,20 @@ impl Database {
         })
     }
 
+    /// What `path` refers to; nothing if it is not valid.
+    pub(crate) fn references(&self, path: &StorePath) -> Result<BTreeSet<StorePath>, Error> {
+        let act = "look up references";
+        self.read(act, |connection| {
+            let mut statement = connection
+                .prepare_cached(
+                    "SELECT path FROM Refs JOIN ValidPaths ON reference = id
+                     WHERE referrer = (SELECT id FROM ValidPaths WHERE path = ?1)",
+                )
+                .map_err(Error::db(act))?;
+            self.paths(&mut statement, [self.store_dir.full(path)])
+        })
+    }
+
     pub(crate) fn referrers(&self, path: &StorePath) -> Result<BTreeSet<StorePath>, Error> {
         let act = "look up referrers";
         self.read(act, |connection| {

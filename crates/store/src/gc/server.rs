@@ -1,0 +1,211 @@
+//! The collector's socket: who wants to protect a path while it works says so here, one full path a line, and is
+//! answered with the byte `1` as soon as that path is not being deleted (Nix: gc.cc).
+
+use std::collections::HashSet;
+use std::fs::{self, Permissions};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::Shutdown;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+
+use drover_nix::StoreDir;
+use rustix::event::{PollFd, PollFlags};
+
+use crate::{Error, StoreLayout, socket};
+
+/// Longest line: a path, its directory and the newline.
+const MAX_LINE: u64 = 4096;
+
+pub(super) struct Server {
+    shared: Arc<Shared>,
+    socket: PathBuf,
+    /// Closing it ends the thread that accepts connections.
+    stop: Option<OwnedFd>,
+    acceptor: Option<JoinHandle<()>>,
+}
+
+struct Shared {
+    store_dir: StoreDir,
+    state: Mutex<State>,
+    /// A deletion has ended.
+    done: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    /// Hash parts of what may not be deleted.
+    protected: HashSet<String>,
+    /// Hash part of what is being deleted.
+    deleting: Option<String>,
+    connections: Vec<UnixStream>,
+}
+
+/// While it lives, those who want to protect the path wait.
+pub(super) struct Deletion<'a>(&'a Shared);
+
+impl Server {
+    pub(super) fn start(layout: &StoreLayout) -> Result<Self, Error> {
+        let socket = layout.gc_socket();
+        let failed = || Error::io("listen at", socket.clone());
+        if let Some(directory) = socket.parent() {
+            fs::create_dir_all(directory).map_err(failed())?;
+        }
+        // We have the collector's lock, so whoever made it has ended.
+        let _ = fs::remove_file(&socket);
+        let listener = socket::listen(&socket).map_err(failed())?;
+        // Everybody may protect paths; it costs a collector no more than garbage that stays.
+        fs::set_permissions(&socket, Permissions::from_mode(0o666)).map_err(failed())?;
+        let (wait, stop) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
+            .map_err(Error::sys("make a pipe for", &socket))?;
+        let shared = Arc::new(Shared {
+            store_dir: layout.store_dir.clone(),
+            state: Mutex::default(),
+            done: Condvar::new(),
+        });
+        let acceptor = {
+            let shared = Arc::clone(&shared);
+            thread::spawn(move || accept(&listener, &wait, &shared))
+        };
+        Ok(Self { shared, socket, stop: Some(stop), acceptor: Some(acceptor) })
+    }
+
+    pub(super) fn protect(&self, hash_parts: HashSet<String>) {
+        self.shared.lock().protected.extend(hash_parts);
+    }
+
+    /// None if the path is protected.
+    pub(super) fn begin_deletion(&self, hash_part: &str) -> Option<Deletion<'_>> {
+        let mut state = self.shared.lock();
+        if state.protected.contains(hash_part) {
+            return None;
+        }
+        state.deleting = Some(hash_part.to_owned());
+        Some(Deletion(&self.shared))
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.socket);
+        drop(self.stop.take());
+        if let Some(acceptor) = self.acceptor.take() {
+            let _ = acceptor.join();
+        }
+    }
+}
+
+impl Drop for Deletion<'_> {
+    fn drop(&mut self) {
+        self.0.lock().deleting = None;
+        self.0.done.notify_all();
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Returns once `hash_part` is protected.
+    fn add(&self, hash_part: &str) {
+        let mut state = self.lock();
+        state.protected.insert(hash_part.to_owned());
+        while state.deleting.as_deref() == Some(hash_part) {
+            state = self.done.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+/// Until `stop` is closed; then ends all connections, whose clients go on with the collector's lock.
+fn accept(listener: &UnixListener, stop: &OwnedFd, shared: &Arc<Shared>) {
+    let mut clients = Vec::new();
+    loop {
+        let mut fds = [PollFd::new(listener, PollFlags::IN), PollFd::new(stop, PollFlags::IN)];
+        if rustix::io::retry_on_intr(|| rustix::event::poll(&mut fds, None)).is_err()
+            || !fds[1].revents().is_empty()
+        {
+            break;
+        }
+        let Ok((stream, _)) = listener.accept() else { continue };
+        let Ok(other) = stream.try_clone() else { continue };
+        shared.lock().connections.push(other);
+        let shared = Arc::clone(shared);
+        clients.push(thread::spawn(move || serve(stream, &shared)));
+    }
+    for connection in shared.lock().connections.drain(..) {
+        let _ = connection.shutdown(Shutdown::Both);
+    }
+    for client in clients {
+        let _ = client.join();
+    }
+}
+
+/// Answers one client until it goes or says what is no path.
+fn serve(stream: UnixStream, shared: &Shared) {
+    let Ok(mut answers) = stream.try_clone() else { return };
+    let mut lines = BufReader::new(stream);
+    let mut line = Vec::new();
+    loop {
+        line.clear();
+        match (&mut lines).take(MAX_LINE).read_until(b'\n', &mut line) {
+            Ok(_) if line.pop() == Some(b'\n') => {}
+            _ => return,
+        }
+        // What lies elsewhere is nothing that we would delete.
+        if let Ok(path) = shared.store_dir.parse(&line) {
+            shared.add(path.hash_part());
+        }
+        if answers.write_all(b"1").is_err() {
+            return;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+    use crate::testing::store_path;
+
+    #[test]
+    fn answers_at_once_but_for_what_is_being_deleted() {
+        let dir = tempfile::tempdir().unwrap();
+        let layout = StoreLayout::in_root(dir.path());
+        let server = Server::start(&layout).unwrap();
+        let ask = |stream: &mut UnixStream, name: &str| {
+            stream.write_all(format!("/nix/store/{}\n", store_path(name)).as_bytes()).unwrap();
+        };
+        let answer = |stream: &mut UnixStream| {
+            let mut byte = [0];
+            stream.read_exact(&mut byte).map(|()| byte[0])
+        };
+        let deletion = server.begin_deletion(store_path("a").hash_part()).unwrap();
+        let mut other = socket::connect(&layout.gc_socket()).unwrap();
+        let mut same = socket::connect(&layout.gc_socket()).unwrap();
+        ask(&mut same, "a");
+        ask(&mut other, "b");
+        assert_eq!(answer(&mut other).unwrap(), b'1');
+        let (send, receive) = mpsc::channel();
+        let waiter = thread::spawn(move || {
+            let byte = answer(&mut same).unwrap();
+            send.send(()).unwrap();
+            (byte, same)
+        });
+        // Whoever asks for what is being deleted must not have been answered; how long to look is a matter of taste.
+        assert!(receive.recv_timeout(std::time::Duration::from_millis(50)).is_err());
+        drop(deletion);
+        let (byte, mut same) = waiter.join().unwrap();
+        assert_eq!(byte, b'1');
+        assert!(server.begin_deletion(store_path("a").hash_part()).is_none());
+        assert!(server.begin_deletion(store_path("b").hash_part()).is_none());
+        drop(server.begin_deletion(store_path("c").hash_part()).unwrap());
+        drop(server);
+        assert!(answer(&mut same).is_err());
+        assert!(!layout.gc_socket().exists());
+    }
+}
