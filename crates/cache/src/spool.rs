@@ -53,6 +53,11 @@ impl NarSpool {
         })
     }
 
+    /// Bytes of the NAR so far.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
     /// Completes the file.
     pub fn finish(self) -> Result<SpooledNar, Error> {
         let fail = |source| Error::Io { act: "write the compressed NAR".into(), source };
