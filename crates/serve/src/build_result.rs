@@ -59,7 +59,7 @@ pub struct BuildResult {
     pub error_message: String,
     pub times_built: u64,
     pub is_non_deterministic: bool,
-    /// Seconds since 1970; 0 if nothing was built.
+    /// Seconds since 1970; 0 if nothing was built, and always from Nix 2.34.
     pub start_time: u64,
     pub stop_time: u64,
     /// Every output on success, also of input-addressed derivations: Hydra copies back what is listed here.

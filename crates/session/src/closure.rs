@@ -1,0 +1,197 @@
+//! What a build needs: the closure of its inputs under references, and where each path can be had.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{Read, Write};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread;
+
+use drover_cache::Cache;
+use drover_nix::{NarInfo, PathInfo, StorePath};
+use drover_serve::Client;
+
+use crate::order::references_first;
+use crate::{Failure, Job, Reason};
+
+/// Requests for narinfo files that are under way at once. They are small, so latency is all that they cost.
+const LOOKUPS: usize = 16;
+/// How many missing paths a message names.
+const NAMED: usize = 10;
+
+/// Every path that the build needs. Closed under references.
+pub(crate) struct Closure(BTreeMap<StorePath, Known>);
+
+pub(crate) enum Known {
+    /// In the cache with this index.
+    InCache(usize, NarInfo),
+    /// In no cache, but on the builder.
+    OnBuilder(PathInfo),
+}
+
+impl Known {
+    pub(crate) fn info(&self) -> &PathInfo {
+        match self {
+            Self::InCache(_, narinfo) => &narinfo.info,
+            Self::OnBuilder(info) => info,
+        }
+    }
+}
+
+impl Closure {
+    /// Asks the caches, level by level; what none of them has, the builder.
+    pub(crate) fn find<R: Read, W: Write>(job: &Job, client: &mut Client<R, W>) -> Result<Self, Failure> {
+        let mut plan = Plan::new(job.inputs());
+        while !plan.wanted.is_empty() {
+            let wanted: Vec<StorePath> = plan.wanted.iter().cloned().collect();
+            let mut unknown = BTreeSet::new();
+            for (path, found) in look_up(&job.caches, &wanted) {
+                match found {
+                    Ok(Some((cache, narinfo))) => plan.found(path, Known::InCache(cache, narinfo)),
+                    Ok(None) => {
+                        unknown.insert(path);
+                    }
+                    Err(error) => {
+                        plan.trouble(error);
+                        unknown.insert(path);
+                    }
+                }
+            }
+            if unknown.is_empty() {
+                continue;
+            }
+            let mut infos = client
+                .query_path_infos(&unknown)
+                .map_err(Failure::builder("asking the builder for inputs"))?;
+            for path in unknown {
+                match infos.remove(&path) {
+                    Some(info) => plan.found(path, Known::OnBuilder(info)),
+                    None => plan.missing(path),
+                }
+            }
+        }
+        plan.finish(job)
+    }
+
+    pub(crate) fn paths(&self) -> BTreeSet<StorePath> {
+        self.0.keys().cloned().collect()
+    }
+
+    /// What has to be sent to a builder that has `valid`, references first.
+    pub(crate) fn to_send(&self, valid: &BTreeSet<StorePath>) -> Result<Vec<(usize, &NarInfo)>, Failure> {
+        let missing = self.0.iter().filter(|(path, _)| !valid.contains(path));
+        let references = missing.map(|(path, known)| (path, &known.info().references)).collect();
+        let order = references_first(&references).map_err(|path| {
+            let message = format!("the caches say that {path} refers to itself through other paths");
+            Failure::verdict(Reason::InputHashMismatch, message)
+        })?;
+        let sources = order.into_iter().map(|path| match &self.0[path] {
+            Known::InCache(cache, narinfo) => Ok((*cache, narinfo)),
+            Known::OnBuilder(_) => {
+                let message = format!("{path} vanished from the builder while it was being locked");
+                Err(Failure::infrastructure(message, "it is in no cache"))
+            }
+        });
+        sources.collect()
+    }
+}
+
+/// The bookkeeping of a search, without the searching.
+struct Plan {
+    known: BTreeMap<StorePath, Known>,
+    wanted: BTreeSet<StorePath>,
+    missing: BTreeSet<StorePath>,
+    /// The first cache that failed rather than said no; one that cannot be asked before one that is not trusted.
+    trouble: Option<drover_cache::Error>,
+}
+
+impl Plan {
+    fn new(roots: &BTreeSet<StorePath>) -> Self {
+        let (known, missing) = (BTreeMap::new(), BTreeSet::new());
+        Self { known, wanted: roots.clone(), missing, trouble: None }
+    }
+
+    fn found(&mut self, path: StorePath, known: Known) {
+        self.wanted.remove(&path);
+        let new = known.info().references.iter().filter(|reference| {
+            **reference != path && !self.known.contains_key(reference) && !self.missing.contains(reference)
+        });
+        self.wanted.extend(new.cloned());
+        self.known.insert(path, known);
+    }
+
+    fn trouble(&mut self, error: drover_cache::Error) {
+        if matches!(self.trouble, None | Some(drover_cache::Error::Untrusted { .. })) {
+            self.trouble = Some(error);
+        }
+    }
+
+    fn missing(&mut self, path: StorePath) {
+        self.wanted.remove(&path);
+        self.missing.insert(path);
+    }
+
+    fn finish(self, job: &Job) -> Result<Closure, Failure> {
+        if self.missing.is_empty() {
+            return Ok(Closure(self.known));
+        }
+        let mut paths: Vec<String> = self.missing.iter().take(NAMED).map(|path| job.dir.full(path)).collect();
+        if self.missing.len() > NAMED {
+            paths.push(format!("and {} more", self.missing.len() - NAMED));
+        }
+        let paths = paths.join(", ");
+        match self.trouble {
+            Some(error @ drover_cache::Error::Untrusted { .. }) => {
+                let message = format!("inputs are in no cache that is trusted: {paths}: {error}");
+                return Err(Failure {
+                    source: Some(error.into()),
+                    ..Failure::verdict(Reason::InputMissing, message)
+                });
+            }
+            // A cache that cannot be asked may well have them: no verdict from that.
+            Some(error) => return Err(Failure::cache(&format!("looking for the inputs {paths}"))(error)),
+            None => {}
+        }
+        let caches: Vec<String> = job.caches.iter().map(|cache| cache.url()).collect();
+        let caches = if caches.is_empty() { "there is no cache".into() } else { caches.join(", ") };
+        let message = format!("inputs are neither on the builder nor in a cache ({caches}): {paths}");
+        Err(Failure::verdict(Reason::InputMissing, message))
+    }
+}
+
+type Found = Result<Option<(usize, NarInfo)>, drover_cache::Error>;
+
+/// Asks the caches for many paths at once.
+fn look_up(caches: &[Arc<dyn Cache>], paths: &[StorePath]) -> Vec<(StorePath, Found)> {
+    if caches.is_empty() {
+        return paths.iter().map(|path| (path.clone(), Ok(None))).collect();
+    }
+    let next = AtomicUsize::new(0);
+    let results = Mutex::new(Vec::with_capacity(paths.len()));
+    let work = || {
+        while let Some(path) = paths.get(next.fetch_add(1, Ordering::Relaxed)) {
+            let found = look_up_one(caches, path);
+            // A poisoned lock means that another lookup panicked, which the scope passes on anyway.
+            results.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).push((path.clone(), found));
+        }
+    };
+    thread::scope(|scope| {
+        for _ in 1..LOOKUPS.min(paths.len()) {
+            scope.spawn(work);
+        }
+        work();
+    });
+    results.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+/// The first cache that has it. A failure counts only if no other one has it.
+pub(crate) fn look_up_one(caches: &[Arc<dyn Cache>], path: &StorePath) -> Found {
+    let mut trouble = None;
+    for (index, cache) in caches.iter().enumerate() {
+        match cache.narinfo(path) {
+            Ok(Some(narinfo)) => return Ok(Some((index, narinfo))),
+            Ok(None) => {}
+            Err(error) => trouble = trouble.or(Some(error)),
+        }
+    }
+    trouble.map_or(Ok(None), Err)
+}

@@ -1,0 +1,187 @@
+//! Receiving outputs: hashed, scanned, compared, and only then stored.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{self, Read, Write};
+
+use drover_cache::{NarSpool, SpooledNar, Stored};
+use drover_nix::{OutputName, PathInfo, StorePath};
+use drover_serve::Client;
+
+use crate::copy::PROGRESS;
+use crate::order::references_first;
+use crate::verify::{self, Received};
+use crate::{Event, Failure, Job, Observer, Output, Reason, content};
+
+/// An output that is what it must be, not stored yet.
+pub(crate) struct Collected {
+    pub name: OutputName,
+    pub info: PathInfo,
+    pub nar: SpooledNar,
+}
+
+/// Receives and checks `outputs`. `closure` is what they may refer to beside each other. References come first.
+pub(crate) fn collect<R: Read, W: Write>(
+    job: &Job,
+    outputs: &BTreeMap<OutputName, StorePath>,
+    closure: BTreeSet<StorePath>,
+    client: &mut Client<R, W>,
+    observer: &mut dyn Observer,
+) -> Result<Vec<Collected>, Failure> {
+    let paths: BTreeSet<StorePath> = outputs.values().cloned().collect();
+    let infos =
+        client.query_path_infos(&paths).map_err(Failure::builder("asking the builder about the outputs"))?;
+    let mut candidates = closure;
+    candidates.extend(paths);
+    verify::claims(outputs, &infos, &candidates, job.max_output_bytes)?;
+    let mut collected = Vec::new();
+    for (name, path) in in_order(outputs, &infos)? {
+        collected.push(receive(job, name, &infos[path], &candidates, client, observer)?);
+    }
+    Ok(collected)
+}
+
+/// Signs and stores them. What was stored before a failure stays: it is complete and correct.
+pub(crate) fn store(
+    job: &Job,
+    collected: Vec<Collected>,
+    observer: &mut dyn Observer,
+) -> Result<(BTreeMap<OutputName, Output>, u64), Failure> {
+    let mut outputs = BTreeMap::new();
+    let mut bytes = 0;
+    for Collected { name, mut info, nar } in collected {
+        if let Some(key) = &job.signing_key {
+            info.signatures.push(key.sign(info.fingerprint(&job.dir).as_bytes()));
+        }
+        if let Some(cache) = &job.push {
+            let act = || format!("storing output {name} ({}) in {}", info.path, cache.url());
+            match cache.put(&info, &nar).map_err(|error| Failure::cache(&act())(error))? {
+                Stored::New => bytes += nar.file_size,
+                // Somebody else's build of it came first. What the cache has is what counts, also where that
+                // build gave other bytes.
+                Stored::Already(there) if there.info.nar_hash != info.nar_hash => info = there.info,
+                Stored::Already(_) => {}
+            }
+            let (name, path) = (name.clone(), info.path.clone());
+            observer.event(Event::OutputStored { name, path, cache: cache.url() });
+        }
+        outputs.insert(name, Output::from(&info));
+    }
+    Ok((outputs, bytes))
+}
+
+fn in_order<'a>(
+    outputs: &'a BTreeMap<OutputName, StorePath>,
+    infos: &BTreeMap<StorePath, PathInfo>,
+) -> Result<Vec<(&'a OutputName, &'a StorePath)>, Failure> {
+    // Each of them is there: claims() saw to that.
+    let references = outputs.values().map(|path| (path, &infos[path].references)).collect();
+    let order = references_first(&references).map_err(|path| {
+        let message = format!("the outputs refer to each other in a circle, through {path}");
+        Failure::verdict(Reason::OutputRejected, message)
+    })?;
+    let position = |path: &StorePath| order.iter().position(|item| *item == path);
+    let mut outputs: Vec<_> = outputs.iter().collect();
+    outputs.sort_by_key(|(_, path)| position(path));
+    Ok(outputs)
+}
+
+fn receive<R: Read, W: Write>(
+    job: &Job,
+    name: &OutputName,
+    claimed: &PathInfo,
+    candidates: &BTreeSet<StorePath>,
+    client: &mut Client<R, W>,
+    observer: &mut dyn Observer,
+) -> Result<Collected, Failure> {
+    let (path, nar_size) = (&claimed.path, claimed.nar_size);
+    observer.event(Event::OutputStarted { name: name.clone(), path: path.clone(), nar_size });
+    let spool = NarSpool::new(&job.spool_dir, candidates.iter().cloned())
+        .map_err(Failure::cache(&format!("making room for output {name}")))?;
+    let mut sink = Sink { spool, size: 0, limit: nar_size, exceeded: false, observer, name, told: 0 };
+    let dumped = client.dump_store_path(path, &mut sink);
+    let Sink { spool, exceeded, .. } = sink;
+    match dumped {
+        Ok(_) => {}
+        Err(_) if exceeded => {
+            let message = format!(
+                "output {name} ({path}) is not what the builder says: more than {nar_size} bytes arrive"
+            );
+            return Err(Failure::verdict(Reason::OutputHashMismatch, message));
+        }
+        Err(error @ drover_serve::Error::NarSink { .. }) => {
+            return Err(Failure::infrastructure(format!("keeping output {name}: {error}"), error));
+        }
+        Err(error) => return Err(Failure::builder(&format!("receiving output {name} ({path})"))(error)),
+    }
+    let nar = spool.finish().map_err(Failure::cache(&format!("keeping output {name}")))?;
+    let received = Received { nar_hash: nar.nar_hash, nar_size: nar.nar_size, references: &nar.references };
+    verify::received(name, claimed, &received)?;
+    let ca = address(job, name, path, &nar)?;
+    observer.event(Event::OutputReceived {
+        name: name.clone(),
+        path: path.clone(),
+        nar_hash: nar.nar_hash,
+        nar_size: nar.nar_size,
+    });
+    let info = PathInfo {
+        path: path.clone(),
+        nar_hash: nar.nar_hash,
+        nar_size: nar.nar_size,
+        references: nar.references.clone(),
+        deriver: Some(job.drv_path.clone()),
+        // The builder's signatures are left out: nobody has reason to trust a builder's key.
+        signatures: Vec::new(),
+        ca,
+    };
+    Ok(Collected { name: name.clone(), info, nar })
+}
+
+fn address(
+    job: &Job,
+    name: &OutputName,
+    path: &StorePath,
+    nar: &SpooledNar,
+) -> Result<Option<drover_nix::ContentAddress>, Failure> {
+    let Some((method, algo)) = job.derivation.outputs.get(name).and_then(verify::content_method) else {
+        return Ok(None);
+    };
+    let bytes = nar.open_nar().map_err(Failure::cache(&format!("reading output {name} back")))?;
+    let own = nar.references.contains(path).then_some(path);
+    let hashes = content::hashes(method, algo, bytes, own).map_err(|error| match error {
+        content::Error::Io(source) => Failure::infrastructure(format!("reading output {name} back"), source),
+        error => Failure::verdict(Reason::OutputRejected, format!("output {name} ({path}): {error}")),
+    })?;
+    verify::content_address(&job.dir, &job.derivation, name, path, &nar.references, hashes)
+}
+
+/// A spool that takes no more than was announced, and tells how far it is.
+struct Sink<'a> {
+    spool: NarSpool,
+    size: u64,
+    limit: u64,
+    exceeded: bool,
+    observer: &'a mut dyn Observer,
+    name: &'a OutputName,
+    told: u64,
+}
+
+impl Write for Sink<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if bytes.len() as u64 > self.limit - self.size {
+            self.exceeded = true;
+            return Err(io::ErrorKind::FileTooLarge.into());
+        }
+        let count = self.spool.write(bytes)?;
+        self.size += count as u64;
+        if self.size - self.told >= PROGRESS {
+            self.told = self.size;
+            self.observer.event(Event::OutputProgress { name: self.name.clone(), bytes: self.size });
+        }
+        Ok(count)
+    }
+
+    // Not the spool's: flushing a compressor costs bytes, and finishing it flushes anyway.
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}

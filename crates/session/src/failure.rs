@@ -1,0 +1,104 @@
+use std::error::Error as StdError;
+use std::fmt;
+
+/// How a session can end without outputs: the words that the API has for it.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+#[non_exhaustive]
+pub enum Reason {
+    BuildFailed,
+    DiskFull,
+    InfrastructureFailure,
+    InputHashMismatch,
+    InputMissing,
+    InvalidDerivation,
+    LogLimitExceeded,
+    MaxSilentExceeded,
+    NotDeterministic,
+    OutOfMemory,
+    OutputHashMismatch,
+    OutputRejected,
+    OutputSizeLimitExceeded,
+    PathNotProven,
+    TimedOut,
+    WrongSystem,
+}
+
+impl Reason {
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::BuildFailed => "BuildFailed",
+            Self::DiskFull => "DiskFull",
+            Self::InfrastructureFailure => "InfrastructureFailure",
+            Self::InputHashMismatch => "InputHashMismatch",
+            Self::InputMissing => "InputMissing",
+            Self::InvalidDerivation => "InvalidDerivation",
+            Self::LogLimitExceeded => "LogLimitExceeded",
+            Self::MaxSilentExceeded => "MaxSilentExceeded",
+            Self::NotDeterministic => "NotDeterministic",
+            Self::OutOfMemory => "OutOfMemory",
+            Self::OutputHashMismatch => "OutputHashMismatch",
+            Self::OutputRejected => "OutputRejected",
+            Self::OutputSizeLimitExceeded => "OutputSizeLimitExceeded",
+            Self::PathNotProven => "PathNotProven",
+            Self::TimedOut => "TimedOut",
+            Self::WrongSystem => "WrongSystem",
+        }
+    }
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// Why a session has no outcome.
+#[derive(Debug)]
+pub struct Failure {
+    pub reason: Reason,
+    /// What went wrong, with the names of paths and caches; for people.
+    pub message: String,
+    /// Whether the machinery is at fault, so that another attempt elsewhere may succeed.
+    pub infrastructure: bool,
+    pub source: Option<Box<dyn StdError + Send + Sync>>,
+}
+
+impl Failure {
+    /// The request, a cache's content or the build is at fault: another attempt gives the same.
+    pub(crate) fn verdict(reason: Reason, message: impl Into<String>) -> Self {
+        Self { reason, message: message.into(), infrastructure: false, source: None }
+    }
+
+    pub(crate) fn infrastructure(
+        message: impl Into<String>,
+        source: impl Into<Box<dyn StdError + Send + Sync>>,
+    ) -> Self {
+        Self {
+            reason: Reason::InfrastructureFailure,
+            message: message.into(),
+            infrastructure: true,
+            source: Some(source.into()),
+        }
+    }
+
+    /// A session that broke while doing `act`.
+    pub(crate) fn builder(act: &str) -> impl FnOnce(drover_serve::Error) -> Self {
+        move |error| Self::infrastructure(format!("{act}: {error}"), error)
+    }
+
+    pub(crate) fn cache(act: &str) -> impl FnOnce(drover_cache::Error) -> Self {
+        move |error| Self::infrastructure(format!("{act}: {error}"), error)
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.reason, self.message)
+    }
+}
+
+impl StdError for Failure {
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        self.source.as_deref().map(|source| source as &(dyn StdError + 'static))
+    }
+}

@@ -1,0 +1,91 @@
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use drover_cache::Cache;
+use drover_nix::derivation::proof::{self, ProofError};
+use drover_nix::derivation::{DerivationType, modulo};
+use drover_nix::signature::SecretKey;
+use drover_nix::{BasicDerivation, Derivation, OutputName, StoreDir, StorePath};
+use drover_serve::BuildOptions;
+
+use crate::{Failure, Reason};
+
+/// One build: what, from where, to where.
+pub struct Job {
+    pub dir: StoreDir,
+    /// Names the derivation, its log and its outputs' deriver. See [`drv_path_of`].
+    pub drv_path: StorePath,
+    pub derivation: BasicDerivation,
+    pub options: BuildOptions,
+    /// Where inputs come from, the preferred one first.
+    pub caches: Vec<Arc<dyn Cache>>,
+    /// Where outputs go. None: they are received and checked, and that is all.
+    pub push: Option<Arc<dyn Cache>>,
+    /// Signs outputs.
+    pub signing_key: Option<SecretKey>,
+    pub trust: Trust,
+    /// Most bytes that all outputs together may have, as NARs.
+    pub max_output_bytes: Option<u64>,
+    /// An existing directory for outputs on their way to the cache.
+    pub spool_dir: PathBuf,
+}
+
+/// Whose word counts for the paths of input-addressed outputs.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Trust {
+    /// The caller's, who has proven them in another way or believes the request.
+    Claimed,
+    /// Nobody's: they must follow from the derivation's own fields ([`prove_output_paths`]).
+    Verified,
+}
+
+impl Job {
+    /// The outputs with their paths as far as these are known before the build. Fails for derivations that no
+    /// builder can build, and for paths that are not proven.
+    pub(crate) fn outputs(&self) -> Result<BTreeMap<OutputName, Option<StorePath>>, Failure> {
+        let invalid =
+            |error: drover_nix::Error| Failure::verdict(Reason::InvalidDerivation, error.to_string());
+        let kind = self.derivation.kind().map_err(invalid)?;
+        if kind == DerivationType::Deferred {
+            let message = "the derivation's output paths depend on outputs that are not built yet";
+            return Err(Failure::verdict(Reason::InvalidDerivation, message));
+        }
+        if self.drv_path.derivation_name() != Some(self.derivation.name.as_str()) {
+            let message =
+                format!("{} is not a path for the derivation {}", self.drv_path, self.derivation.name);
+            return Err(Failure::verdict(Reason::InvalidDerivation, message));
+        }
+        if self.trust == Trust::Verified {
+            prove_output_paths(&self.dir, &self.derivation)?;
+        }
+        self.derivation.output_paths(&self.dir).map_err(invalid)
+    }
+
+    /// The paths of all outputs if all are known before the build.
+    pub(crate) fn known_outputs(&self) -> Result<Option<BTreeMap<OutputName, StorePath>>, Failure> {
+        Ok(self.outputs()?.into_iter().map(|(name, path)| Some((name, path?))).collect())
+    }
+
+    pub(crate) fn inputs(&self) -> &BTreeSet<StorePath> {
+        &self.derivation.input_srcs
+    }
+}
+
+/// The path that the `.drv` file of a resolved derivation would have.
+pub fn drv_path_of(dir: &StoreDir, derivation: &BasicDerivation) -> Result<StorePath, drover_nix::Error> {
+    let derivation = Derivation { basic: derivation.clone(), input_drvs: BTreeMap::new() };
+    modulo::drv_path(dir, &derivation)
+}
+
+/// Checks that the paths of input-addressed outputs are those that the derivation's own fields give, so that nobody
+/// can have another's path built. Content-addressed outputs are checked when their content is there.
+pub fn prove_output_paths(dir: &StoreDir, derivation: &BasicDerivation) -> Result<(), Failure> {
+    proof::prove_alone(dir, derivation).map_err(|error| {
+        let reason = match error {
+            ProofError::Path { .. } => Reason::PathNotProven,
+            _ => Reason::InvalidDerivation,
+        };
+        Failure::verdict(reason, error.to_string())
+    })
+}
