@@ -1,5 +1,7 @@
 //! Whole builds through the protocol: what becomes of outputs, limits and failures.
 
+#![allow(clippy::unwrap_used)] // all of it is tests
+
 mod common;
 
 use std::net::Shutdown;

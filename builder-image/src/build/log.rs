@@ -16,9 +16,15 @@ const TAIL_LINES: usize = 25;
 /// Longest line that the tail keeps whole.
 const MAX_TAIL_LINE: usize = 2000;
 
-/// A handle on the log. Clones write to the same place.
+/// A handle on the log. Clones write to the same places.
 #[derive(Clone)]
 pub(crate) struct Log {
+    outlets: Vec<Outlet>,
+}
+
+/// One reader. The last outlet that is dropped ends its thread.
+#[derive(Clone)]
+struct Outlet {
     shared: Arc<Shared>,
 }
 
@@ -50,34 +56,26 @@ impl Log {
                 writer.written(result.is_err());
             }
         });
-        Self { shared }
+        Self { outlets: vec![Outlet { shared }] }
+    }
+
+    /// A log that goes to the readers of both.
+    pub(crate) fn and(mut self, other: &Self) -> Self {
+        self.outlets.extend(other.outlets.iter().cloned());
+        self
     }
 
     /// Whether more may be written without waiting. False only while a reader is slow, never for long.
     pub(crate) fn has_room(&self) -> bool {
-        let state = self.shared.lock();
-        state.bytes < MAX_PENDING || state.broken || state.is_stalled()
+        self.outlets.iter().all(|outlet| {
+            let state = outlet.shared.lock();
+            state.bytes < MAX_PENDING || state.broken || state.is_stalled()
+        })
     }
 
-    /// Takes the bytes, or drops them if the reader is gone or stalled. Never blocks.
+    /// Takes the bytes, or drops them for a reader that is gone or stalled. Never blocks.
     pub(crate) fn write(&self, bytes: &[u8]) {
-        let mut state = self.shared.lock();
-        if state.broken || bytes.is_empty() {
-            return;
-        }
-        if state.bytes >= MAX_PENDING && state.is_stalled() {
-            state.dropped += bytes.len() as u64;
-            return;
-        }
-        if state.dropped > 0 && state.bytes < MAX_PENDING / 2 {
-            let dropped = std::mem::take(&mut state.dropped);
-            state.push(
-                format!("\ndrover-builder: {dropped} bytes of log were dropped: nobody read them\n")
-                    .into_bytes(),
-            );
-        }
-        state.push(bytes.to_vec());
-        self.shared.changed.notify_all();
+        self.outlets.iter().for_each(|outlet| outlet.shared.write(bytes));
     }
 
     /// A line of our own.
@@ -85,17 +83,13 @@ impl Log {
         self.write(format!("drover-builder: {line}\n").as_bytes());
     }
 
-    /// Waits until everything is written, or the reader has taken nothing for a while.
+    /// Waits until everything is written, or the readers have taken nothing for a while.
     pub(crate) fn flush(&self) {
-        let mut state = self.shared.lock();
-        while !(state.broken || state.is_stalled() || (state.pending.is_empty() && !state.writing)) {
-            let waited = self.shared.changed.wait_timeout(state, Duration::from_millis(200));
-            state = waited.unwrap_or_else(PoisonError::into_inner).0;
-        }
+        self.outlets.iter().for_each(|outlet| outlet.shared.flush());
     }
 }
 
-impl Drop for Log {
+impl Drop for Outlet {
     fn drop(&mut self) {
         // The writer and this handle: nobody can write any more.
         if Arc::strong_count(&self.shared) <= 2 {
@@ -109,6 +103,32 @@ impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
         // The state is whole between any two statements, so a panic elsewhere spoils nothing.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self, bytes: &[u8]) {
+        let mut state = self.lock();
+        if state.broken || bytes.is_empty() {
+            return;
+        }
+        if state.bytes >= MAX_PENDING && state.is_stalled() {
+            state.dropped += bytes.len() as u64;
+            return;
+        }
+        if state.dropped > 0 && state.bytes < MAX_PENDING / 2 {
+            let dropped = std::mem::take(&mut state.dropped);
+            let note = format!("\ndrover-builder: {dropped} bytes of log were dropped: nobody read them\n");
+            state.push(note.into_bytes());
+        }
+        state.push(bytes.to_vec());
+        self.changed.notify_all();
+    }
+
+    fn flush(&self) {
+        let mut state = self.lock();
+        while !(state.broken || state.is_stalled() || (state.pending.is_empty() && !state.writing)) {
+            let waited = self.changed.wait_timeout(state, Duration::from_millis(200));
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
     }
 
     /// What to write next; None once there will be nothing any more.
@@ -257,10 +277,10 @@ mod tests {
         log.write(b"first");
         arrivals.recv().unwrap();
         log.write(&vec![0; MAX_PENDING]);
-        log.shared.lock().waiting_since = Some(Instant::now().checked_sub(STALL).unwrap());
+        log.outlets[0].shared.lock().waiting_since = Some(Instant::now().checked_sub(STALL).unwrap());
         assert!(log.has_room());
         log.write(b"lost");
-        assert_eq!(log.shared.lock().dropped, 4);
+        assert_eq!(log.outlets[0].shared.lock().dropped, 4);
         log.flush();
     }
 

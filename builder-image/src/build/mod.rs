@@ -88,7 +88,14 @@ impl Builder {
                     .map(|(name, path)| (name, BuiltOutput { path, signatures: Vec::new() }));
                 BuildResult { built_outputs: built.collect(), ..BuildResult::new(status) }
             }
-            Err(error) => BuildResult::failure(error.status(), error.to_string()),
+            Err(error) => {
+                // What is not the derivation's doing belongs into the log too, where whoever runs this looks.
+                if !matches!(error, Error::Verdict { .. }) {
+                    request.log.note(&format!("{}: {error}", error.category()));
+                    request.log.flush();
+                }
+                BuildResult::failure(error.status(), error.to_string())
+            }
         };
         if result.status != BuildStatus::AlreadyValid {
             result.times_built = u64::from(result.status != BuildStatus::InputRejected);
@@ -165,11 +172,11 @@ impl Builder {
         match kind {
             DerivationType::InputAddressed => Ok(()),
             DerivationType::CaFixed => {
-                let fixed = drv.outputs.values().filter_map(|output| match output {
+                let mut fixed = drv.outputs.values().filter_map(|output| match output {
                     DerivationOutput::CaFixed(ca) => Some(ca),
                     _ => None,
                 });
-                fixed.map(outputs::supported).collect()
+                fixed.try_for_each(outputs::supported)
             }
             DerivationType::Deferred => {
                 refuse("its output paths are not known: it has to be resolved first".into())

@@ -1,16 +1,20 @@
 //! The parent's end of a sandbox: makes the terminal that carries the log, starts the helper, sends it the plan and
 //! reads its reports. It waits for nothing; who supervises does.
 
+use std::collections::BTreeSet;
 use std::ffi::CString;
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command as Process, Stdio};
+use std::sync::{Mutex, PoisonError};
 
+use rustix::process::{WaitOptions, waitpid};
 use rustix::pty::OpenptFlags;
 use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
 
+use super::linux::dead_child;
 use super::plan::{Command, Plan};
 
 /// The word that makes this program the helper.
@@ -67,10 +71,27 @@ pub(crate) struct Running {
     line: Vec<u8>,
 }
 
+/// Helpers that have not been reaped, by pid: whoever reaps orphans leaves them alone.
+static HELPERS: Mutex<BTreeSet<u32>> = Mutex::new(BTreeSet::new());
+
+/// Reaps every dead child that is no helper. Process 1 of a container inherits them.
+pub(crate) fn reap_orphans() {
+    // Held across starting and reaping helpers, so that what is not in the set is nobody's.
+    let helpers = HELPERS.lock().unwrap_or_else(PoisonError::into_inner);
+    while let Some(pid) = dead_child() {
+        if helpers.contains(&pid.as_raw_nonzero().get().unsigned_abs()) {
+            // Its own thread is about to.
+            return;
+        }
+        let _reaped = waitpid(Some(pid), WaitOptions::NOHANG);
+    }
+}
+
 /// Starts the helper with `plan`. `owner` is who the terminal belongs to, if not the caller.
 pub(crate) fn start(plan: &Plan, owner: Option<(u32, u32)>) -> io::Result<Running> {
     let (terminal, peer) = terminal(owner)?;
     let (control, theirs) = UnixStream::pair()?;
+    let mut helpers = HELPERS.lock().unwrap_or_else(PoisonError::into_inner);
     let helper = Process::new("/proc/self/exe")
         .arg(HELPER_COMMAND)
         .env_clear()
@@ -78,6 +99,8 @@ pub(crate) fn start(plan: &Plan, owner: Option<(u32, u32)>) -> io::Result<Runnin
         .stdout(Stdio::from(peer.try_clone()?))
         .stderr(Stdio::from(peer))
         .spawn()?;
+    helpers.insert(helper.id());
+    drop(helpers);
     let running = Running { helper, control, terminal, line: Vec::new() };
     send(&running.control, plan)?;
     running.control.set_nonblocking(true)?;
@@ -130,6 +153,8 @@ impl Drop for Running {
     fn drop(&mut self) {
         self.kill();
         let _reaped = self.helper.wait();
+        // Between the two lines the pid may have been given to an orphan, which then waits for the next round.
+        HELPERS.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.helper.id());
     }
 }
 

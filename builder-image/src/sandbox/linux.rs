@@ -126,6 +126,19 @@ impl Kernel for Linux {
     }
 }
 
+/// A child of this process that has ended and is not reaped yet. It stays so.
+#[allow(unsafe_code)]
+pub(super) fn dead_child() -> Option<process::Pid> {
+    let options = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
+    // SAFETY: the kernel writes one siginfo_t, which lives across the call; all zero is a valid one, with pid 0 for none.
+    let (result, pid) = unsafe {
+        let mut info: libc::siginfo_t = std::mem::zeroed();
+        let result = libc::waitid(libc::P_ALL, 0, &raw mut info, options);
+        (result, info.si_pid())
+    };
+    if result == 0 { process::Pid::from_raw(pid) } else { None }
+}
+
 /// Handlers that a program inherits are Rust's ignored SIGPIPE and whatever our own parent ignored.
 #[allow(unsafe_code)]
 fn default_signals() -> io::Result<()> {

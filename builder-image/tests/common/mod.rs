@@ -3,10 +3,10 @@
 //! Scripts run in Debian's static busybox, which is both the sandbox's shell and an input store path with an applet
 //! for every tool that they use. Without it these tests fail: `apt-get install busybox-static`.
 
-#![allow(dead_code)] // each test program uses its own part
+#![allow(dead_code, clippy::unwrap_used)] // each test program uses its own part; all of it is tests
 
 use std::collections::BTreeMap;
-use std::io::Read as _;
+use std::io::{Read, Write};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
@@ -95,25 +95,12 @@ impl Builder {
         self.client().build_derivation(&drv_path, drv, options).unwrap()
     }
 
-    /// One input-addressed output.
+    /// [`derivation`] with this builder's tools.
     pub(crate) fn derivation(&self, script: &str) -> BasicDerivation {
-        let out = path_for(script, "test");
-        let outputs = BTreeMap::from([(OutputName::out(), DerivationOutput::InputAddressed(out.clone()))]);
-        let mut drv = BasicDerivation {
-            name: "test".into(),
-            outputs,
-            input_srcs: [self.tools.clone()].into(),
-            system: "x86_64-linux".into(),
-            builder: "/bin/sh".into(),
-            args: vec!["-ec".into(), script.into()],
-            env: BTreeMap::new(),
-        };
-        set(&mut drv, "PATH", &format!("/nix/store/{}/bin", self.tools));
-        set(&mut drv, "out", &format!("/nix/store/{out}"));
-        drv
+        derivation(&self.tools, script)
     }
 
-    /// One output that is fixed by the hash of `content`.
+    /// One output that is fixed by a hash.
     pub(crate) fn fixed(&self, script: &str, method: Method, hash: Hash) -> BasicDerivation {
         let mut drv = self.derivation(script);
         let output = DerivationOutput::CaFixed(ContentAddress { method, hash });
@@ -149,6 +136,24 @@ impl Drop for Builder {
     }
 }
 
+/// A script with the tools on its PATH and one input-addressed output.
+pub(crate) fn derivation(tools: &StorePath, script: &str) -> BasicDerivation {
+    let out = path_for(script, "test");
+    let outputs = BTreeMap::from([(OutputName::out(), DerivationOutput::InputAddressed(out.clone()))]);
+    let mut drv = BasicDerivation {
+        name: "test".into(),
+        outputs,
+        input_srcs: [tools.clone()].into(),
+        system: "x86_64-linux".into(),
+        builder: "/bin/sh".into(),
+        args: vec!["-ec".into(), script.into()],
+        env: BTreeMap::new(),
+    };
+    set(&mut drv, "PATH", &format!("/nix/store/{}/bin", tools));
+    set(&mut drv, "out", &format!("/nix/store/{out}"));
+    drv
+}
+
 pub(crate) fn set(drv: &mut BasicDerivation, key: &str, value: &str) {
     drv.env.insert(BString::from(key), BString::from(value));
 }
@@ -164,7 +169,7 @@ pub(crate) fn path_for(seed: &str, name: &str) -> StorePath {
 }
 
 /// Adds a tree as a source.
-pub(crate) fn add(client: &mut Client<ChildStdout, ChildStdin>, name: &str, tree: &Path) -> StorePath {
+pub(crate) fn add<R: Read, W: Write>(client: &mut Client<R, W>, name: &str, tree: &Path) -> StorePath {
     let mut nar = Vec::new();
     drover_store::fs::dump(tree, &mut nar).unwrap();
     let nar_hash = Sha256::of(&nar);
@@ -184,7 +189,7 @@ pub(crate) fn add(client: &mut Client<ChildStdout, ChildStdin>, name: &str, tree
 }
 
 /// `bin/busybox` and a symlink for each applet.
-fn tools() -> PathBuf {
+pub(crate) fn tools() -> PathBuf {
     let busybox = ["/usr/bin/busybox", "/bin/busybox"].map(Path::new).into_iter().find(|path| path.exists());
     let busybox = busybox.expect("busybox not found: apt-get install busybox-static");
     let dir = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!(
