@@ -3,13 +3,12 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use drover_cache::Cache;
-use drover_nix::derivation::proof::{self, ProofError};
 use drover_nix::derivation::{DerivationType, modulo};
 use drover_nix::signature::SecretKey;
 use drover_nix::{BasicDerivation, Derivation, OutputName, StoreDir, StorePath};
 use drover_serve::BuildOptions;
 
-use crate::{Failure, Reason};
+use crate::{Failure, Reason, prove_output_paths};
 
 /// One build: what, from where, to where.
 pub struct Job {
@@ -76,16 +75,4 @@ impl Job {
 pub fn drv_path_of(dir: &StoreDir, derivation: &BasicDerivation) -> Result<StorePath, drover_nix::Error> {
     let derivation = Derivation { basic: derivation.clone(), input_drvs: BTreeMap::new() };
     modulo::drv_path(dir, &derivation)
-}
-
-/// Checks that the paths of input-addressed outputs are those that the derivation's own fields give, so that nobody
-/// can have another's path built. Content-addressed outputs are checked when their content is there.
-pub fn prove_output_paths(dir: &StoreDir, derivation: &BasicDerivation) -> Result<(), Failure> {
-    proof::prove_alone(dir, derivation).map_err(|error| {
-        let reason = match error {
-            ProofError::Path { .. } => Reason::PathNotProven,
-            _ => Reason::InvalidDerivation,
-        };
-        Failure::verdict(reason, error.to_string())
-    })
 }

@@ -8,7 +8,7 @@
 //! In the order of the story: a [`Job`] goes in; `closure` finds out what its inputs need, `copy` sends what the
 //! builder lacks, `verdict` reads how the build ended, `collect` receives outputs, `verify` and `content` decide
 //! whether they are what they must be, and an [`Outcome`] or a [`Failure`] comes out. On the way an [`Observer`]
-//! hears [`Event`]s.
+//! hears [`Event`]s. `trust` answers before all that whether a request may have its output paths.
 
 mod closure;
 mod collect;
@@ -22,11 +22,13 @@ mod outcome;
 mod run;
 #[cfg(test)]
 mod tests;
+mod trust;
 mod verdict;
 mod verify;
 
 pub use event::{Event, Observer};
 pub use failure::{Failure, Reason};
-pub use job::{Job, Trust, drv_path_of, prove_output_paths};
+pub use job::{Job, Trust, drv_path_of};
 pub use outcome::{Outcome, Output, Timings, Transfer};
 pub use run::{all_outputs_in_cache, run};
+pub use trust::{derivation_of, prove_output_paths, prove_output_paths_with};
