@@ -184,7 +184,7 @@ mod tests {
         assert_eq!(read(&nar, &info).unwrap(), nar);
         assert!(read(&nar[..100], &info).unwrap_err().contains("ends after 100 bytes"));
         assert!(read(&[&nar[..], b"x"].concat(), &info).unwrap_err().contains("longer"));
-        let mut wrong = nar.clone();
+        let mut wrong = nar;
         wrong[97] ^= 1;
         assert!(read(&wrong, &info).unwrap_err().contains("hash"));
     }

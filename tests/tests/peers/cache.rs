@@ -1,0 +1,182 @@
+//! Binary caches against real Nix: each reads what the other wrote, over real HTTP and in a directory.
+
+use std::collections::BTreeMap;
+use std::io::{self, Read as _};
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::{Context as _, Result, ensure};
+use drover_cache::{Cache, CacheOptions, NarSpool, Stored, VerifiedNar, closure, read_drv};
+use drover_nix::signature::SecretKey;
+use drover_nix::{StoreDir, StorePath};
+use drover_tests::{HttpCache, Nix, Peer};
+
+/// Two paths of which one refers to the other and to itself, and a source below both.
+const PAIR: &str = r#"
+let
+  source = builtins.toFile "source" "some text\n";
+  make = attrs: derivation ({ system = "x86_64-linux"; builder = "/bin/sh"; PATH = "/bin:/usr/bin"; } // attrs);
+  lib = make {
+    name = "lib";
+    args = [ "-c" "mkdir $out; echo ${source} $out > $out/text; ln -s $out/text $out/link; head -c 300000 /bin/sh > $out/big" ];
+  };
+in make { name = "user"; args = [ "-c" "echo ${lib} > $out" ]; }
+"#;
+
+/// A store that real Nix filled, at this machine's path and as the peer's own `/nix`.
+struct Filled {
+    peer: Peer,
+    dir: tempfile::TempDir,
+    /// `user`, and its derivation.
+    out: StorePath,
+    drv: StorePath,
+}
+
+impl Filled {
+    fn new(nix: Nix) -> Result<Self> {
+        let dir = tempfile::tempdir()?;
+        let store = dir.path().join("nix");
+        std::fs::create_dir(&store)?;
+        let peer = Peer::new(nix)?.with_at(&store, "/nix");
+        let out = peer.run("nix-build", &["--no-out-link", "-E", PAIR])?;
+        let drv = peer.run("nix-instantiate", &["-E", PAIR])?;
+        let parse = |text: &str| StoreDir::default().parse(text.trim().as_bytes());
+        Ok(Self { out: parse(&out)?, drv: parse(&drv)?, peer, dir })
+    }
+
+    fn root(&self) -> String {
+        self.dir.path().to_string_lossy().into_owned()
+    }
+
+    fn nix(&self, args: &[&str]) -> Result<String> {
+        self.peer.run("nix", &[&["--extra-experimental-features", "nix-command"], args].concat())
+    }
+}
+
+impl Drop for Filled {
+    fn drop(&mut self) {
+        let _ = drover_store::fs::delete(&self.dir.path().join("nix"));
+    }
+}
+
+fn full(path: &StorePath) -> String {
+    StoreDir::default().full(path)
+}
+
+fn open(url: &str, options: &CacheOptions) -> Result<Arc<dyn Cache>> {
+    Ok(drover_cache::open(url, options)?)
+}
+
+/// NARs of a closure, each verified.
+fn read_all(cache: &Arc<dyn Cache>, root: &StorePath) -> Result<BTreeMap<StorePath, Vec<u8>>> {
+    let found = closure(std::slice::from_ref(cache), [root.clone()])?;
+    ensure!(found.missing.is_empty(), "{:?}", found.missing);
+    found
+        .found
+        .into_iter()
+        .map(|(path, (_, narinfo))| {
+            let mut nar = Vec::new();
+            VerifiedNar::new(cache.nar(&narinfo)?, &narinfo.info).read_to_end(&mut nar)?;
+            Ok((path, nar))
+        })
+        .collect()
+}
+
+#[test]
+fn drover_reads_what_nix_copies_in_every_compression() -> Result<()> {
+    for nix in Nix::ALL {
+        let filled = Filled::new(nix)?;
+        let expected = read_all(&open(&filled.root(), &CacheOptions::default())?, &filled.out)?;
+        ensure!(expected.len() == 3, "{expected:?}");
+        let keys = tempfile::tempdir()?;
+        let key = |name: &str| keys.path().join(name).to_string_lossy().into_owned();
+        let generate = ["--generate-binary-cache-key", "test-1", &key("secret"), &key("public")];
+        filled.peer.run("nix-store", &generate)?;
+        let public = std::fs::read_to_string(key("public"))?.parse()?;
+        let options = CacheOptions { public_keys: vec![public], ..CacheOptions::default() };
+        for compression in ["xz", "zstd", "bzip2", "gzip", "none"] {
+            let dir = tempfile::tempdir()?;
+            let http = HttpCache::start(dir.path())?;
+            let url = format!("{}?compression={compression}&secret-key={}", http.url(), key("secret"));
+            filled.nix(&["copy", "--to", &url, &full(&filled.out)])?;
+            let over_http = open(http.url(), &options)?;
+            let read = read_all(&over_http, &filled.out).with_context(|| format!("{nix:?} {compression}"))?;
+            ensure!(read == expected, "{nix:?} {compression}");
+            let in_directory = open(&format!("file://{}", dir.path().display()), &options)?;
+            ensure!(read_all(&in_directory, &filled.out)? == expected, "{nix:?} {compression}");
+        }
+        // A `.drv` file, which nobody has to sign, and what is not signed and has to be.
+        let dir = tempfile::tempdir()?;
+        let http = HttpCache::start(dir.path())?;
+        let drv = filled.nix(&["copy", "--derivation", "--to", http.url(), &full(&filled.drv)]);
+        // The flag came after 2.8, which copies `.drv` files as they are.
+        if drv.is_err() {
+            filled.nix(&["copy", "--to", http.url(), &full(&filled.drv)])?;
+        }
+        filled.nix(&["copy", "--to", http.url(), &full(&filled.out)])?;
+        let cache = open(http.url(), &options)?;
+        let drv =
+            read_drv(&*cache, &StoreDir::default(), &filled.drv)?.context("the .drv file was copied")?;
+        ensure!(drv.basic.name == "user");
+        let error = cache.narinfo(&filled.out).err().context("an unsigned path was believed")?;
+        ensure!(error.category() == "untrusted", "{error}");
+    }
+    Ok(())
+}
+
+#[test]
+fn nix_reads_what_drover_stores() -> Result<()> {
+    let key = SecretKey::from_seed("drover-test-1", &[42; 32])?;
+    for nix in Nix::ALL {
+        let filled = Filled::new(nix)?;
+        let store = open(&filled.root(), &CacheOptions::default())?;
+        let dir = tempfile::tempdir()?;
+        let http = HttpCache::start(dir.path())?;
+        let cache = open(http.url(), &CacheOptions::default())?;
+        let paths = closure(std::slice::from_ref(&store), [filled.out.clone()])?;
+        let candidates: Vec<StorePath> = paths.found.keys().cloned().collect();
+        for (_, narinfo) in paths.found.values() {
+            let mut spool = NarSpool::new(Path::new("/tmp"), candidates.iter().cloned())?;
+            io::copy(&mut store.nar(narinfo)?, &mut spool)?;
+            let nar = spool.finish()?;
+            ensure!(nar.references == narinfo.info.references, "{nix:?}: the scanner finds what Nix found");
+            let mut info = narinfo.info.clone();
+            info.signatures = vec![key.sign(info.fingerprint(&StoreDir::default()).as_bytes())];
+            ensure!(cache.put(&info, &nar)? == Stored::New);
+        }
+        cache.put_log(&filled.drv, &mut &b"the log\n"[..])?;
+
+        let trusted = format!("trusted-public-keys = {}\n", key.public());
+        let with = |config: &str, program: &str, args: &[&str]| -> Result<std::process::Output> {
+            let config = format!("experimental-features = nix-command\nbuild-users-group =\n{config}");
+            Ok(filled.peer.command(program)?.env("NIX_CONFIG", config).args(args).output()?)
+        };
+        let text =
+            |root: &Path| std::fs::read_to_string(root.join(full(&filled.out).trim_start_matches('/')));
+        // Copied, substituted, and refused where the key is not trusted.
+        for (config, program, args, works) in [
+            (trusted.clone(), "nix", vec!["copy", "--from", http.url()], true),
+            (format!("{trusted}substituters = {}\n", http.url()), "nix-store", vec!["-r"], true),
+            ("trusted-public-keys =\n".to_owned(), "nix", vec!["copy", "--from", http.url()], false),
+        ] {
+            let target = tempfile::tempdir()?;
+            let root = target.path().to_string_lossy().into_owned();
+            let path = full(&filled.out);
+            let place: &[&str] =
+                if program == "nix" { &["--to", &root, &path] } else { &["--store", &root, &path] };
+            let output = with(&config, program, &[&args[..], place].concat())?;
+            let said = String::from_utf8_lossy(&output.stderr);
+            ensure!(output.status.success() == works, "{nix:?} {program} {args:?}: {said}");
+            if works {
+                ensure!(text(target.path())? == text(filled.dir.path())?);
+                filled.peer.run("nix-store", &["--store", &root, "--verify", "--check-contents"])?;
+            }
+            drover_store::fs::delete(&target.path().join("nix"))?;
+        }
+        // By way of the output's deriver: the `.drv` file is not in the cache.
+        let log = with("", "nix", &["log", "--store", http.url(), &full(&filled.out)])?;
+        let said = String::from_utf8_lossy(&log.stderr);
+        ensure!(String::from_utf8_lossy(&log.stdout).contains("the log"), "{nix:?}: {said}");
+    }
+    Ok(())
+}
