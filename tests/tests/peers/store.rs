@@ -5,7 +5,7 @@ use std::path::Path;
 
 use anyhow::{Context as _, Result, ensure};
 use drover_nix::StorePath;
-use drover_store::{Access, Added, LocalStore, StoreLayout, TempRoots};
+use drover_store::{Access, Added, GcOptions, LocalStore, StoreLayout, TempRoots};
 use drover_tests::{Nix, Peer};
 use serde_json::Value;
 
@@ -216,4 +216,51 @@ fn nix_collects_garbage_around_what_drover_protects() -> Result<()> {
         ensure!(store.all_valid_paths()?.is_empty(), "{nix:?}");
     }
     Ok(())
+}
+
+#[test]
+fn drover_collects_what_nix_would() -> Result<()> {
+    for nix in Nix::ALL {
+        let peer = Peer::new(nix)?;
+        let (source, out) = filled_by_nix(&peer)?;
+        let source = source.store(Access::ReadOnly)?;
+        let drv = source.valid_derivers(&out)?.into_iter().next().context("no deriver")?;
+        for (keep_outputs, keep_derivations, kept) in [
+            (false, false, &out),
+            (false, true, &out),
+            (true, false, &drv),
+            (true, true, &out),
+            (false, true, &drv),
+        ] {
+            let (ours, theirs) = (Root::new()?, Root::new()?);
+            for root in [&ours, &theirs] {
+                let store = root.store(Access::ReadWrite)?;
+                copy_all(&source, &store)?;
+                let link = store.layout().state_dir.join("gcroots/kept");
+                std::os::unix::fs::symlink(store.store_dir().full(kept), link)?;
+                std::fs::write(store.layout().real_store_dir.join("rubbish"), "")?;
+            }
+            let (outputs, derivations) = (keep_outputs.to_string(), keep_derivations.to_string());
+            let options =
+                ["--option", "keep-outputs", &outputs, "--option", "keep-derivations", &derivations];
+            peer.run("nix-store", &[&options[..], &["--store", &theirs.text(), "--gc"]].concat())?;
+            let store = ours.store(Access::ReadWrite)?;
+            let options = GcOptions { keep_outputs, keep_derivations, ..GcOptions::default() };
+            let before = store.all_valid_paths()?;
+            let report = store.collect_garbage(&options)?;
+            let left = store.all_valid_paths()?;
+            ensure!(left == theirs.store(Access::ReadOnly)?.all_valid_paths()?, "{nix:?} {options:?} {kept}");
+            ensure!(report.paths.len() + left.len() == before.len());
+            ensure!(entries(&ours)? == entries(&theirs)?, "{nix:?} {options:?}");
+            peer.run("nix-store", &["--store", &ours.text(), "--verify", "--check-contents"])?;
+        }
+    }
+    Ok(())
+}
+
+/// Names in the store directory, but for lock files, which come and go.
+fn entries(root: &Root) -> Result<BTreeSet<std::ffi::OsString>> {
+    let entries = std::fs::read_dir(root.path().join("nix/store"))?;
+    let names = entries.map(|entry| Ok(entry?.file_name())).collect::<Result<BTreeSet<_>>>()?;
+    Ok(names.into_iter().filter(|name| !name.to_string_lossy().ends_with(".lock")).collect())
 }
