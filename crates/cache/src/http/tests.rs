@@ -241,6 +241,47 @@ fn logs() {
 }
 
 #[test]
+fn tls_needs_a_known_authority() {
+    let made = rcgen::generate_simple_self_signed(["127.0.0.1".to_owned()]).unwrap();
+    let certificate = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(certificate.path(), made.cert.pem()).unwrap();
+    let key = rustls::pki_types::PrivateKeyDer::try_from(made.signing_key.serialize_der()).unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = rustls::ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(vec![made.cert.der().clone()], key)
+        .unwrap();
+    let config = Arc::new(config);
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("https://{}", listener.local_addr().unwrap());
+    thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            let connection = rustls::ServerConnection::new(config.clone()).unwrap();
+            let mut stream = io::BufReader::new(rustls::StreamOwned::new(connection, stream));
+            let mut line = String::new();
+            // It has nothing, but says so to those who trust it.
+            while io::BufRead::read_line(&mut stream, &mut line).is_ok_and(|count| count > 2) {
+                line.clear();
+            }
+            let answer = b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
+            let _ = io::Write::write_all(stream.get_mut(), answer);
+        }
+    });
+    let path = store_path("x");
+    let knows = CacheOptions { certificates: Some(certificate.path().to_owned()), ..options() };
+    assert_eq!(open(&url, &knows).unwrap().narinfo(&path).unwrap(), None);
+    // Whether this machine has any authorities of its own or not, this one is none of them.
+    let stranger = CacheOptions { attempts: 1, ..options() };
+    let error = match open(&url, &stranger) {
+        Ok(cache) => cache.narinfo(&path).unwrap_err(),
+        Err(error) => error,
+    };
+    assert!(error.to_string().contains("certificate"), "{error}");
+}
+
+#[test]
 fn urls() {
     let shown = |url: &str| open(url, &options()).map(|cache| cache.url()).map_err(|error| error.to_string());
     assert_eq!(shown("http://h.example/a?priority=10").unwrap(), "http://h.example/a");
