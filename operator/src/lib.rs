@@ -1,12 +1,26 @@
 //! Drover's operator: it watches build requests and has them built by pods.
+//!
+//! Each look at a request has three steps, and a module for each: [`observe`] reads everything that matters into a
+//! [`world::World`]; [`plan`] decides, and does nothing else; [`execute`] does what the plan says, and decides
+//! nothing. [`session`] holds the conversations with builders that plans start. [`controller`] wires it to the API
+//! server, [`sweep`] clears away what lost its request.
+//!
+//! `plan`, `status`, `world`, `pod` and `keys` are pure: no async runtime, no clock, no network, no environment.
+
+pub mod controller;
 pub mod error;
+pub mod execute;
 pub mod http;
 pub mod init;
 pub mod keys;
 pub mod metrics;
+pub mod observe;
+pub mod operator;
 pub mod plan;
 pub mod pod;
+pub mod seed;
 pub mod session;
 pub mod settings;
 pub mod status;
+pub mod sweep;
 pub mod world;

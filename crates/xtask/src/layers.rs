@@ -48,7 +48,7 @@ impl Layer {
     /// Fetches and builds what this layer's tests need, so that their own time is that of testing.
     fn prepare(self) -> Result<()> {
         match self {
-            Self::Unit => host::ensure(host::C_TOOLS),
+            Self::Unit => host::ensure(host::C_TOOLS).and_then(|()| host::ensure(host::SSH_TOOLS)),
             Self::Peers => {
                 host::ensure(host::C_TOOLS)?;
                 rootfs::nginx()?;
@@ -56,6 +56,7 @@ impl Layer {
             }
             Self::ControlPlane => {
                 rootfs::node()?;
+                go::helm()?;
                 go::kubernetes().map(drop)
             }
             Self::Node => {

@@ -2,12 +2,11 @@
 
 use std::collections::BTreeSet;
 
-use drover_api::{BuilderClassSpec, convert};
+use drover_api::convert::{self, Target};
+use drover_api::{BuilderClassSpec, FieldError, Reason};
 use drover_nix::derivation::STRUCTURED_ATTRS;
-use drover_nix::{BasicDerivation, StoreDir};
+use drover_nix::{BasicDerivation, StoreDir, StorePath};
 use kube::ResourceExt as _;
-
-use drover_api::Reason;
 
 use crate::world::{Class, World};
 
@@ -15,6 +14,8 @@ use crate::world::{Class, World};
 #[derive(Clone, Debug)]
 pub struct Accepted<'a> {
     pub derivation: BasicDerivation,
+    /// Given or computed.
+    pub drv_path: StorePath,
     pub class_name: &'a str,
     pub class: &'a BuilderClassSpec,
 }
@@ -32,17 +33,23 @@ pub enum Refusal {
 pub fn accept(world: &World) -> Result<Accepted<'_>, Refusal> {
     let spec = &world.request.spec;
     let never = |reason, message| Err(Refusal::Never { reason, message });
-    let Some(derivation) = &spec.derivation else {
-        let message = "spec.drvPath without spec.derivation is not supported yet: send the derivation itself, \
-                       as `drover request` prints it";
-        return never(Reason::InvalidDerivation, message.into());
-    };
     let dir = StoreDir::default();
-    let derivation = match convert::to_basic(derivation, &dir)
-        .and_then(|derivation| convert::complete(derivation, &dir))
-    {
-        Ok(derivation) => derivation,
-        Err(error) => return never(Reason::InvalidDerivation, error.to_string()),
+    let invalid =
+        |error: FieldError| Refusal::Never { reason: Reason::InvalidDerivation, message: error.to_string() };
+    let derivation = match convert::target(spec, &dir).map_err(invalid)? {
+        Target::Derivation(derivation) => derivation,
+        Target::DrvPath(_) => {
+            let message = "spec.drvPath: without spec.derivation it is not supported yet; send the derivation \
+                           itself as well, as `drover request` prints it";
+            return never(Reason::InvalidDerivation, message.into());
+        }
+    };
+    let drv_path = match convert::drv_path(spec, &dir).map_err(invalid)? {
+        Some(given) => given,
+        None => match drover_session::drv_path_of(&dir, &derivation) {
+            Ok(path) => path,
+            Err(error) => return never(Reason::InvalidDerivation, format!("spec.derivation: {error}")),
+        },
     };
     let (class_name, class, allowed) = match &world.class {
         Class::Found { name, spec, allowed } => (name, spec, *allowed),
@@ -78,7 +85,7 @@ pub fn accept(world: &World) -> Result<Accepted<'_>, Refusal> {
         );
         return never(Reason::WrongSystem, message);
     }
-    Ok(Accepted { derivation, class_name, class })
+    Ok(Accepted { derivation, drv_path, class_name, class })
 }
 
 /// The derivation's `requiredSystemFeatures` (Nix: derivation-options.cc), from structured attributes if it has them.

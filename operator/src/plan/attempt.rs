@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use drover_api::conditions::{self, Status};
 use drover_api::{Phase, Reason};
+use drover_nix::StoreDir;
 use jiff::{SignedDuration, Timestamp};
 
 use super::{Accepted, Action, Plan, Requeue, end, go_on, strays};
@@ -21,6 +22,7 @@ const SCHEDULING_GRACE: Duration = Duration::from_secs(2);
 /// What is known once the request has a class.
 pub(super) fn note_accepted(draft: &mut Draft, accepted: &Accepted<'_>) {
     draft.status.class = Some(accepted.class_name.to_owned());
+    draft.status.drv_path = Some(StoreDir::default().full(&accepted.drv_path));
     draft.phase(conditions::ACCEPTED, Status::True, Reason::Accepted, "");
 }
 

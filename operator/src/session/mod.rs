@@ -1,2 +1,148 @@
+//! Sessions: the operator's conversations with builders, one for each attempt that runs.
+//!
+//! [`Sessions`] owns them all. A session is started by a plan's action and ends by itself; how far it is and how it
+//! ended is read by `observe`. It never writes to the API server: it asks for its request to be looked at, and the
+//! plan decides. In the order of a session's life: [`host_key`] learns whom to expect, [`ssh`] connects, [`job`] says
+//! what to build, [`run`] does it, [`log`] listens.
+
 pub mod host_key;
+pub mod job;
+pub mod log;
+mod run;
 pub mod ssh;
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use drover_api::BuildRequest;
+use futures::channel::mpsc::UnboundedSender;
+use kube::runtime::reflector::ObjectRef;
+use tokio::sync::watch;
+
+use crate::metrics::Metrics;
+use crate::world::{SessionEnd, SessionView, Stage};
+use log::LogTail;
+pub use run::Assignment;
+
+/// Asks for a request to be looked at.
+pub type Trigger = UnboundedSender<ObjectRef<BuildRequest>>;
+
+/// All sessions of this process, by the request's uid.
+pub struct Sessions {
+    by_uid: Mutex<HashMap<String, Entry>>,
+    trigger: Trigger,
+    metrics: Arc<Metrics>,
+}
+
+struct Entry {
+    progress: Arc<Progress>,
+    /// Dropped or set to true: the session gives up.
+    stop: watch::Sender<bool>,
+}
+
+/// What a running session says of itself.
+pub struct Progress {
+    view: Mutex<SessionView>,
+    tail: Mutex<Option<LogTail>>,
+    request: ObjectRef<BuildRequest>,
+    trigger: Trigger,
+}
+
+impl Sessions {
+    pub fn new(trigger: Trigger, metrics: Arc<Metrics>) -> Self {
+        Self { by_uid: Mutex::default(), trigger, metrics }
+    }
+
+    /// Starts a session unless this very one runs already. An older one of the same request is stopped.
+    pub fn start(&self, uid: &str, assignment: Assignment) {
+        let mut by_uid = self.lock();
+        if let Some(entry) = by_uid.get(uid) {
+            let view = entry.progress.view();
+            if (view.attempt, &view.pod_uid) == (assignment.attempt, &assignment.pod_uid) {
+                return;
+            }
+        }
+        let progress = Arc::new(Progress {
+            view: Mutex::new(SessionView {
+                attempt: assignment.attempt,
+                pod_uid: assignment.pod_uid.clone(),
+                stage: Stage::Connecting,
+                sandbox: None,
+                log_tail: vec![],
+                end: None,
+            }),
+            tail: Mutex::default(),
+            request: assignment.request.clone(),
+            trigger: self.trigger.clone(),
+        });
+        let (stop, stopped) = watch::channel(false);
+        by_uid.insert(uid.to_owned(), Entry { progress: progress.clone(), stop });
+        let sessions = self.metrics.sessions.clone();
+        sessions.inc();
+        tokio::spawn(async move {
+            let end = run::run(assignment, progress.clone(), stopped).await;
+            sessions.dec();
+            progress.end(end);
+        });
+    }
+
+    /// What the request's session says; None if there is none.
+    pub fn view(&self, uid: &str) -> Option<SessionView> {
+        let progress = self.lock().get(uid)?.progress.clone();
+        Some(progress.view())
+    }
+
+    /// Ends the request's session, if there is one, and forgets it.
+    pub fn stop(&self, uid: &str) {
+        if let Some(entry) = self.lock().remove(uid) {
+            // Nobody listens any more if it has ended.
+            let _ = entry.stop.send(true);
+        }
+    }
+
+    /// Uids of all requests that have a session.
+    pub fn uids(&self) -> Vec<String> {
+        self.lock().keys().cloned().collect()
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<String, Entry>> {
+        // Each change is one insertion or removal: a panic leaves the map whole.
+        self.by_uid.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Progress {
+    fn view(&self) -> SessionView {
+        let mut view = self.lock().clone();
+        let tail = self.tail.lock().unwrap_or_else(PoisonError::into_inner);
+        view.log_tail = tail.as_ref().map(LogTail::lines).unwrap_or_default();
+        view
+    }
+
+    fn follow(&self, tail: LogTail) {
+        *self.tail.lock().unwrap_or_else(PoisonError::into_inner) = Some(tail);
+    }
+
+    fn reach(&self, stage: Stage) {
+        let mut view = self.lock();
+        if view.stage < stage {
+            view.stage = stage;
+            drop(view);
+            self.notify();
+        }
+    }
+
+    fn end(&self, end: SessionEnd) {
+        self.lock().end = Some(end);
+        self.notify();
+    }
+
+    fn notify(&self) {
+        // The receiver is gone only while the process ends.
+        let _ = self.trigger.unbounded_send(self.request.clone());
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, SessionView> {
+        self.view.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

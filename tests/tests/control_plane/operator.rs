@@ -72,7 +72,8 @@ fn a_pod_is_made_and_its_loss_is_an_attempt(world: &World) -> Result<()> {
     ensure!(first["message"].as_str().is_some_and(|m| m.contains("low on memory")), "{status}");
     ensure!(status["attempts"].as_array().is_some_and(|all| all.len() == 2), "{status}");
 
-    // Somebody deletes the pod.
+    // Somebody deletes the pod, after the status has named it.
+    world.wait_reason("lost", "WaitingForNode")?;
     world.plane.kubectl(&["delete", "pod", "-n", BUILDERS, &second, "--grace-period=0", "--force"])?;
     world.pod("lost", 3)?;
     world.delete("lost")
@@ -83,7 +84,15 @@ fn cancelling_ends_it(world: &World) -> Result<()> {
     let pod = world.pod("unwanted", 1)?;
     let patch = r#"{"spec": {"cancel": true}}"#;
     world.plane.kubectl(&["patch", "breq", "unwanted", "-n", "team", "--type=merge", "-p", patch])?;
-    world.plane.kubectl(&["wait", "breq", "unwanted", "-n", "team", "--for=condition=Succeeded=False", "--timeout=60s"])?;
+    world.plane.kubectl(&[
+        "wait",
+        "breq",
+        "unwanted",
+        "-n",
+        "team",
+        "--for=condition=Succeeded=False",
+        "--timeout=60s",
+    ])?;
     world.wait_gone(&pod)?;
     let status = world.status("unwanted")?;
     ensure!(status["failure"]["reason"] == "Cancelled" && status["phase"] == "Failed", "{status}");
@@ -101,7 +110,15 @@ fn cancelling_ends_it(world: &World) -> Result<()> {
 
 fn what_cannot_be_built_is_said(world: &World) -> Result<()> {
     world.request("alien", "", "sparc-solaris")?;
-    world.plane.kubectl(&["wait", "breq", "alien", "-n", "team", "--for=condition=Succeeded=False", "--timeout=60s"])?;
+    world.plane.kubectl(&[
+        "wait",
+        "breq",
+        "alien",
+        "-n",
+        "team",
+        "--for=condition=Succeeded=False",
+        "--timeout=60s",
+    ])?;
     let status = world.status("alien")?;
     ensure!(status["failure"]["reason"] == "WrongSystem", "{status}");
     ensure!(status["failure"]["message"].as_str().is_some_and(|m| m.contains("sparc-solaris")), "{status}");
@@ -163,7 +180,8 @@ fn the_rights_are_in_the_builder_namespace_only(world: &World) -> Result<()> {
         ensure!(can(verb, what, namespace)? == expected, "{verb} {what} in {namespace}");
     }
     // No Secret but the seed was made.
-    let secrets = world.plane.kubectl(&["get", "secrets", "-A", "-o", "jsonpath={.items[*].metadata.name}"])?;
+    let secrets =
+        world.plane.kubectl(&["get", "secrets", "-A", "-o", "jsonpath={.items[*].metadata.name}"])?;
     ensure!(secrets == "drover-seed", "{secrets}");
     Ok(())
 }
@@ -211,7 +229,8 @@ impl World {
         let (stop, stopped) = oneshot::channel();
         let (rights, work_dir) = (self.rights.clone(), self.work.path().to_owned());
         let thread = std::thread::spawn(move || {
-            let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+            let runtime =
+                tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
             let result = runtime.block_on(operate(&rights, work_dir, stopped));
             runtime.shutdown_background();
             result
@@ -281,7 +300,8 @@ spec:
 
     fn pod_status(&self, pod: &str, status: &str) -> Result<()> {
         let patch = format!("{{\"status\": {status}}}");
-        let args = ["patch", "pod", pod, "-n", BUILDERS, "--subresource=status", "--type=merge", "-p", &patch];
+        let args =
+            ["patch", "pod", pod, "-n", BUILDERS, "--subresource=status", "--type=merge", "-p", &patch];
         self.plane.kubectl(&args)?;
         Ok(())
     }
@@ -289,7 +309,10 @@ spec:
     /// A pod that has no node is gone as soon as it is deleted.
     fn wait_gone(&self, pod: &str) -> Result<()> {
         run::wait_for(&format!("pod {pod} to be gone"), LIMIT, || {
-            Ok(self.plane.kubectl(&["get", "pod", "-n", BUILDERS, pod, "--ignore-not-found", "-o", "name"])?.is_empty())
+            Ok(self
+                .plane
+                .kubectl(&["get", "pod", "-n", BUILDERS, pod, "--ignore-not-found", "-o", "name"])?
+                .is_empty())
         })
     }
 

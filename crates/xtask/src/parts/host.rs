@@ -17,6 +17,9 @@ pub const NET_TOOLS: &[Tool] = &[("ip", "iproute2"), ("nsenter", "util-linux"), 
 /// What crates that hold C sources take, and static linking with glibc.
 pub const C_TOOLS: &[Tool] = &[("cc", "gcc"), ("make", "make")];
 
+/// What the operator calls, and what its keys are tested with.
+pub const SSH_TOOLS: &[Tool] = &[("ssh", "openssh-client"), ("ssh-keygen", "openssh-client")];
+
 /// Sees to it that every tool is on PATH; installs the packages of those that are not, which takes root.
 pub fn ensure(tools: &[Tool]) -> Result<()> {
     let missing: Vec<_> = tools.iter().filter(|(program, _)| find(program).is_none()).collect();

@@ -1,0 +1,290 @@
+//! Does what a plan says: the status first, then the actions in their order.
+//!
+//! Each act can be repeated and meets what an earlier one did. Nothing is decided here but one thing: whether the
+//! request that the plan was made from is still the newest. A status names the version that it was made from, so a
+//! stale one is refused; actions without a status are preceded by a look at the request.
+
+use std::sync::Arc;
+
+use drover_api::{BuildRequest, BuildRequestStatus, ClassCache, conditions};
+use drover_nix::StoreDir;
+use k8s_openapi::api::core::v1::{Pod, Secret};
+use kube::api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions};
+use kube::runtime::reflector::ObjectRef;
+use kube::{Api, ResourceExt as _};
+use serde_json::json;
+
+use crate::error::Error;
+use crate::metrics::BuildLabels;
+use crate::operator::{Operator, call};
+use crate::plan::{Action, Plan, accept};
+use crate::pod::{self, PodPlan};
+use crate::session::Assignment;
+use crate::session::job::{self, JobPlan};
+use crate::settings::{FIELD_MANAGER, STATUS_MANAGER};
+use crate::world::{Class, Lookup, World};
+
+/// What became of a plan.
+pub enum Executed {
+    /// All of it was done. The request as it is now, if its status was written.
+    Done(Option<Box<BuildRequest>>),
+    /// Nothing was done, because the plan was made from an old version: plan again from this one.
+    Stale(Box<BuildRequest>),
+    /// Nothing was done, because the request is gone.
+    Gone,
+}
+
+pub async fn execute(operator: &Operator, world: &World, plan: &Plan) -> Result<Executed, Error> {
+    let request = &world.request;
+    let mut written = None;
+    if let Some(status) = &plan.status {
+        match write_status(operator, request, status).await {
+            Ok(request) => written = Some(Box::new(request)),
+            Err(error) if error.is_conflict() => return current(operator, request).await,
+            Err(Error::Kube { source, .. }) if is_not_found(&source) => return Ok(Executed::Gone),
+            Err(error) => return Err(error),
+        }
+        count_end(operator, status);
+    } else if plan
+        .actions
+        .iter()
+        .any(|action| matches!(action, Action::CreatePod { .. } | Action::StartSession { .. }))
+    {
+        match current(operator, request).await? {
+            Executed::Stale(now) if now.resource_version() == request.resource_version() => {}
+            other => return Ok(other),
+        }
+    }
+    for action in &plan.actions {
+        act(operator, world, action).await?;
+    }
+    Ok(Executed::Done(written))
+}
+
+/// The request as the API server has it.
+async fn current(operator: &Operator, request: &BuildRequest) -> Result<Executed, Error> {
+    let found = call("read the request", requests(operator, request).get_opt(&request.name_any())).await?;
+    Ok(match found {
+        Some(found) if found.uid() == request.uid() => Executed::Stale(Box::new(found)),
+        _ => Executed::Gone,
+    })
+}
+
+async fn write_status(
+    operator: &Operator,
+    request: &BuildRequest,
+    status: &BuildRequestStatus,
+) -> Result<BuildRequest, Error> {
+    let body = json!({
+        "apiVersion": drover_api::API_VERSION,
+        "kind": "BuildRequest",
+        // With version and uid, a write that was made from an old state, or meant for a namesake, is refused.
+        "metadata": {
+            "name": request.name_any(),
+            "resourceVersion": request.resource_version(),
+            "uid": request.uid(),
+        },
+        "status": status,
+    });
+    let params = PatchParams::apply(STATUS_MANAGER).force();
+    let api = requests(operator, request);
+    let name = request.name_any();
+    let written =
+        call("write the request's status", api.patch_status(&name, &params, &Patch::Apply(&body))).await?;
+    operator.metrics.status_writes.inc();
+    Ok(written)
+}
+
+async fn act(operator: &Operator, world: &World, action: &Action) -> Result<(), Error> {
+    let uid = world.request.uid().unwrap_or_default();
+    match action {
+        Action::LookUpOutputs { attempt } => {
+            let lookup = look_up(operator, world).await?;
+            operator.lookups.set(&uid, *attempt, lookup);
+            Ok(())
+        }
+        Action::CreatePod { attempt } => create_pod(operator, world, *attempt).await,
+        Action::StartSession { attempt, namespace, pod, pod_uid } => {
+            let Some(job) = job_plan(operator, world).await? else { return Ok(()) };
+            let request = &world.request;
+            operator.sessions.start(
+                &uid,
+                Assignment {
+                    request: ObjectRef::from_obj(request),
+                    request_uid: uid.clone(),
+                    attempt: *attempt,
+                    pods: Api::namespaced(operator.client.clone(), namespace),
+                    pods_seen: operator.pods.clone(),
+                    pod: pod.clone(),
+                    pod_uid: pod_uid.clone(),
+                    client_key: operator.seed.client_key(&uid, *attempt)?,
+                    job,
+                    caches: operator.caches.clone(),
+                    work_dir: operator.settings.work_dir.clone(),
+                },
+            );
+            Ok(())
+        }
+        Action::StopSession => {
+            operator.sessions.stop(&uid);
+            Ok(())
+        }
+        Action::DeletePod { namespace, name, uid } => delete_pod(operator, namespace, name, uid).await,
+        Action::DeleteRequest => {
+            let params = DeleteParams {
+                preconditions: Some(Preconditions { uid: world.request.uid(), resource_version: None }),
+                ..DeleteParams::background()
+            };
+            let api = requests(operator, &world.request);
+            done_if_gone(
+                call("delete the request", api.delete(&world.request.name_any(), &params)).await.map(drop),
+            )
+        }
+    }
+}
+
+/// Deletes this pod, not a later one of the same name. Done if it is gone already.
+pub async fn delete_pod(operator: &Operator, namespace: &str, name: &str, uid: &str) -> Result<(), Error> {
+    let api: Api<Pod> = Api::namespaced(operator.client.clone(), namespace);
+    let params = DeleteParams {
+        preconditions: Some(Preconditions { uid: Some(uid.to_owned()), resource_version: None }),
+        ..DeleteParams::default()
+    };
+    done_if_gone(call("delete the builder's pod", api.delete(name, &params)).await.map(drop))
+}
+
+async fn create_pod(operator: &Operator, world: &World, attempt: u32) -> Result<(), Error> {
+    let (Ok(accepted), Class::Found { name, spec, .. }) = (accept(world), &world.class) else {
+        return Ok(());
+    };
+    let uid = world.request.uid().unwrap_or_default();
+    let key = operator.seed.client_key(&uid, attempt)?;
+    let pod = PodPlan {
+        request: &world.request,
+        class: spec,
+        class_name: name,
+        attempt,
+        system: &accepted.derivation.system.to_string(),
+        features: &crate::plan::required_features(&accepted.derivation),
+        authorized_key: &key.public_line(),
+        settings: &operator.settings,
+    }
+    .build()?;
+    let api: Api<Pod> = Api::namespaced(operator.client.clone(), &pod.namespace().unwrap_or_default());
+    let params = PostParams { field_manager: Some(FIELD_MANAGER.into()), ..PostParams::default() };
+    match call("create the builder's pod", api.create(&params, &pod)).await {
+        Ok(_) => {
+            operator.metrics.attempts.inc();
+            Ok(())
+        }
+        Err(Error::Kube { source, .. }) if is_already_exists(&source) => {
+            let there = call("read the builder's pod", api.get_opt(&pod.name_any())).await?;
+            match there {
+                Some(there) if there.labels().get(pod::UID_LABEL) != Some(&uid) => Err(Error::Pod {
+                    why: format!("a pod {} is there that belongs to something else", pod.name_any()),
+                }),
+                // Ours, from an earlier pass; or gone again, and the next pass sees to it.
+                _ => Ok(()),
+            }
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Asks the class's caches for the outputs. A cache that cannot be asked counts as one that has nothing: the attempt
+/// that follows meets the same cache, and says what is wrong with it.
+async fn look_up(operator: &Operator, world: &World) -> Result<Lookup, Error> {
+    let Some(plan) = job_plan(operator, world).await? else { return Ok(Lookup::Missing) };
+    let caches = operator.caches.clone();
+    let name = world.request.name_any();
+    let look = tokio::task::spawn_blocking(move || {
+        let job = match plan.open(&caches) {
+            Ok(job) => job,
+            Err(error) => {
+                tracing::warn!(
+                    request = name,
+                    error = &error as &dyn std::error::Error,
+                    "cannot look for outputs"
+                );
+                return Lookup::Missing;
+            }
+        };
+        match drover_session::all_outputs_in_cache(&job) {
+            Ok(Some(outcome)) => Lookup::Present(job::outputs(&StoreDir::default(), &outcome)),
+            Ok(None) => Lookup::Missing,
+            Err(failure) => {
+                tracing::warn!(
+                    request = name,
+                    error = &failure as &dyn std::error::Error,
+                    "cannot look for outputs"
+                );
+                Lookup::Missing
+            }
+        }
+    });
+    // A thread that panicked has said so already.
+    Ok(look.await.unwrap_or(Lookup::Missing))
+}
+
+/// What a session needs to know; None if the request is not acceptable (any more).
+async fn job_plan(operator: &Operator, world: &World) -> Result<Option<JobPlan>, Error> {
+    let (Ok(accepted), Class::Found { spec, .. }) = (accept(world), &world.class) else { return Ok(None) };
+    let signing_key = match spec.push_cache() {
+        Some(cache) => signing_key(operator, cache).await?,
+        None => None,
+    };
+    let work_dir = operator.settings.work_dir.clone();
+    Ok(Some(JobPlan::new(accepted, &world.request.spec, signing_key, work_dir)))
+}
+
+/// The text of the class's secret key, from the operator's own namespace.
+async fn signing_key(operator: &Operator, cache: &ClassCache) -> Result<Option<String>, Error> {
+    let Some(reference) = &cache.signing_key_secret_ref else { return Ok(None) };
+    let fail = |why: String| Error::Secret { name: reference.name.clone(), why };
+    let api: Api<Secret> = Api::namespaced(operator.client.clone(), &operator.settings.namespace);
+    let secret = call("read the class's signing key", api.get_opt(&reference.name)).await?;
+    let secret =
+        secret.ok_or_else(|| fail(format!("it is not in namespace {}", operator.settings.namespace)))?;
+    let key = reference.key.as_deref().unwrap_or("key");
+    let bytes =
+        secret.data.unwrap_or_default().remove(key).ok_or_else(|| fail(format!("it has no entry {key}")))?;
+    let text = String::from_utf8(bytes.0).map_err(|_| fail(format!("its entry {key} is not text")))?;
+    Ok(Some(text.trim().to_owned()))
+}
+
+fn requests(operator: &Operator, request: &BuildRequest) -> Api<BuildRequest> {
+    Api::namespaced(operator.client.clone(), &request.namespace().unwrap_or_default())
+}
+
+/// A pod that was deleted, or replaced by a namesake, is gone.
+fn done_if_gone(result: Result<(), Error>) -> Result<(), Error> {
+    match result {
+        Err(Error::Kube { source, .. }) if is_not_found(&source) => Ok(()),
+        Err(error) if error.is_conflict() => Ok(()),
+        other => other,
+    }
+}
+
+fn is_not_found(error: &kube::Error) -> bool {
+    matches!(error, kube::Error::Api(status) if status.is_not_found())
+}
+
+fn is_already_exists(error: &kube::Error) -> bool {
+    matches!(error, kube::Error::Api(status) if status.is_already_exists())
+}
+
+/// Counts a verdict when it is written, which happens once.
+fn count_end(operator: &Operator, status: &BuildRequestStatus) {
+    let Some(succeeded) = conditions::verdict(&status.conditions) else { return };
+    let reason = conditions::find(&status.conditions, conditions::SUCCEEDED)
+        .and_then(|condition| drover_api::Reason::parse(&condition.reason))
+        .map_or("Unknown", drover_api::Reason::as_str);
+    let result = if succeeded { "succeeded" } else { "failed" };
+    operator.metrics.builds.get_or_create(&BuildLabels { result, reason }).inc();
+}
+
+// Handles of caches end on threads that may block, never here.
+const _: fn() = || {
+    fn shared<T: Send + Sync>() {}
+    shared::<Arc<Operator>>();
+};

@@ -1,0 +1,204 @@
+//! From the cluster and this process to a [`World`].
+//!
+//! Reads only. What the watches have seen is enough for most; where a watch that lags could lead to a wrong decision,
+//! the API server is asked. Translation of pods is pure and tested here.
+
+use drover_api::{AllowedNamespaces, BuildRequest, BuilderClass, default_class};
+use k8s_openapi::api::core::v1::{ContainerStatus, Namespace, Pod};
+use kube::core::{Selector, SelectorExt as _};
+use kube::runtime::reflector::ObjectRef;
+use kube::{Api, ResourceExt as _};
+
+use crate::error::Error;
+use crate::operator::{Operator, call};
+use crate::pod;
+use crate::world::{Class, PodEnd, PodView, World};
+
+/// Gathers what there is to know about one request.
+pub async fn observe(operator: &Operator, request: &BuildRequest) -> Result<World, Error> {
+    let uid = request.uid().unwrap_or_default();
+    let class = class_of(operator, request).await?;
+    let status = request.status.as_ref();
+    let attempt = status.and_then(|status| status.attempt).unwrap_or(0);
+    let mut pods: Vec<PodView> = operator
+        .pods
+        .state()
+        .iter()
+        .filter(|pod| pod.labels().get(pod::UID_LABEL) == Some(&uid))
+        .filter_map(|pod| view(pod))
+        .collect();
+
+    // An attempt that runs and whose pod the watch does not show: the watch may lag behind our own creation, and a
+    // pod outside the builder namespace is not watched at all.
+    let is_open =
+        status.and_then(|status| status.attempts.last()).is_some_and(|last| last.end_time.is_none());
+    if let Class::Found { spec, .. } = &class
+        && is_open
+        && !pods.iter().any(|pod| pod.attempt == attempt)
+    {
+        let request_namespace = request.namespace().unwrap_or_default();
+        let namespace = pod::namespace(spec, &request_namespace, &operator.settings);
+        let api: Api<Pod> = Api::namespaced(operator.client.clone(), namespace);
+        let name = pod::name(&request.name_any(), &uid, attempt);
+        let found = call("read the builder's pod", api.get_opt(&name)).await?;
+        let ours = found.filter(|pod| pod.labels().get(pod::UID_LABEL) == Some(&uid));
+        pods.extend(ours.as_ref().and_then(view));
+    }
+    Ok(World {
+        request: request.clone(),
+        class,
+        pods,
+        lookup: operator.lookups.get(&uid, attempt + 1),
+        session: operator.sessions.view(&uid),
+    })
+}
+
+/// The class that the request names, or the default; and whether the request's namespace may use it.
+async fn class_of(operator: &Operator, request: &BuildRequest) -> Result<Class, Error> {
+    let class = match &request.spec.class {
+        Some(name) => operator.classes.get(&ObjectRef::<BuilderClass>::new(name)),
+        None => {
+            let classes = operator.classes.state();
+            let default =
+                default_class(classes.iter().map(|class| &**class)).map(kube::ResourceExt::name_any);
+            default.and_then(|name| operator.classes.get(&ObjectRef::<BuilderClass>::new(&name)))
+        }
+    };
+    let Some(class) = class else { return Ok(Class::Absent) };
+    let namespace = request.namespace().unwrap_or_default();
+    let allowed = match &class.spec.allowed_namespaces {
+        None => true,
+        Some(allowed) => is_allowed(operator, allowed, &namespace).await?,
+    };
+    Ok(Class::Found { name: class.name_any(), spec: Box::new(class.spec.clone()), allowed })
+}
+
+async fn is_allowed(
+    operator: &Operator,
+    allowed: &AllowedNamespaces,
+    namespace: &str,
+) -> Result<bool, Error> {
+    if allowed.names.iter().any(|name| name == namespace) {
+        return Ok(true);
+    }
+    let Some(selector) = &allowed.selector else { return Ok(false) };
+    // A selector that Kubernetes would not take selects nothing.
+    let Ok(selector) = Selector::try_from(selector.clone()) else { return Ok(false) };
+    let api: Api<Namespace> = Api::all(operator.client.clone());
+    let namespace = call("read the request's namespace", api.get_metadata_opt(namespace)).await?;
+    Ok(namespace.is_some_and(|namespace| selector.matches(namespace.labels())))
+}
+
+/// A pod as plans see it; None for one without our labels.
+pub fn view(pod: &Pod) -> Option<PodView> {
+    let attempt = pod.labels().get(pod::ATTEMPT_LABEL)?.parse().ok()?;
+    let status = pod.status.as_ref();
+    let container: Option<&ContainerStatus> = status
+        .and_then(|status| status.container_statuses.as_ref())
+        .and_then(|all| all.iter().find(|container| container.name == pod::CONTAINER));
+    let state = container.and_then(|container| container.state.as_ref());
+    let waiting = state.and_then(|state| state.waiting.as_ref());
+    let phase = status.and_then(|status| status.phase.as_deref()).unwrap_or("Pending");
+    let terminated = state.and_then(|state| state.terminated.as_ref());
+    let ended = (matches!(phase, "Failed" | "Succeeded") || terminated.is_some()).then(|| {
+        // The pod's own reason (Evicted, DeadlineExceeded) stands above its container's.
+        let pod_reason = status.and_then(|status| status.reason.clone());
+        let container_reason = terminated.and_then(|end| end.reason.clone());
+        let pod_message = status.and_then(|status| status.message.clone());
+        let container_message = terminated.map(|end| match end.message.as_deref() {
+            Some(message) if !message.is_empty() => message.to_owned(),
+            _ => format!("exit code {}", end.exit_code),
+        });
+        PodEnd {
+            reason: pod_reason.or(container_reason).unwrap_or_else(|| phase.to_owned()),
+            message: pod_message.or(container_message).unwrap_or_default(),
+        }
+    });
+    let conditions = status.and_then(|status| status.conditions.as_ref());
+    let unschedulable = conditions
+        .into_iter()
+        .flatten()
+        .find(|condition| condition.type_ == "PodScheduled" && condition.status == "False")
+        .and_then(|condition| condition.message.clone());
+    Some(PodView {
+        name: pod.name_any(),
+        namespace: pod.namespace().unwrap_or_default(),
+        uid: pod.uid().unwrap_or_default(),
+        attempt,
+        created: pod.creation_timestamp().map(|time| time.0).unwrap_or_default(),
+        deleting: pod.metadata.deletion_timestamp.is_some(),
+        node: pod.spec.as_ref().and_then(|spec| spec.node_name.clone()).filter(|node| !node.is_empty()),
+        unschedulable,
+        waiting: waiting.map(|waiting| {
+            (waiting.reason.clone().unwrap_or_default(), waiting.message.clone().unwrap_or_default())
+        }),
+        ended,
+        image: container
+            .filter(|container| !container.image_id.is_empty())
+            .map(|container| container.image_id.clone()),
+    })
+}
+
+/// The request that a builder pod belongs to, by its annotation.
+pub fn request_of(pod: &Pod) -> Option<ObjectRef<BuildRequest>> {
+    let (namespace, name) = pod.annotations().get(pod::REQUEST_ANNOTATION)?.split_once('/')?;
+    Some(ObjectRef::new(name).within(namespace))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pod(status: &str) -> PodView {
+        let pod: Pod = serde_yaml::from_str(&format!(
+            "metadata:
+  name: a
+  namespace: builders
+  uid: u
+  labels: {{drover.build/attempt: '3', drover.build/request-uid: r}}
+  annotations: {{drover.build/request: team/hello}}
+spec: {{nodeName: n1, containers: []}}
+status: {status}
+"
+        ))
+        .unwrap();
+        assert_eq!(request_of(&pod).unwrap(), ObjectRef::new("hello").within("team"));
+        view(&pod).unwrap()
+    }
+
+    #[test]
+    fn a_running_pod() {
+        let pod =
+            pod("{phase: Running, containerStatuses: [{name: builder, imageID: 'i@sha256:1', image: i, \
+                       ready: true, restartCount: 0, state: {running: {}}}]}");
+        assert_eq!(
+            (pod.attempt, pod.node.as_deref(), pod.image.as_deref()),
+            (3, Some("n1"), Some("i@sha256:1"))
+        );
+        assert_eq!((pod.ended, pod.waiting, pod.deleting), (None, None, false));
+    }
+
+    #[test]
+    fn why_a_pod_does_not_run() {
+        let waiting =
+            pod("{phase: Pending, containerStatuses: [{name: builder, imageID: '', image: i, ready: false, \
+                           restartCount: 0, state: {waiting: {reason: ErrImagePull, message: no}}}]}");
+        assert_eq!((waiting.waiting, waiting.image), (Some(("ErrImagePull".into(), "no".into())), None));
+        let unschedulable =
+            pod("{phase: Pending, conditions: [{type: PodScheduled, status: 'False', message: full}]}");
+        assert_eq!(unschedulable.unschedulable.as_deref(), Some("full"));
+    }
+
+    #[test]
+    fn how_a_pod_ended() {
+        let end = |status: &str| {
+            let end = pod(status).ended.unwrap();
+            (end.reason, end.message)
+        };
+        assert_eq!(end("{phase: Failed, reason: Evicted, message: low}"), ("Evicted".into(), "low".into()));
+        let killed = "{phase: Failed, containerStatuses: [{name: builder, imageID: x, image: i, ready: false, \
+                      restartCount: 0, state: {terminated: {exitCode: 137, reason: OOMKilled}}}]}";
+        assert_eq!(end(killed), ("OOMKilled".into(), "exit code 137".into()));
+        assert_eq!(end("{phase: Succeeded}"), ("Succeeded".into(), String::new()));
+    }
+}

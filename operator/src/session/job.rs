@@ -1,0 +1,206 @@
+//! From a request and its class to what `drover_session` runs.
+//!
+//! [`JobPlan`] is plain data and can be made anywhere. Opening caches blocks, and dropping one may: a [`Job`] lives on
+//! threads that may block, and the handles that it shares live in [`Caches`] for as long as the process.
+
+use std::collections::BTreeMap;
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use drover_api::{BuildRequestSpec, ClassCache, OutputStatus, Reason, Timings, Transfer, Trust};
+use drover_cache::{Cache, CacheOptions};
+use drover_nix::signature::{PublicKey, SecretKey};
+use drover_nix::{BasicDerivation, StoreDir, StorePath};
+use drover_serve::BuildOptions;
+use drover_session::{Failure, Job, Outcome};
+
+use crate::error::Error;
+use crate::plan::Accepted;
+use crate::world::SessionEnd;
+
+/// All that a build needs to know, and no handle of anything.
+#[derive(Clone)]
+pub struct JobPlan {
+    pub derivation: BasicDerivation,
+    pub drv_path: StorePath,
+    pub options: BuildOptions,
+    pub caches: Vec<ClassCache>,
+    /// Text of the class's secret key.
+    pub signing_key: Option<String>,
+    pub trust: Trust,
+    pub max_output_bytes: Option<u64>,
+    pub spool_dir: PathBuf,
+}
+
+impl JobPlan {
+    pub fn new(
+        accepted: Accepted<'_>,
+        spec: &BuildRequestSpec,
+        signing_key: Option<String>,
+        spool_dir: PathBuf,
+    ) -> Self {
+        let class = accepted.class;
+        Self {
+            derivation: accepted.derivation,
+            drv_path: accepted.drv_path,
+            options: BuildOptions {
+                max_silent_seconds: spec.max_silent_seconds.unwrap_or(0).into(),
+                timeout_seconds: spec.timeout_seconds.unwrap_or(0).into(),
+                max_log_bytes: spec.max_log_bytes.unwrap_or(0),
+                ..BuildOptions::default()
+            },
+            caches: class.caches.clone(),
+            signing_key,
+            trust: class.trust,
+            max_output_bytes: spec.max_output_bytes,
+            spool_dir,
+        }
+    }
+
+    /// Opens what the plan names. Blocks.
+    pub fn open(&self, handles: &Caches) -> Result<Job, Error> {
+        let dir = StoreDir::default();
+        let mut caches = Vec::new();
+        let mut push = None;
+        for cache in &self.caches {
+            let handle = handles.open(cache)?;
+            if cache.push {
+                push = Some(handle.clone());
+            }
+            caches.push(handle);
+        }
+        let signing_key = match &self.signing_key {
+            Some(text) => Some(SecretKey::parse(text).map_err(|error| Error::Secret {
+                name: "of the class's signing key".into(),
+                why: error.to_string(),
+            })?),
+            None => None,
+        };
+        Ok(Job {
+            dir,
+            drv_path: self.drv_path.clone(),
+            derivation: self.derivation.clone(),
+            options: self.options.clone(),
+            caches,
+            push,
+            signing_key,
+            trust: match self.trust {
+                Trust::Claimed => drover_session::Trust::Claimed,
+                Trust::Verified => drover_session::Trust::Verified,
+            },
+            max_output_bytes: self.max_output_bytes,
+            spool_dir: self.spool_dir.clone(),
+        })
+    }
+}
+
+/// Handles of caches, one for each set of what decides about it. They keep their connections open between builds.
+#[derive(Default)]
+pub struct Caches {
+    open: Mutex<HashMap<String, Arc<dyn Cache>>>,
+}
+
+impl Caches {
+    /// Blocks: on the network if the cache is remote.
+    pub fn open(&self, cache: &ClassCache) -> Result<Arc<dyn Cache>, Error> {
+        let fail = |why: String| Error::Cache { url: cache.url.clone(), why };
+        let key = format!("{} {}", cache.url, cache.public_keys.join(" "));
+        // A panic while the lock is held leaves a map that is still whole. It is not held while the cache is asked.
+        let lock = || self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(handle) = lock().get(&key) {
+            return Ok(handle.clone());
+        }
+        let public_keys = cache
+            .public_keys
+            .iter()
+            .map(|key| key.parse::<PublicKey>())
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(|error| fail(error.to_string()))?;
+        let options = CacheOptions {
+            // A class without keys believes its cache unsigned.
+            require_signatures: !public_keys.is_empty(),
+            public_keys,
+            ..CacheOptions::default()
+        };
+        let handle = drover_cache::open(&cache.url, &options).map_err(|error| fail(error.to_string()))?;
+        Ok(lock().entry(key).or_insert(handle).clone())
+    }
+}
+
+/// What the status says of an outcome.
+pub fn finished(dir: &StoreDir, outcome: &Outcome) -> SessionEnd {
+    let timings = &outcome.timings;
+    let millis =
+        |duration: std::time::Duration| Some(u64::try_from(duration.as_millis()).unwrap_or(u64::MAX));
+    SessionEnd::Finished {
+        outputs: outputs(dir, outcome),
+        transfer: Transfer {
+            paths_total: outcome.transfer.paths_total as u64,
+            paths_present: outcome.transfer.paths_present as u64,
+            paths_sent: outcome.transfer.paths_sent as u64,
+            bytes_sent: outcome.transfer.bytes_sent,
+            bytes_received: outcome.transfer.bytes_received,
+        },
+        timings: Timings {
+            queued_millis: None,
+            pod_start_millis: None,
+            connect_millis: millis(timings.connect),
+            copy_in_millis: millis(timings.closure + timings.lock + timings.copy_in),
+            build_millis: millis(timings.build),
+            collect_millis: millis(timings.copy_out + timings.store),
+        },
+    }
+}
+
+/// The outputs with full paths.
+pub fn outputs(dir: &StoreDir, outcome: &Outcome) -> BTreeMap<String, OutputStatus> {
+    let status = |output: &drover_session::Output| OutputStatus {
+        path: dir.full(&output.path),
+        nar_hash: output.nar_hash.to_string(),
+        nar_size: output.nar_size,
+        references: output.references.iter().map(|path| dir.full(path)).collect(),
+        signatures: output.signatures.iter().map(ToString::to_string).collect(),
+    };
+    outcome.outputs.iter().map(|(name, output)| (name.to_string(), status(output))).collect()
+}
+
+/// What the status says of a failure. The words of both sides are the same; one that the API does not know would be
+/// the machinery's fault.
+pub fn failed(failure: &Failure) -> SessionEnd {
+    SessionEnd::Failed {
+        reason: Reason::parse(failure.reason.as_str()).unwrap_or(Reason::InfrastructureFailure),
+        message: failure.message.clone(),
+        infrastructure: failure.infrastructure,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_reason_of_a_session_is_a_final_reason_of_the_api() {
+        use drover_session::Reason as R;
+        for reason in [
+            R::BuildFailed,
+            R::DiskFull,
+            R::InfrastructureFailure,
+            R::InputHashMismatch,
+            R::InputMissing,
+            R::InvalidDerivation,
+            R::LogLimitExceeded,
+            R::MaxSilentExceeded,
+            R::NotDeterministic,
+            R::OutOfMemory,
+            R::OutputHashMismatch,
+            R::OutputRejected,
+            R::OutputSizeLimitExceeded,
+            R::PathNotProven,
+            R::TimedOut,
+            R::WrongSystem,
+        ] {
+            assert!(Reason::parse(reason.as_str()).is_some_and(Reason::is_terminal), "{reason}");
+        }
+    }
+}
