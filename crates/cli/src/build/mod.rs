@@ -1,0 +1,158 @@
+//! `drover build`: the whole pipeline on one machine, with the builder as a child process over a pipe.
+//!
+//! The session is the operator's own (`drover_session`); what is here is what a cluster would do around it: find the
+//! parts, keep the order, show what happens, and write the status.
+
+mod child;
+mod console;
+mod progress;
+mod setup;
+mod status;
+
+use std::fs::File;
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use drover_api::{BuildRequest, Reason};
+use drover_cache::Cache;
+use drover_nix::StoreDir;
+use drover_serve::BuildOptions;
+use drover_session::{Job, Outcome, Trust};
+use k8s_openapi::jiff::Timestamp;
+
+use crate::args;
+use crate::build::child::Child;
+use crate::build::console::Console;
+use crate::build::setup::Setup;
+use crate::exit::{self, Fault};
+use crate::order::{self, Item};
+use crate::output;
+
+pub(crate) use setup::{open_caches, own_cache};
+
+/// What became of one request.
+enum End {
+    Done(Box<Outcome>),
+    Failed(Failed),
+}
+
+/// A failure with what goes into the status.
+struct Failed {
+    reason: Reason,
+    message: String,
+    log_tail: Vec<String>,
+}
+
+pub(crate) fn run(args: &args::Build) -> exit::Outcome {
+    let dir = StoreDir::default();
+    let items = order::load(&args::Files { files: args.files.clone() }, &dir)?;
+    let setup = Setup::new(args, dir)?;
+    let console = Console::new(!args.no_progress);
+
+    let mut requests: Vec<BuildRequest> = Vec::with_capacity(items.len());
+    let mut verdicts: Vec<Option<Reason>> = Vec::with_capacity(items.len());
+    for item in &items {
+        let start = Timestamp::now();
+        let broken = item.needs.iter().find(|need| verdicts[**need].is_some());
+        let end = match broken {
+            Some(need) => End::Failed(Failed {
+                reason: Reason::InputMissing,
+                message: format!("{}, which makes an input, was not built", items[*need].name()),
+                log_tail: vec![],
+            }),
+            None => build(item, &setup, &console)?,
+        };
+        console.line(&summary(item, &end));
+        verdicts.push(match &end {
+            End::Done(_) => None,
+            End::Failed(failed) => Some(failed.reason),
+        });
+        requests.push(status::with_status(item, &end, &setup.dir, start, Timestamp::now()));
+    }
+    output::print(&requests, args.output)?;
+    Ok(match verdicts.iter().flatten().max_by_key(|reason| reason.is_infrastructure()) {
+        None => exit::DONE,
+        Some(reason) if reason.is_infrastructure() => exit::INFRASTRUCTURE,
+        Some(_) => exit::BUILD_FAILED,
+    })
+}
+
+/// Builds one request. Fails only where not even the builder could be started.
+fn build(item: &Item, setup: &Setup, console: &Console) -> Result<End, Fault> {
+    let job = job(item, setup);
+    match drover_session::all_outputs_in_cache(&job) {
+        Ok(Some(outcome)) => return Ok(End::Done(Box::new(outcome))),
+        Ok(None) => {}
+        Err(failure) => return Ok(End::Failed(failed(failure, vec![]))),
+    }
+    let mut child = Child::start(&setup.builder, &setup.store, setup.spool.path(), console.clone())
+        .map_err(Fault::Infrastructure)?;
+    let (reader, writer) = child.pipes();
+    let mut observer = progress::Progress::new(item.name(), console.clone());
+    let result = drover_session::run(reader, writer, &job, &mut observer);
+    observer.end();
+    let end = child.finish().map_err(Fault::Infrastructure)?;
+    // The log is worth keeping even if the build failed, and no reason to fail if it cannot be kept.
+    if let Err(error) = keep_log(&*setup.push, item, &end.log_file) {
+        console.line(&format!("warning: {error:#}"));
+    }
+    Ok(match result {
+        Ok(outcome) => End::Done(Box::new(outcome)),
+        Err(failure) => {
+            let mut failed = failed(failure, end.tail);
+            if let (true, Some(code)) = (failed.reason.is_infrastructure(), end.trouble) {
+                failed.message = format!("{} (the builder ended with {code})", failed.message);
+            }
+            End::Failed(failed)
+        }
+    })
+}
+
+fn job(item: &Item, setup: &Setup) -> Job {
+    let spec = &item.manifest.request.spec;
+    Job {
+        dir: setup.dir.clone(),
+        drv_path: item.drv_path.clone(),
+        derivation: item.derivation.clone(),
+        options: BuildOptions {
+            max_silent_seconds: spec.max_silent_seconds.unwrap_or(0).into(),
+            timeout_seconds: spec.timeout_seconds.unwrap_or(0).into(),
+            max_log_bytes: spec.max_log_bytes.unwrap_or(0),
+            ..BuildOptions::default()
+        },
+        caches: setup.caches.clone(),
+        push: Some(Arc::clone(&setup.push)),
+        signing_key: None,
+        // The store and the cache are the caller's own, and so is the request.
+        trust: Trust::Claimed,
+        max_output_bytes: spec.max_output_bytes,
+        spool_dir: setup.spool.path().to_path_buf(),
+    }
+}
+
+fn failed(failure: drover_session::Failure, log_tail: Vec<String>) -> Failed {
+    // A word that the API does not know would be a mistake of ours, not of the build's.
+    let reason = Reason::parse(failure.reason.as_str()).unwrap_or(Reason::InfrastructureFailure);
+    Failed { reason, message: failure.message, log_tail }
+}
+
+fn keep_log(cache: &dyn Cache, item: &Item, log_file: &Path) -> anyhow::Result<()> {
+    let keep = || -> anyhow::Result<()> {
+        let mut log = io::BufReader::new(File::open(log_file)?);
+        Ok(cache.put_log(&item.drv_path, &mut log)?)
+    };
+    keep().with_context(|| format!("cannot keep the log in {}", cache.url()))
+}
+
+fn summary(item: &Item, end: &End) -> String {
+    match end {
+        End::Done(outcome) => {
+            let paths: Vec<String> = outcome.outputs.values().map(|output| output.path.to_string()).collect();
+            let what = if outcome.built.is_some() { "built" } else { "already in the cache:" };
+            format!("{}: {what} {}", item.name(), paths.join(" "))
+        }
+        End::Failed(failed) => format!("{}: {}: {}", item.name(), failed.reason, failed.message),
+    }
+}

@@ -1,0 +1,123 @@
+//! The parts of a local build: where the store is, which caches there are, which program builds.
+
+use std::env;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context as _, Result, anyhow, bail};
+use drover_cache::{Cache, CacheOptions};
+use drover_nix::StoreDir;
+use tempfile::TempDir;
+
+use crate::args;
+use crate::exit::Fault;
+use crate::order;
+
+const BUILDER: &str = "drover-builder";
+
+type Caches = Vec<Arc<dyn Cache>>;
+
+pub(super) struct Setup {
+    pub(super) dir: StoreDir,
+    /// Root of the store that is built in.
+    pub(super) store: PathBuf,
+    pub(super) builder: PathBuf,
+    /// Where inputs come from. What was built before is among them.
+    pub(super) caches: Caches,
+    /// Where outputs go.
+    pub(super) push: Arc<dyn Cache>,
+    /// For logs, and for outputs on their way to the cache.
+    pub(super) spool: TempDir,
+}
+
+impl Setup {
+    pub(super) fn new(args: &args::Build, dir: StoreDir) -> Result<Self, Fault> {
+        let builder = find_builder(args.builder.as_deref()).map_err(Fault::Infrastructure)?;
+        let store = match &args.store {
+            Some(root) => std::path::absolute(root).context("--store").map_err(Fault::Input)?,
+            None => home_dir("XDG_STATE_HOME", ".local/state").map_err(Fault::Input)?.join("drover/store"),
+        };
+        std::fs::create_dir_all(&store)
+            .with_context(|| format!("cannot create the store {}", store.display()))
+            .map_err(Fault::Infrastructure)?;
+        let (caches, push) = caches(args, &dir)?;
+        let spool =
+            TempDir::new().context("cannot create a temporary directory").map_err(Fault::Infrastructure)?;
+        Ok(Self { dir, store, builder, caches, push, spool })
+    }
+}
+
+/// Opens the caches that `urls` name.
+pub(crate) fn open_caches(urls: &[String], keys: &[String], dir: &StoreDir) -> Result<Caches, Fault> {
+    let keys = keys.iter().map(|key| key.parse().with_context(|| format!("public key {key}")));
+    let public_keys = keys.collect::<Result<_>>().map_err(Fault::Input)?;
+    let options = CacheOptions { dir: dir.clone(), public_keys, ..CacheOptions::default() };
+    let open = |url: &String| drover_cache::open(url, &options).with_context(|| format!("--cache {url}"));
+    urls.iter().map(open).collect::<Result<_>>().map_err(Fault::Input)
+}
+
+/// The URL of drover's own cache.
+pub(crate) fn own_cache() -> Result<String> {
+    let path = home_dir("XDG_CACHE_HOME", ".cache")?.join("drover/cache");
+    Ok(format!("file://{}", path.display()))
+}
+
+/// Where inputs come from, and where outputs go: the first cache that is a directory, or our own. Whether a server
+/// takes uploads cannot be told without trying.
+fn caches(args: &args::Build, dir: &StoreDir) -> Result<(Caches, Arc<dyn Cache>), Fault> {
+    let mut urls = args.caches.clone();
+    let push = match urls.iter().find(|url| url.starts_with("file://")) {
+        Some(url) => url.clone(),
+        None => {
+            let own = own_cache().map_err(Fault::Input)?;
+            urls.push(own.clone());
+            own
+        }
+    };
+    // The inputs of a .drv in a store are in that store.
+    for file in args.files.iter().filter(|file| file.extension().is_some_and(|extension| extension == "drv"))
+    {
+        if let Some(store) = order::store_of(file)
+            && !urls.contains(&store)
+        {
+            urls.push(store);
+        }
+    }
+    if let Some(directory) = push.strip_prefix("file://") {
+        std::fs::create_dir_all(directory)
+            .with_context(|| format!("cannot create the cache {directory}"))
+            .map_err(Fault::Infrastructure)?;
+    }
+    let opened = open_caches(&urls, &args.public_keys, dir)?;
+    let index = urls.iter().position(|url| *url == push).unwrap_or_default();
+    let push = opened.get(index).cloned().ok_or_else(|| Fault::Input(anyhow!("there is no cache")))?;
+    Ok((opened, push))
+}
+
+/// What was asked for, or the program next to this one, or the one in PATH.
+fn find_builder(asked: Option<&Path>) -> Result<PathBuf> {
+    if let Some(program) = asked {
+        if !program.is_file() {
+            bail!("the builder {} (--builder or DROVER_BUILDER) is not a file", program.display());
+        }
+        return std::path::absolute(program).context("--builder");
+    }
+    let beside = env::current_exe().ok().and_then(|exe| Some(exe.parent()?.join(BUILDER)));
+    let in_path = env::var_os("PATH").unwrap_or_default();
+    let in_path = env::split_paths(&in_path).map(|dir| dir.join(BUILDER)).collect::<Vec<_>>();
+    beside.into_iter().chain(in_path).find(|program| program.is_file()).context(
+        "there is no drover-builder next to drover or in PATH; build it (cargo build -p drover-builder) or name it \
+         with --builder",
+    )
+}
+
+fn home_dir(variable: &str, below_home: &str) -> Result<PathBuf> {
+    // The XDG specification says that relative paths are to be ignored.
+    if let Some(dir) = env::var_os(variable).map(PathBuf::from).filter(|dir| dir.is_absolute()) {
+        return Ok(dir);
+    }
+    let home = env::var_os("HOME").filter(|home| !home.is_empty());
+    let home =
+        home.with_context(|| format!("neither {variable} nor HOME is set; give --store and --cache"))?;
+    Ok(Path::new(&home).join(below_home))
+}

@@ -1,0 +1,68 @@
+//! How `drover` ends: four exit codes that scripts may rely on.
+
+use std::process::ExitCode;
+
+/// Everything was done.
+pub(crate) const DONE: u8 = 0;
+/// A build failed.
+pub(crate) const BUILD_FAILED: u8 = 1;
+/// Bad usage or bad input. The argument parser uses the same code.
+pub(crate) const BAD_INPUT: u8 = 2;
+/// The machinery failed: a builder, a cache, a cluster, this machine.
+pub(crate) const INFRASTRUCTURE: u8 = 3;
+
+/// For `--help`.
+pub(crate) const HELP: &str = "\
+Exit codes:
+  0  done
+  1  a build failed
+  2  bad usage or bad input
+  3  infrastructure: a builder, a cache, the cluster or this machine failed";
+
+/// Why there is nothing to show.
+#[derive(Debug)]
+pub(crate) enum Fault {
+    /// The user can mend it.
+    Input(anyhow::Error),
+    /// The machinery's.
+    Infrastructure(anyhow::Error),
+}
+
+/// What a command comes to: an exit code, or a fault that is still to be said.
+pub(crate) type Outcome = Result<u8, Fault>;
+
+impl Fault {
+    pub(crate) fn input(error: impl Into<anyhow::Error>) -> Self {
+        Self::Input(error.into())
+    }
+
+    pub(crate) fn code(&self) -> u8 {
+        match self {
+            Self::Input(_) => BAD_INPUT,
+            Self::Infrastructure(_) => INFRASTRUCTURE,
+        }
+    }
+}
+
+/// Says what there is to say, on standard error. A reader who went away is no error: `drover … | head` ends well.
+pub(crate) fn finish(outcome: Outcome) -> ExitCode {
+    match outcome {
+        Ok(code) => code.into(),
+        Err(fault) => {
+            let (Fault::Input(error) | Fault::Infrastructure(error)) = &fault;
+            if is_broken_pipe(error) {
+                return DONE.into();
+            }
+            eprintln!("error: {error:#}");
+            fault.code().into()
+        }
+    }
+}
+
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error
+        .chain()
+        .filter_map(|cause| cause.downcast_ref::<std::io::Error>())
+        .any(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
+        && error.to_string() == crate::output::ACT
+}

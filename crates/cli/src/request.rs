@@ -1,0 +1,188 @@
+//! `drover request`: the BuildRequests of derivations.
+
+use std::path::Path;
+
+use anyhow::{Context as _, Result};
+use drover_api::{BuildRequest, BuildRequestSpec, convert};
+use drover_nix::{BasicDerivation, StoreDir, StorePath};
+use drover_store::StoreUri;
+
+use crate::args;
+use crate::exit::{self, Fault, Outcome};
+use crate::manifest;
+use crate::output::{self, Format};
+use crate::resolve::Resolver;
+
+/// Longest name that a request gets. Pods are named after it, and pod names are host names.
+const MAX_NAME: usize = 52;
+/// Digits of the derivation's hash in the name of its request.
+const HASH_DIGITS: usize = 8;
+
+pub(crate) fn run(args: &args::Request) -> Outcome {
+    let requests = requests(args).map_err(Fault::Input)?;
+    output::print(&requests, if args.json { Format::Json } else { Format::Yaml })?;
+    Ok(exit::DONE)
+}
+
+/// The request for a derivation whose inputs are paths.
+pub(crate) fn of(dir: &StoreDir, drv_path: &StorePath, derivation: &BasicDerivation) -> Result<BuildRequest> {
+    let spec = BuildRequestSpec {
+        derivation: Some(convert::from_basic(derivation, dir).with_context(|| drv_path.to_string())?),
+        drv_path: Some(dir.full(drv_path)),
+        ..Default::default()
+    };
+    Ok(BuildRequest::new(&name_of(drv_path), spec))
+}
+
+fn requests(args: &args::Request) -> Result<Vec<BuildRequest>> {
+    let mut resolver = open(&args.store)?;
+    let dir = resolver.1.clone();
+    let mut wanted: Vec<StorePath> = Vec::new();
+    for file in &args.derivations {
+        wanted.extend(add(&mut resolver.0, file)?);
+    }
+    if args.recursive {
+        let tops = std::mem::take(&mut wanted);
+        for top in tops {
+            wanted.extend(resolver.0.closure(&top)?);
+        }
+    }
+    let mut seen = std::collections::BTreeSet::new();
+    wanted.retain(|path| seen.insert(path.clone()));
+    wanted.iter().map(|path| of(&dir, path, &resolver.0.resolve(path)?)).collect()
+}
+
+/// A resolver over a local store, and the store's directory.
+pub(crate) fn open(store: &str) -> Result<(Resolver, StoreDir)> {
+    let layout = StoreUri::parse(store)?.with_environment()?.layout();
+    Ok((Resolver::new(layout.store_dir.clone(), layout.real_store_dir), layout.store_dir))
+}
+
+/// The derivations that a file names: itself if it is a `.drv`, else what it shows.
+fn add(resolver: &mut Resolver, file: &Path) -> Result<Vec<StorePath>> {
+    if file.extension().is_some_and(|extension| extension == "drv") {
+        return Ok(vec![resolver.add_file(file)?]);
+    }
+    let text = manifest::read_text(file).map_err(|fault| match fault {
+        Fault::Input(error) | Fault::Infrastructure(error) => error,
+    })?;
+    let what = "expected a .drv file or what `nix derivation show` prints";
+    resolver.add_json(text.as_bytes()).with_context(|| format!("{}: {what}", file.display()))
+}
+
+/// A name that Kubernetes takes (RFC 1123), with enough of the hash that equal names are equal derivations.
+fn name_of(drv_path: &StorePath) -> String {
+    let name = drv_path.derivation_name().unwrap_or_else(|| drv_path.name());
+    let mut label = String::new();
+    for c in name.chars().map(|c| c.to_ascii_lowercase()) {
+        let c = if c.is_ascii_lowercase() || c.is_ascii_digit() { c } else { '-' };
+        if !(c == '-' && (label.is_empty() || label.ends_with('-'))) {
+            label.push(c);
+        }
+    }
+    label.truncate(MAX_NAME - HASH_DIGITS - 1);
+    let label = label.trim_end_matches('-');
+    let hash = &drv_path.hash_part()[..HASH_DIGITS];
+    if label.is_empty() { format!("drv-{hash}") } else { format!("{label}-{hash}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use drover_nix::{DerivationOutput, OutputName};
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn path(name: &str) -> StorePath {
+        format!("i00sflxqsj37lfmf95m8mn0grv615hpj-{name}").parse().unwrap()
+    }
+
+    #[test]
+    fn names_are_what_kubernetes_takes() {
+        assert_eq!(name_of(&path("hello-2.12.1.drv")), "hello-2-12-1-i00sflxq");
+        assert_eq!(name_of(&path("Foo_Bar+.tar.gz.drv")), "foo-bar-tar-gz-i00sflxq");
+        assert_eq!(name_of(&path("_.drv")), "drv-i00sflxq");
+        assert_eq!(name_of(&path(&format!("{}.drv", "a".repeat(200)))).len(), MAX_NAME);
+        let cut_at_dash = format!("{}-b.drv", "a".repeat(MAX_NAME - HASH_DIGITS - 2));
+        assert!(!name_of(&path(&cut_at_dash)).contains("--"));
+    }
+
+    proptest! {
+        /// Request, YAML, parser and back: nothing of a derivation may get lost or be taken for another type.
+        #[test]
+        fn yaml_round_trip(
+            args in proptest::collection::vec(any::<String>(), 0..4),
+            env in proptest::collection::btree_map("[a-zA-Z_.0-9~ ]{1,8}", text(), 0..5),
+            builder in "[^\u{0}]{1,20}",
+        ) {
+            let dir = StoreDir::default();
+            let derivation = BasicDerivation {
+                name: "x".into(),
+                outputs: BTreeMap::from([(OutputName::out(), DerivationOutput::InputAddressed(path("x")))]),
+                input_srcs: [path("source")].into(),
+                system: "x86_64-linux".into(),
+                builder: builder.into(),
+                args: args.into_iter().map(Into::into).collect(),
+                env: env.into_iter().map(|(key, value)| (key.into(), value.into())).collect(),
+            };
+            let request = of(&dir, &path("x.drv"), &derivation).unwrap();
+            let yaml = output::yaml(&[request]).unwrap();
+            let again = manifest::parse("f", &yaml).unwrap().remove(0).request;
+            let again = convert::to_basic(again.spec.derivation.as_ref().unwrap(), &dir).unwrap();
+            prop_assert_eq!(again, derivation, "{}", yaml);
+        }
+    }
+
+    /// What YAML is known to trip over, and anything.
+    fn text() -> impl Strategy<Value = String> {
+        let traps = [
+            "",
+            " ",
+            "yes",
+            "no",
+            "null",
+            "~",
+            "1",
+            "1.0",
+            "0x10",
+            "1e3",
+            "---",
+            "--- a",
+            "a: b",
+            "- a",
+            "# a",
+            "a #b",
+            "\n",
+            "a\n",
+            "\na",
+            "a\n\n",
+            " a\n b",
+            "a\r\nb",
+            "\t",
+            "a\tb",
+            "{",
+            "&a",
+            "*a",
+            "!a",
+            "|",
+            ">",
+            "%",
+            "@",
+            "\u{85}",
+            "\u{2028}",
+            "\u{feff}",
+            "\u{1}",
+            "\u{7f}",
+            "it's \"so\"",
+            "\\n",
+            "${x}",
+            "2001-01-01",
+            ".nan",
+            "a\n---\nb",
+            "...\n",
+        ];
+        prop_oneof![any::<String>(), proptest::sample::select(traps.to_vec()).prop_map(str::to_owned)]
+    }
+}
