@@ -1,12 +1,14 @@
 //! Importing archives and registering paths (Nix: local-store.cc, addToStore and registerValidPaths).
 
 use std::collections::{HashMap, HashSet};
+use std::ffi::OsStr;
 use std::io::Read;
 
 use drover_nix::{PathInfo, StorePath};
 
 use crate::db::DrvOutputs;
-use crate::{Error, LocalStore, PathLock, ValidPath, Wait, content, fs};
+use crate::fs::Destination;
+use crate::{Error, LocalStore, PathLock, TempRoots, ValidPath, Wait, content, fs};
 
 /// What [`LocalStore::add_nar`] did.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -14,6 +16,17 @@ pub enum Added {
     /// The path was valid already; nothing was read from the archive.
     AlreadyValid,
     Imported,
+}
+
+/// Imports whose paths become valid together: one transaction for many small paths. Paths may refer to earlier ones of
+/// the same batch. Dropping it without [`Batch::commit`] deletes what was unpacked.
+///
+/// It holds the lock of every path that is in it, so commit before waiting for anyone.
+#[derive(Debug)]
+pub struct Batch {
+    store: LocalStore,
+    roots: TempRoots,
+    pending: Vec<(ValidPath, PathLock)>,
 }
 
 impl LocalStore {
@@ -29,56 +42,16 @@ impl LocalStore {
         registration_time: u64,
         nar: &mut dyn Read,
     ) -> Result<Added, Error> {
-        self.must_write("import an archive")?;
-        self.own_temp_roots()?.add(&info.path)?;
-        if self.is_valid(&info.path)? {
-            return Ok(Added::AlreadyValid);
-        }
-        let Some(lock) = PathLock::acquire(self, [&info.path], Wait::Block)? else {
-            // Who blocks gets the lock.
-            return Ok(Added::AlreadyValid);
-        };
-        // Whoever had the lock may have made the path valid meanwhile.
-        let result = match self.is_valid(&info.path) {
-            Ok(true) => Ok(Added::AlreadyValid),
-            Ok(false) => {
-                let path = ValidPath { info: info.clone(), ultimate, registration_time };
-                self.import(&path, nar).map(|()| Added::Imported)
-            }
-            Err(error) => Err(error),
-        };
-        lock.release_deleting();
-        result
+        let mut batch = self.batch()?;
+        let added = batch.add_nar(info, ultimate, registration_time, nar)?;
+        batch.commit()?;
+        Ok(added)
     }
 
-    fn import(&self, path: &ValidPath, nar: &mut dyn Read) -> Result<(), Error> {
-        let info = &path.info;
-        let to = self.real_path(&info.path);
-        content::check_address(self.store_dir(), info)?;
-        // Left behind by someone who died.
-        fs::delete(&to)?;
-        let mut unpack = || {
-            let restored = fs::restore_exactly(nar, info.nar_size, &to).map_err(|error| match error {
-                Error::Archive { source, .. } => Error::Nar { path: info.path.clone(), source },
-                other => other,
-            })?;
-            if restored.nar_size != info.nar_size {
-                let (expected, actual) = (info.nar_size, restored.nar_size);
-                return Err(Error::SizeMismatch { path: info.path.clone(), expected, actual });
-            }
-            if restored.nar_hash != info.nar_hash {
-                let (expected, actual) = (info.nar_hash, restored.nar_hash);
-                return Err(Error::HashMismatch { path: info.path.clone(), expected, actual });
-            }
-            content::check_content(info, &to)?;
-            self.register(std::slice::from_ref(path))
-        };
-        let result = unpack();
-        if result.is_err() {
-            // The error that matters is the first one; what stays is deleted by the next import.
-            let _ = fs::delete(&to);
-        }
-        result
+    /// An empty batch. It protects its paths from collectors while this store is open.
+    pub fn batch(&self) -> Result<Batch, Error> {
+        self.must_write("import archives")?;
+        Ok(Batch { store: self.clone(), roots: self.own_temp_roots()?.clone(), pending: Vec::new() })
     }
 
     /// Registers paths whose objects are in place, in one transaction. Whatever one refers to must be valid already
@@ -97,6 +70,130 @@ impl LocalStore {
             outputs.insert(path.info.path.clone(), self.verify_derivation(&path.info.path, &together)?);
         }
         self.database().register(paths, &outputs)
+    }
+
+    fn unpack(&self, info: &PathInfo, nar: &mut dyn Read) -> Result<(), Error> {
+        let path = self.real_path(&info.path);
+        let to = Destination {
+            directory: self.directory()?,
+            name: OsStr::new(info.path.as_str()),
+            path: &path,
+            // Left behind by someone who died.
+            replace: true,
+            modes_hold: self.modes_hold(),
+        };
+        let restored = fs::restore_exactly(nar, info.nar_size, &to).map_err(|error| match error {
+            Error::Archive { source, .. } => Error::Nar { path: info.path.clone(), source },
+            other => other,
+        })?;
+        if restored.nar_size != info.nar_size {
+            let (expected, actual) = (info.nar_size, restored.nar_size);
+            return Err(Error::SizeMismatch { path: info.path.clone(), expected, actual });
+        }
+        if restored.nar_hash != info.nar_hash {
+            let (expected, actual) = (info.nar_hash, restored.nar_hash);
+            return Err(Error::HashMismatch { path: info.path.clone(), expected, actual });
+        }
+        content::check_content(info, &path)
+    }
+}
+
+impl Batch {
+    /// As [`LocalStore::add_nar`], but the path is valid only after [`Batch::commit`]. If it fails, this path is as if
+    /// it had not been asked for; the others stay pending. May commit what is pending, where someone else has the
+    /// path's lock and has to be waited for.
+    pub fn add_nar(
+        &mut self,
+        info: &PathInfo,
+        ultimate: bool,
+        registration_time: u64,
+        nar: &mut dyn Read,
+    ) -> Result<Added, Error> {
+        self.roots.add(&info.path)?;
+        if self.contains(&info.path) {
+            return Ok(Added::AlreadyValid);
+        }
+        let lock = match PathLock::acquire(&self.store, [&info.path], Wait::Try)? {
+            Some(lock) => lock,
+            None => {
+                // Whoever has it may make it valid soon, and may be waiting for a path of ours.
+                if self.store.is_valid(&info.path)? {
+                    return Ok(Added::AlreadyValid);
+                }
+                self.commit()?;
+                match PathLock::acquire(&self.store, [&info.path], Wait::Block)? {
+                    Some(lock) => lock,
+                    // Never: who blocks gets the lock.
+                    None => return Ok(Added::AlreadyValid),
+                }
+            }
+        };
+        // Asked under the lock, since whoever had it may have made the path valid.
+        let result = match self.store.is_valid(&info.path) {
+            Ok(true) => Ok(Added::AlreadyValid),
+            Ok(false) => content::check_address(self.store.store_dir(), info).and_then(|()| {
+                let unpacked = self.store.unpack(info, nar);
+                if unpacked.is_err() {
+                    self.discard(&info.path);
+                }
+                unpacked.map(|()| Added::Imported)
+            }),
+            Err(error) => Err(error),
+        };
+        match result {
+            Ok(Added::Imported) => {
+                let path = ValidPath { info: info.clone(), ultimate, registration_time };
+                self.pending.push((path, lock));
+            }
+            _ => lock.release_deleting(),
+        }
+        result
+    }
+
+    /// Whether the path was imported but is not valid yet.
+    pub fn contains(&self, path: &StorePath) -> bool {
+        self.pending.iter().any(|(pending, _)| pending.info.path == *path)
+    }
+
+    /// How many paths wait to become valid.
+    pub fn len(&self) -> usize {
+        self.pending.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.pending.is_empty()
+    }
+
+    /// Makes all paths valid, or, on failure, none of them; then all are gone from disk.
+    pub fn commit(&mut self) -> Result<(), Error> {
+        if self.pending.is_empty() {
+            return Ok(());
+        }
+        let (paths, locks): (Vec<ValidPath>, Vec<PathLock>) = self.pending.drain(..).unzip();
+        let result = self.store.register(&paths);
+        if result.is_err() {
+            for path in &paths {
+                self.discard(&path.info.path);
+            }
+        }
+        for lock in locks {
+            lock.release_deleting();
+        }
+        result
+    }
+
+    /// What cannot be deleted now is replaced by the next import.
+    fn discard(&self, path: &StorePath) {
+        let _ = fs::delete(&self.store.real_path(path));
+    }
+}
+
+impl Drop for Batch {
+    fn drop(&mut self) {
+        for (path, lock) in std::mem::take(&mut self.pending) {
+            self.discard(&path.info.path);
+            lock.release_deleting();
+        }
     }
 }
 
@@ -315,5 +412,54 @@ mod tests {
         assert_eq!(found.info.nar_hash, second.info.nar_hash);
         assert!(found.ultimate);
         assert_eq!((found.registration_time, found.info.deriver), (100, path.info.deriver));
+    }
+
+    #[test]
+    fn a_batch_becomes_valid_at_once() {
+        let (_dir, store) = store();
+        let (nar, other) = (file_nar(b"a"), file_nar(b"b"));
+        let mut batch = store.batch().unwrap();
+        let a = info("a", &nar, &[]);
+        let b = info("b", &other, &[&a.path]);
+        assert_eq!(batch.add_nar(&a, false, 0, &mut &nar[..]).unwrap(), Added::Imported);
+        // One that is wrong does not take the others with it.
+        assert!(batch.add_nar(&info("c", &nar, &[]), false, 0, &mut &other[..]).is_err());
+        assert_eq!(batch.add_nar(&b, false, 0, &mut &other[..]).unwrap(), Added::Imported);
+        assert_eq!(batch.add_nar(&a, false, 0, &mut &b""[..]).unwrap(), Added::AlreadyValid);
+        assert!(!store.is_valid(&a.path).unwrap() && batch.contains(&a.path));
+        assert!(PathLock::acquire(&store, [&a.path], Wait::Try).unwrap().is_none());
+        batch.commit().unwrap();
+        assert!(store.is_valid(&a.path).unwrap() && store.is_valid(&b.path).unwrap());
+        assert_eq!(entries(&store).len(), 2);
+        // Dropped without a commit, or with one that fails: nothing stays.
+        let mut batch = store.batch().unwrap();
+        batch.add_nar(&info("d", &nar, &[]), false, 0, &mut &nar[..]).unwrap();
+        drop(batch);
+        let mut batch = store.batch().unwrap();
+        batch.add_nar(&info("d", &nar, &[]), false, 0, &mut &nar[..]).unwrap();
+        batch.add_nar(&info("e", &nar, &[&store_path("missing")]), false, 0, &mut &nar[..]).unwrap();
+        assert!(matches!(batch.commit(), Err(Error::ReferenceNotValid { .. })));
+        assert!(batch.is_empty());
+        assert_eq!(entries(&store).len(), 2);
+    }
+
+    #[test]
+    fn two_batches_over_the_same_paths_do_not_wait_for_each_other_for_ever() {
+        let (_dir, store) = store();
+        let names: Vec<String> = (0..50).map(|i| format!("p{i}")).collect();
+        let nar = file_nar(b"x");
+        let run = |names: Vec<&String>| {
+            let mut batch = store.batch().unwrap();
+            for name in names {
+                batch.add_nar(&info(name, &nar, &[]), false, 0, &mut &nar[..]).unwrap();
+            }
+            batch.commit().unwrap();
+        };
+        std::thread::scope(|scope| {
+            scope.spawn(|| run(names.iter().collect()));
+            scope.spawn(|| run(names.iter().rev().collect()));
+        });
+        assert_eq!(store.all_valid_paths().unwrap().len(), names.len());
+        assert_eq!(entries(&store).len(), names.len());
     }
 }

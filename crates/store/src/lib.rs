@@ -28,7 +28,7 @@ mod verify;
 
 pub use error::Error;
 pub use gc::{GcOptions, GcReport};
-pub use import::Added;
+pub use import::{Added, Batch};
 pub use layout::{StoreLayout, StoreUri};
 pub use local::{Access, LocalStore, ValidPath};
 pub use path_lock::{PathLock, Wait};

@@ -3,11 +3,13 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::File;
 use std::io::Write;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use drover_nix::derivation::modulo::InputHash;
 use drover_nix::{OutputName, PathInfo, StoreDir, StorePath};
+use rustix::fs::{Mode, OFlags};
 
 use crate::db::Database;
 use crate::{Error, StoreLayout, TempRoots, open};
@@ -35,6 +37,8 @@ struct Inner {
     database: Database,
     /// Held shared while the store is open, so that nobody migrates the database under us.
     _big_lock: Option<File>,
+    /// The directory of the store, and whether modes hold in it: see [`crate::fs::modes_hold`].
+    directory: OnceLock<(OwnedFd, bool)>,
     /// What imports protect; see [`LocalStore::add_nar`].
     temp_roots: OnceLock<TempRoots>,
     /// Hashes of derivations that were read to verify others.
@@ -61,6 +65,7 @@ impl LocalStore {
                 access,
                 database,
                 _big_lock: big_lock,
+                directory: OnceLock::new(),
                 temp_roots: OnceLock::new(),
                 input_hashes: Mutex::default(),
             }),
@@ -176,6 +181,23 @@ impl LocalStore {
 
     pub(crate) fn input_hashes<T>(&self, f: impl FnOnce(&mut HashMap<StorePath, InputHash>) -> T) -> T {
         f(&mut self.inner.input_hashes.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// The store's directory, opened once.
+    pub(crate) fn directory(&self) -> Result<BorrowedFd<'_>, Error> {
+        if let Some((fd, _)) = self.inner.directory.get() {
+            return Ok(fd.as_fd());
+        }
+        let path = self.real_store_dir();
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let fd =
+            rustix::fs::open(path, flags, Mode::empty()).map_err(Error::sys("open the directory", path))?;
+        Ok(self.inner.directory.get_or_init(|| (fd, crate::fs::modes_hold(path))).0.as_fd())
+    }
+
+    /// False until [`Self::directory`] was called.
+    pub(crate) fn modes_hold(&self) -> bool {
+        self.inner.directory.get().is_some_and(|(_, hold)| *hold)
     }
 
     pub(crate) fn real_store_dir(&self) -> &Path {

@@ -22,7 +22,7 @@ use crate::Error;
 pub use canonicalise::{SeenInodes, canonicalise};
 pub use delete::delete;
 pub use dump::dump;
-pub(crate) use restore::restore_exactly;
+pub(crate) use restore::{Destination, restore_exactly};
 pub use restore::{Restored, restore};
 
 /// Mode of a file that may be executed, and of every directory.
@@ -41,6 +41,18 @@ const OPEN_DIRECTORY: OFlags =
 
 /// Bytes for one call that lists a directory.
 const LISTING_BUFFER: usize = 32 << 10;
+
+/// Whether files made below `directory` by this process get just the mode that they are made with, as far as that is one
+/// of store objects. If so, setting it again can be left out.
+pub(crate) fn modes_hold(directory: &Path) -> bool {
+    // Asking by the system call would change it for all threads.
+    let umask = std::fs::read_to_string("/proc/self/status").ok().and_then(|status| {
+        u32::from_str_radix(status.lines().find_map(|l| l.strip_prefix("Umask:"))?.trim(), 8).ok()
+    });
+    let inherits = rustix::fs::getxattr(directory, "system.posix_acl_default", &mut [0; 0][..]);
+    umask.is_some_and(|umask| umask & EXECUTABLE.as_raw_mode() == 0)
+        && matches!(inherits, Err(Errno::NODATA | Errno::OPNOTSUPP))
+}
 
 /// The directory that `path` is in, opened, and the name of `path` in it.
 fn open_parent(path: &Path) -> Result<(OwnedFd, &OsStr), Error> {

@@ -6,11 +6,14 @@ use std::io::{self, Read, Write as _};
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::{self, Receiver, SyncSender};
+use std::thread::{self, JoinHandle};
 
 use drover_nix::Sha256;
 use drover_nix::hash::Sha256Hasher;
 use drover_nix::nar::{Event, Reader};
 use rustix::fs::{AtFlags, Mode, OFlags};
+use rustix::io::Errno;
 
 use super::{CANONICAL_TIMES, EXECUTABLE, OPEN_DIRECTORY, PLAIN, open_parent};
 use crate::Error;
@@ -19,6 +22,9 @@ use crate::Error;
 const CHUNK: usize = 256 << 10;
 /// Bytes of an archive of known size that are read ahead of the parser.
 const READ_AHEAD: usize = 64 << 10;
+
+/// From which size on an archive is hashed by a thread of its own. Below it, starting one costs more than it saves.
+const HASH_APART_FROM: u64 = 4 << 20;
 
 /// What [`restore`] read.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -30,24 +36,38 @@ pub struct Restored {
 /// Unpacks a NAR to `destination`, which must not exist, with canonical metadata. Reads not one byte beyond the
 /// archive's end. On failure what was unpacked so far stays: see [`super::delete`].
 pub fn restore(nar: &mut dyn Read, destination: &Path) -> Result<Restored, Error> {
-    unpack(Source::new(nar, None), destination)
+    let (parent, name) = open_parent(destination)?;
+    let to =
+        Destination { directory: parent.as_fd(), name, path: destination, replace: false, modes_hold: false };
+    unpack(Source::new(nar, None), &to)
+}
+
+/// Where an archive goes.
+pub(crate) struct Destination<'a> {
+    pub(crate) directory: BorrowedFd<'a>,
+    /// In `directory`.
+    pub(crate) name: &'a OsStr,
+    /// The same, for messages.
+    pub(crate) path: &'a Path,
+    /// Whether to delete what is there.
+    pub(crate) replace: bool,
+    /// Whether files get the mode that they are made with: see [`super::modes_hold`].
+    pub(crate) modes_hold: bool,
 }
 
 /// [`restore`] where the archive is known to have `size` bytes, which lets it read far ahead. The archive may turn out
 /// to be shorter than `size`; what was read is then not defined, but for that it is at most `size`.
-pub(crate) fn restore_exactly(nar: &mut dyn Read, size: u64, destination: &Path) -> Result<Restored, Error> {
-    unpack(Source::new(nar, Some(size)), destination)
+pub(crate) fn restore_exactly(
+    nar: &mut dyn Read,
+    size: u64,
+    to: &Destination<'_>,
+) -> Result<Restored, Error> {
+    unpack(Source::new(nar, Some(size)), to)
 }
 
-fn unpack(source: Source<'_>, destination: &Path) -> Result<Restored, Error> {
-    let (parent, name) = open_parent(destination)?;
-    let mut unpacker = Unpacker {
-        destination,
-        parent,
-        name: name.as_bytes().to_vec(),
-        open: Vec::new(),
-        buffer: Vec::new(),
-    };
+fn unpack(source: Source<'_>, to: &Destination<'_>) -> Result<Restored, Error> {
+    let mut unpacker =
+        Unpacker { to, name: to.name.as_bytes().to_vec(), open: Vec::new(), buffer: Vec::new() };
     let mut reader = Reader::new(source);
     let broken = |source| Error::Archive { act: "unpack", source };
     loop {
@@ -70,9 +90,7 @@ fn unpack(source: Source<'_>, destination: &Path) -> Result<Restored, Error> {
 /// Makes files, each by its name in an open directory, so that no symlink is ever followed: neither one that the
 /// archive brought nor one that someone planted.
 struct Unpacker<'a> {
-    destination: &'a Path,
-    /// What `destination` is in.
-    parent: OwnedFd,
+    to: &'a Destination<'a>,
     /// Of the next node.
     name: Vec<u8>,
     /// Directories that are being filled, outermost first. A NAR may not nest deeper than `nar::MAX_DEPTH`.
@@ -82,7 +100,8 @@ struct Unpacker<'a> {
 
 impl Unpacker<'_> {
     fn directory(&mut self) -> Result<(), Error> {
-        let made = rustix::fs::mkdirat(self.here(), self.name(), Mode::RWXU)
+        let made = self
+            .make(|| rustix::fs::mkdirat(self.here(), self.name(), Mode::RWXU))?
             .and_then(|()| rustix::fs::openat(self.here(), self.name(), OPEN_DIRECTORY, Mode::empty()));
         let fd = made.map_err(Error::sys("make the directory", self.path()))?;
         self.open.push(fd);
@@ -93,13 +112,13 @@ impl Unpacker<'_> {
         if let Some(fd) = self.open.pop() {
             rustix::fs::fchmod(&fd, EXECUTABLE)
                 .and_then(|()| rustix::fs::futimens(&fd, &CANONICAL_TIMES))
-                .map_err(Error::sys("set mode and time of a directory in", self.destination))?;
+                .map_err(Error::sys("set mode and time of a directory in", self.to.path))?;
         }
         Ok(())
     }
 
     fn symlink(&mut self, target: &OsStr) -> Result<(), Error> {
-        rustix::fs::symlinkat(target, self.here(), self.name())
+        self.make(|| rustix::fs::symlinkat(target, self.here(), self.name()))?
             .and_then(|()| {
                 let flags = AtFlags::SYMLINK_NOFOLLOW;
                 rustix::fs::utimensat(self.here(), self.name(), &CANONICAL_TIMES, flags)
@@ -110,8 +129,9 @@ impl Unpacker<'_> {
     fn file(&mut self, executable: bool, size: u64, reader: &mut Reader<Source<'_>>) -> Result<(), Error> {
         let mode = if executable { EXECUTABLE } else { PLAIN };
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        // Not yet readable by others: its content is not proven.
-        let mut file: File = rustix::fs::openat(self.here(), self.name(), flags, Mode::RUSR | Mode::WUSR)
+        // The mode says nothing of this descriptor, which may write.
+        let mut file: File = self
+            .make(|| rustix::fs::openat(self.here(), self.name(), flags, mode))?
             .map_err(Error::sys("make the file", self.path()))?
             .into();
         let want = usize::try_from(size).unwrap_or(CHUNK).min(CHUNK);
@@ -127,13 +147,26 @@ impl Unpacker<'_> {
             }
             file.write_all(&self.buffer[..count]).map_err(Error::io("write", self.path()))?;
         }
-        rustix::fs::fchmod(&file, mode)
+        let chmod = if self.to.modes_hold { Ok(()) } else { rustix::fs::fchmod(&file, mode) };
+        chmod
             .and_then(|()| rustix::fs::futimens(&file, &CANONICAL_TIMES))
             .map_err(Error::sys("set mode and time of", self.path()))
     }
 
+    /// Makes a file. What is in the way of the outermost one is deleted if that was asked for: looking first would cost
+    /// every import something, and hardly any finds something.
+    fn make<T>(&self, make: impl Fn() -> Result<T, Errno>) -> Result<Result<T, Errno>, Error> {
+        match make() {
+            Err(Errno::EXIST) if self.open.is_empty() && self.to.replace => {
+                super::delete(self.to.path)?;
+                Ok(make())
+            }
+            other => Ok(other),
+        }
+    }
+
     fn here(&self) -> BorrowedFd<'_> {
-        self.open.last().unwrap_or(&self.parent).as_fd()
+        self.open.last().map_or(self.to.directory, |fd| fd.as_fd())
     }
 
     fn name(&self) -> &OsStr {
@@ -143,9 +176,9 @@ impl Unpacker<'_> {
     /// For messages: where we are, as far as it costs nothing to know.
     fn path(&self) -> PathBuf {
         match self.open.len() {
-            0 => self.destination.into(),
-            1 => self.destination.join(self.name()),
-            _ => self.destination.join("…").join(self.name()),
+            0 => self.to.path.into(),
+            1 => self.to.path.join(self.name()),
+            _ => self.to.path.join("…").join(self.name()),
         }
     }
 }
@@ -153,7 +186,7 @@ impl Unpacker<'_> {
 /// The archive's bytes, hashed as they come. With a known size it reads ahead, in large pieces.
 struct Source<'a> {
     input: &'a mut dyn Read,
-    hasher: Sha256Hasher,
+    hasher: Hasher,
     /// Bytes of the archive that were not read from `input` yet; None if that is not known.
     left: Option<u64>,
     ahead: Vec<u8>,
@@ -165,7 +198,11 @@ struct Source<'a> {
 impl<'a> Source<'a> {
     fn new(input: &'a mut dyn Read, size: Option<u64>) -> Self {
         let room = size.map_or(0, |size| usize::try_from(size).unwrap_or(READ_AHEAD).min(READ_AHEAD));
-        Self { input, hasher: Sha256Hasher::new(), left: size, ahead: vec![0; room], start: 0, end: 0 }
+        let hasher = match size {
+            Some(HASH_APART_FROM..) => Hasher::Apart(HashThread::start()),
+            _ => Hasher::Here(Sha256Hasher::new()),
+        };
+        Self { input, hasher, left: size, ahead: vec![0; room], start: 0, end: 0 }
     }
 }
 
@@ -216,6 +253,87 @@ impl Read for Source<'_> {
     }
 }
 
+enum Hasher {
+    Here(Sha256Hasher),
+    Apart(HashThread),
+}
+
+impl Hasher {
+    fn update(&mut self, bytes: &[u8]) {
+        match self {
+            Self::Here(hasher) => hasher.update(bytes),
+            Self::Apart(thread) => thread.update(bytes),
+        }
+    }
+
+    fn finish(self) -> Sha256 {
+        match self {
+            Self::Here(hasher) => hasher.finish(),
+            Self::Apart(thread) => thread.finish(),
+        }
+    }
+}
+
+/// Hashes while its owner reads and writes files. It ends with its owner, finished or not.
+struct HashThread {
+    filling: Vec<u8>,
+    full: SyncSender<Vec<u8>>,
+    /// Buffers that were hashed and can be filled again.
+    empty: Receiver<Vec<u8>>,
+    thread: JoinHandle<Sha256>,
+}
+
+impl HashThread {
+    /// Buffers on their way to the thread, beyond the one that is filled and the one that is hashed.
+    const WAITING: usize = 2;
+
+    fn start() -> Self {
+        let (full, to_hash) = mpsc::sync_channel::<Vec<u8>>(Self::WAITING);
+        let (give_back, empty) = mpsc::channel();
+        for _ in 0..=Self::WAITING {
+            // The receiver is right here.
+            let _ = give_back.send(Vec::with_capacity(CHUNK));
+        }
+        let thread = thread::spawn(move || {
+            let mut hasher = Sha256Hasher::new();
+            for mut bytes in to_hash {
+                hasher.update(&bytes);
+                bytes.clear();
+                // Nobody wants it any more once the owner has finished.
+                let _ = give_back.send(bytes);
+            }
+            hasher.finish()
+        });
+        Self { filling: Vec::with_capacity(CHUNK), full, empty, thread }
+    }
+
+    fn update(&mut self, mut bytes: &[u8]) {
+        while !bytes.is_empty() {
+            let count = bytes.len().min(CHUNK - self.filling.len());
+            self.filling.extend_from_slice(&bytes[..count]);
+            bytes = &bytes[count..];
+            if self.filling.len() == CHUNK {
+                self.pass_on();
+            }
+        }
+    }
+
+    /// Both ends live as long as the thread, which ends by itself only if hashing panics; `finish` passes that on.
+    fn pass_on(&mut self) {
+        let next = self.empty.recv().unwrap_or_default();
+        let _ = self.full.send(std::mem::replace(&mut self.filling, next));
+    }
+
+    fn finish(mut self) -> Sha256 {
+        self.pass_on();
+        drop(self.full);
+        match self.thread.join() {
+            Ok(hash) => hash,
+            Err(panic) => std::panic::resume_unwind(panic),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::MetadataExt as _;
@@ -223,6 +341,14 @@ mod tests {
     use super::*;
     use crate::fs::dump;
     use crate::testing::sample_tree;
+
+    fn exactly(nar: &mut dyn Read, size: u64, path: &Path) -> Result<Restored, Error> {
+        let (parent, name) = open_parent(path)?;
+        let directory = parent.as_fd();
+        let to =
+            Destination { directory, name, path, replace: true, modes_hold: crate::fs::modes_hold(path) };
+        restore_exactly(nar, size, &to)
+    }
 
     fn sample_nar() -> Vec<u8> {
         let dir = tempfile::tempdir().unwrap();
@@ -235,14 +361,14 @@ mod tests {
     #[test]
     fn a_tree_comes_back_byte_for_byte_with_canonical_metadata() {
         let nar = sample_nar();
-        for exactly in [false, true] {
+        for with_size in [false, true] {
             let dir = tempfile::tempdir().unwrap();
             let to = dir.path().join("x");
             let mut stream = nar.clone();
             stream.extend_from_slice(b"next");
             let mut stream = &stream[..];
-            let restored = match exactly {
-                true => restore_exactly(&mut stream, nar.len() as u64, &to).unwrap(),
+            let restored = match with_size {
+                true => exactly(&mut stream, nar.len() as u64, &to).unwrap(),
                 false => restore(&mut stream, &to).unwrap(),
             };
             assert_eq!(stream, b"next");
@@ -260,6 +386,20 @@ mod tests {
             assert_eq!(meta("link").mtime(), 1);
             crate::fs::delete(&to).unwrap();
         }
+    }
+
+    #[test]
+    fn a_large_archive_is_hashed_apart() {
+        let size = usize::try_from(HASH_APART_FROM).unwrap() + 12_345;
+        let contents: Vec<u8> = (0..size).map(|i| (i % 253) as u8).collect();
+        let nar = crate::testing::file_nar(&contents);
+        let dir = tempfile::tempdir().unwrap();
+        let to = dir.path().join("x");
+        let restored = exactly(&mut &nar[..], nar.len() as u64, &to).unwrap();
+        assert_eq!((restored.nar_hash, restored.nar_size), (Sha256::of(&nar), nar.len() as u64));
+        assert_eq!(std::fs::read(&to).unwrap(), contents);
+        // A stream that ends early ends the thread too, or this would hang.
+        assert!(exactly(&mut &nar[..nar.len() / 2], nar.len() as u64, &dir.path().join("y")).is_err());
     }
 
     #[test]
@@ -374,7 +514,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         for (i, len) in [0, 8, 100, nar.len() / 2, nar.len() - 1].into_iter().enumerate() {
             assert!(restore(&mut &nar[..len], &dir.path().join(format!("a{i}"))).is_err());
-            assert!(restore_exactly(&mut &nar[..], len as u64, &dir.path().join(format!("b{i}"))).is_err());
+            assert!(exactly(&mut &nar[..], len as u64, &dir.path().join(format!("b{i}"))).is_err());
             for kind in ["a", "b"] {
                 crate::fs::delete(&dir.path().join(format!("{kind}{i}"))).unwrap();
             }
