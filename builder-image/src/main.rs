@@ -16,7 +16,7 @@ mod stdio;
 use std::path::Path;
 use std::process::ExitCode;
 
-use drover_store::{Access, LocalStore, StoreUri};
+use drover_store::{Access, GcOptions, LocalStore, StoreUri};
 
 use crate::build::Builder;
 use crate::cli::{Cli, Command};
@@ -59,7 +59,15 @@ fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
             };
             listen::run(&options, builder(cli, true)?)?;
         }
-        Command::Gc => anyhow::bail!("gc is not there yet: use nix-store --gc on this store"),
+        Command::Gc => {
+            let report = open(&cli.store, Access::ReadWrite)?.collect_garbage(&GcOptions::default())?;
+            println!(
+                "{} paths deleted, {} bytes freed, {} paths stay",
+                report.paths.len(),
+                report.bytes_freed,
+                report.alive
+            );
+        }
         Command::Verify { contents } => {
             let report = open(&cli.store, Access::ReadWrite)?.verify(*contents)?;
             report.problems.iter().for_each(|problem| eprintln!("{problem}"));
@@ -72,7 +80,8 @@ fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
 
 fn builder(cli: &Cli, write: bool) -> anyhow::Result<Builder> {
     let access = if write { Access::ReadWrite } else { Access::ReadOnly };
-    Ok(Builder { store: open(&cli.store, access)?, settings: machine::settings(cli)? })
+    let settings = machine::settings(cli)?;
+    Ok(Builder { store: open(&cli.store, access)?, settings })
 }
 
 fn open(uri: &str, access: Access) -> anyhow::Result<LocalStore> {
