@@ -217,7 +217,7 @@ spec:
             at("apiVersion: drover.build/v1alpha1\n", ""),
             "f.yaml: apiVersion: it is missing; expected drover.build/v1alpha1"
         );
-        assert!(at("spec:", "spec: [").starts_with("f.yaml:1"), "{}", at("spec:", "spec: ["));
+        assert!(at("spec:", "spec: [").starts_with("f.yaml:20:"), "{}", at("spec:", "spec: ["));
         assert_eq!(error("# nothing\n"), "f.yaml: there is no BuildRequest in it");
     }
 

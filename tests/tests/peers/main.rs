@@ -1,6 +1,10 @@
 //! The `peers` layer: against real Nix of every version that is supported. Run it by `cargo xtask test peers`.
 
+mod build;
 mod cache;
+mod clients;
+mod command_line;
 mod fixtures;
 mod serve;
+mod session;
 mod store;

@@ -127,6 +127,7 @@ fn job(item: &Item, setup: &Setup) -> Job {
         signing_key: None,
         // The store and the cache are the caller's own, and so is the request.
         trust: Trust::Claimed,
+        proven: Arc::default(),
         max_output_bytes: spec.max_output_bytes,
         spool_dir: setup.spool.path().to_path_buf(),
     }
@@ -135,7 +136,14 @@ fn job(item: &Item, setup: &Setup) -> Job {
 fn failed(failure: drover_session::Failure, log_tail: Vec<String>) -> Failed {
     // A word that the API does not know would be a mistake of ours, not of the build's.
     let reason = Reason::parse(failure.reason.as_str()).unwrap_or(Reason::InfrastructureFailure);
-    Failed { reason, message: failure.message, log_tail }
+    Failed { reason, message: headline(&failure.message), log_tail }
+}
+
+/// A builder's message without the log's last lines, which Nix puts below it and the status has apart.
+fn headline(message: &str) -> String {
+    let lines =
+        message.lines().take_while(|line| !(line.starts_with("last ") && line.ends_with("log lines:")));
+    lines.collect::<Vec<_>>().join("\n").trim_end_matches([';', '\n']).to_owned()
 }
 
 fn keep_log(cache: &dyn Cache, item: &Item, log_file: &Path) -> anyhow::Result<()> {
@@ -154,5 +162,16 @@ fn summary(item: &Item, end: &End) -> String {
             format!("{}: {what} {}", item.name(), paths.join(" "))
         }
         End::Failed(failed) => format!("{}: {}: {}", item.name(), failed.reason, failed.message),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn headlines_have_no_log() {
+        assert_eq!(headline("it failed;\nlast 2 log lines:\n> a\n> b"), "it failed");
+        assert_eq!(headline("two\nlines"), "two\nlines");
     }
 }
