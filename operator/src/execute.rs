@@ -212,6 +212,9 @@ async fn look_up(operator: &Operator, world: &World) -> Result<Lookup, Error> {
         match drover_session::all_outputs_in_cache(&job) {
             Ok(Some(outcome)) => Lookup::Present(job::outputs(&StoreDir::default(), &outcome)),
             Ok(None) => Lookup::Missing,
+            Err(failure) if !failure.infrastructure => {
+                Lookup::Refused { reason: job::reason(failure.reason), message: failure.message }
+            }
             Err(failure) => {
                 tracing::warn!(
                     request = name,

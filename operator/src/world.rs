@@ -41,6 +41,8 @@ pub enum Lookup {
     Unknown,
     /// Not all of them are in the cache, or the cache could not be asked.
     Missing,
+    /// The request cannot have them: a verdict.
+    Refused { reason: Reason, message: String },
     /// All of them.
     Present(BTreeMap<String, OutputStatus>),
 }

@@ -1,14 +1,16 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use drover_cache::Cache;
+use drover_nix::derivation::proof::Proven;
 use drover_nix::derivation::{DerivationType, modulo};
 use drover_nix::signature::SecretKey;
 use drover_nix::{BasicDerivation, Derivation, OutputName, StoreDir, StorePath};
 use drover_serve::BuildOptions;
 
-use crate::{Failure, Reason, prove_output_paths};
+use crate::trust::prove_output_paths;
+use crate::{Failure, Reason};
 
 /// One build: what, from where, to where.
 pub struct Job {
@@ -24,6 +26,8 @@ pub struct Job {
     /// Signs outputs.
     pub signing_key: Option<SecretKey>,
     pub trust: Trust,
+    /// What was proven so far; jobs may share it. Used with [`Trust::Verified`].
+    pub proven: Arc<Mutex<Proven>>,
     /// Most bytes that all outputs together may have, as NARs.
     pub max_output_bytes: Option<u64>,
     /// An existing directory for outputs on their way to the cache.
@@ -35,7 +39,7 @@ pub struct Job {
 pub enum Trust {
     /// The caller's, who has proven them in another way or believes the request.
     Claimed,
-    /// Nobody's: they must follow from the derivation's own fields ([`prove_output_paths`]).
+    /// Nobody's: they must follow from the derivation's own fields, or from the closure of its `.drv` in the caches.
     Verified,
 }
 
@@ -56,7 +60,7 @@ impl Job {
             return Err(Failure::verdict(Reason::InvalidDerivation, message));
         }
         if self.trust == Trust::Verified {
-            prove_output_paths(&self.dir, &self.derivation)?;
+            prove_output_paths(&self.dir, &self.derivation, &self.drv_path, &self.caches, &self.proven)?;
         }
         self.derivation.output_paths(&self.dir).map_err(invalid)
     }

@@ -31,4 +31,3 @@ pub use failure::{Failure, Reason};
 pub use job::{Job, Trust, drv_path_of};
 pub use outcome::{Outcome, Output, Timings, Transfer};
 pub use run::{all_outputs_in_cache, run};
-pub use trust::{derivation_of, prove_output_paths, prove_output_paths_with};

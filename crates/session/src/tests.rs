@@ -178,6 +178,7 @@ impl World {
             push: Some(push.clone()),
             signing_key: key,
             trust,
+            proven: Arc::default(),
             max_output_bytes,
             spool_dir: spool.path().to_owned(),
         };
@@ -498,6 +499,7 @@ fn a_builder_that_goes_away() {
         push: None,
         signing_key: None,
         trust: Trust::Verified,
+        proven: Arc::default(),
         max_output_bytes: None,
         spool_dir: std::env::temp_dir(),
     };

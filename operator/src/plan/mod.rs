@@ -109,6 +109,11 @@ pub fn plan(world: &World, now: Timestamp) -> Plan {
             actions.push(Action::LookUpOutputs { attempt: number });
             Plan { status: None, actions, requeue: Requeue::Now }
         }
+        Lookup::Refused { reason, message } => {
+            attempt::note_accepted(&mut draft, &accepted);
+            draft.fail(*reason, message, &[]);
+            end(world, draft)
+        }
         Lookup::Present(outputs) => {
             attempt::note_accepted(&mut draft, &accepted);
             draft.succeed(Reason::AlreadyBuilt, outputs.clone());

@@ -1,8 +1,8 @@
-//! The builder's host key: where it comes from and what it must look like.
+//! The builder's host key: where it comes from and what it must look like. And what else a builder says at its start.
 //!
 //! A builder makes its key when it starts and prints the public half as the first line of its log. The log comes
 //! through the API server, which vouches for the pod that it belongs to: so the key is known before the first byte
-//! goes to the builder, and nothing is trusted on first use. Parsing is pure; [`first_line`] is the only edge.
+//! goes to the builder, and nothing is trusted on first use. Parsing is pure; [`greeting`] is the only edge.
 
 use std::time::Duration;
 
@@ -15,8 +15,12 @@ use kube::api::LogParams;
 
 use crate::error::Error;
 
-/// What the line begins with.
-pub const PREFIX: &str = "host-key: ";
+/// What the first line begins with.
+const PREFIX: &str = "host-key: ";
+/// What the second line begins with: the sandbox that the builder found to work.
+const SANDBOX_PREFIX: &str = "sandbox: ";
+/// The second line is written together with the first. If it does not come, the session goes on without.
+const SECOND_LINE_PATIENCE: Duration = Duration::from_secs(1);
 /// An Ed25519 key takes 102 bytes; what does not end by here is no such line.
 const MAX_LINE: usize = 512;
 /// Time between two looks at the log of a container that has not started: first and longest.
@@ -55,22 +59,28 @@ impl HostKey {
     }
 }
 
-/// Waits for the container to start and reads its log's first line. Retries for as long as the API server says that
-/// the container is still to start; the caller bounds the time.
-pub async fn first_line(pods: &Api<Pod>, pod: &str, container: &str) -> Result<HostKey, Error> {
-    let params = LogParams {
-        container: Some(container.to_owned()),
-        follow: true,
-        limit_bytes: None,
-        ..LogParams::default()
-    };
+/// What a builder says at its start.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Greeting {
+    pub host_key: HostKey,
+    pub sandbox: Option<String>,
+}
+
+/// Waits for the container to start and reads the beginning of its log. Retries for as long as the API server says
+/// that the container is still to start; the caller bounds the time.
+pub async fn greeting(pods: &Api<Pod>, pod: &str, container: &str) -> Result<Greeting, Error> {
+    let params = LogParams { container: Some(container.to_owned()), follow: true, ..LogParams::default() };
     let mut wait = FIRST_WAIT;
     loop {
         match pods.log_stream(pod, &params).await {
             Ok(stream) => {
-                let line = read_line(Box::pin(stream)).await?;
+                let mut stream = Box::pin(stream);
+                let line = read_line(&mut stream).await?;
                 if !line.is_empty() {
-                    return HostKey::parse_line(&line);
+                    let host_key = HostKey::parse_line(&line)?;
+                    let second = tokio::time::timeout(SECOND_LINE_PATIENCE, read_line(&mut stream)).await;
+                    let sandbox = second.ok().and_then(Result::ok).and_then(|line| sandbox(&line));
+                    return Ok(Greeting { host_key, sandbox });
                 }
                 // An empty log that ended: the container stopped, or its log was not there yet.
             }
@@ -82,6 +92,12 @@ pub async fn first_line(pods: &Api<Pod>, pod: &str, container: &str) -> Result<H
         tokio::time::sleep(wait).await;
         wait = (wait * 3 / 2).min(LONGEST_WAIT);
     }
+}
+
+/// The sandbox's name: a word of our own builder.
+fn sandbox(line: &str) -> Option<String> {
+    let name = line.strip_prefix(SANDBOX_PREFIX)?.trim_end();
+    name.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'-').then(|| name.to_owned())
 }
 
 async fn read_line(mut stream: impl AsyncBufRead + Unpin) -> Result<String, Error> {
@@ -133,6 +149,12 @@ mod tests {
         ] {
             assert!(HostKey::parse_line(bad).is_err(), "{bad:?}");
         }
+    }
+
+    #[test]
+    fn the_sandbox_is_a_word() {
+        assert_eq!(sandbox("sandbox: nested-admin").as_deref(), Some("nested-admin"));
+        assert_eq!((sandbox("building"), sandbox("sandbox: <b>")), (None, None));
     }
 
     #[test]

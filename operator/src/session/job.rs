@@ -7,9 +7,11 @@ use std::collections::BTreeMap;
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use drover_api::{BuildRequestSpec, ClassCache, OutputStatus, Reason, Timings, Transfer, Trust};
 use drover_cache::{Cache, CacheOptions};
+use drover_nix::derivation::proof::Proven;
 use drover_nix::signature::{PublicKey, SecretKey};
 use drover_nix::{BasicDerivation, StoreDir, StorePath};
 use drover_serve::BuildOptions;
@@ -89,6 +91,7 @@ impl JobPlan {
                 Trust::Claimed => drover_session::Trust::Claimed,
                 Trust::Verified => drover_session::Trust::Verified,
             },
+            proven: handles.proven.clone(),
             max_output_bytes: self.max_output_bytes,
             spool_dir: self.spool_dir.clone(),
         })
@@ -99,6 +102,8 @@ impl JobPlan {
 #[derive(Default)]
 pub struct Caches {
     open: Mutex<HashMap<String, Arc<dyn Cache>>>,
+    /// Derivations that were proven from what caches have; true whichever cache it was.
+    proven: Arc<Mutex<Proven>>,
 }
 
 impl Caches {
@@ -128,11 +133,10 @@ impl Caches {
     }
 }
 
-/// What the status says of an outcome.
-pub fn finished(dir: &StoreDir, outcome: &Outcome) -> SessionEnd {
+/// What the status says of an outcome. `reached_after`: from a pod with a node to a connection.
+pub fn finished(dir: &StoreDir, outcome: &Outcome, reached_after: Duration) -> SessionEnd {
     let timings = &outcome.timings;
-    let millis =
-        |duration: std::time::Duration| Some(u64::try_from(duration.as_millis()).unwrap_or(u64::MAX));
+    let millis = |duration: Duration| Some(u64::try_from(duration.as_millis()).unwrap_or(u64::MAX));
     SessionEnd::Finished {
         outputs: outputs(dir, outcome),
         transfer: Transfer {
@@ -144,7 +148,7 @@ pub fn finished(dir: &StoreDir, outcome: &Outcome) -> SessionEnd {
         },
         timings: Timings {
             queued_millis: None,
-            pod_start_millis: None,
+            pod_start_millis: millis(reached_after),
             connect_millis: millis(timings.connect),
             copy_in_millis: millis(timings.closure + timings.lock + timings.copy_in),
             build_millis: millis(timings.build),
@@ -169,10 +173,16 @@ pub fn outputs(dir: &StoreDir, outcome: &Outcome) -> BTreeMap<String, OutputStat
 /// the machinery's fault.
 pub fn failed(failure: &Failure) -> SessionEnd {
     SessionEnd::Failed {
-        reason: Reason::parse(failure.reason.as_str()).unwrap_or(Reason::InfrastructureFailure),
+        reason: reason(failure.reason),
         message: failure.message.clone(),
         infrastructure: failure.infrastructure,
     }
+}
+
+/// The session's word as the API's.
+pub fn reason(reason: drover_session::Reason) -> Reason {
+    // A word that the API does not know would be a mistake of ours, not of the build's; a test looks for one.
+    Reason::parse(reason.as_str()).unwrap_or(Reason::InfrastructureFailure)
 }
 
 #[cfg(test)]

@@ -123,6 +123,10 @@ impl Progress {
         *self.tail.lock().unwrap_or_else(PoisonError::into_inner) = Some(tail);
     }
 
+    fn sandbox(&self, sandbox: Option<String>) {
+        self.lock().sandbox = sandbox;
+    }
+
     fn reach(&self, stage: Stage) {
         let mut view = self.lock();
         if view.stage < stage {

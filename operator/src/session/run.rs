@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use drover_api::{BuildRequest, Reason};
 use drover_session::{Event, Job};
@@ -16,7 +16,7 @@ use super::Progress;
 use super::host_key;
 use super::job::{self, Caches, JobPlan};
 use super::log::Log;
-use super::ssh::{Connection, Target};
+use super::ssh::{Connection, Pipes, Target};
 use crate::error::Error;
 use crate::keys::ClientKey;
 use crate::pod;
@@ -52,9 +52,10 @@ pub(super) async fn run(
     progress: Arc<Progress>,
     mut stopped: watch::Receiver<bool>,
 ) -> SessionEnd {
+    let begun = Instant::now();
     let gave_up = || infrastructure("the operator gave this session up".into());
     let reached = tokio::select! {
-        reached = tokio::time::timeout(REACH_TIMEOUT, reach(&assignment)) => reached,
+        reached = tokio::time::timeout(REACH_TIMEOUT, reach(&assignment, &progress)) => reached,
         _ = stopped.changed() => return gave_up(),
     };
     let (connection, pipes) = match reached {
@@ -68,6 +69,7 @@ pub(super) async fn run(
             ));
         }
     };
+    let reached_after = begun.elapsed();
     let log = match Log::follow(pipes.stderr, &assignment.work_dir) {
         Ok(log) => log,
         Err(error) => {
@@ -86,7 +88,7 @@ pub(super) async fn run(
         let mut observer = |event: Event| observe(&progress, &event);
         // Both pipes are consumed: when this returns, the builder has seen the end of its input.
         let end = match drover_session::run(stdout, stdin, &job, &mut observer) {
-            Ok(outcome) => job::finished(&job.dir, &outcome),
+            Ok(outcome) => job::finished(&job.dir, &outcome, reached_after),
             Err(failure) => job::failed(&failure),
         };
         keep_log(&job, log);
@@ -109,14 +111,15 @@ pub(super) async fn run(
 }
 
 /// Learns the builder's key and address and connects.
-async fn reach(assignment: &Assignment) -> Result<(Connection, super::ssh::Pipes), Error> {
-    let host_key = host_key::first_line(&assignment.pods, &assignment.pod, pod::CONTAINER).await?;
+async fn reach(assignment: &Assignment, progress: &Progress) -> Result<(Connection, Pipes), Error> {
+    let greeting = host_key::greeting(&assignment.pods, &assignment.pod, pod::CONTAINER).await?;
+    progress.sandbox(greeting.sandbox);
     let address = address(assignment).await?;
     let target = Target {
         address,
         port: BUILDER_PORT,
         alias: &format!("drover-{}-{}", assignment.request_uid, assignment.attempt),
-        host_key: &host_key,
+        host_key: &greeting.host_key,
         client_key: &assignment.client_key,
     };
     Connection::open(&target, &assignment.work_dir).await

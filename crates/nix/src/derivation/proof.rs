@@ -79,6 +79,15 @@ pub fn prove_alone(
 }
 
 impl Proven {
+    /// How many derivations are in it.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// Takes in the derivation `root` and all below it. `read` gives the text of a `.drv` file, or None if it is not
     /// to be had. On an error, what was proven before it is kept.
     pub fn prove<E>(
