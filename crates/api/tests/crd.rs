@@ -1,5 +1,8 @@
 //! The definitions, as far as they can be checked without an API server: rules are evaluated, schemas are walked.
 
+// Helpers of tests may panic as tests do.
+#![allow(clippy::unwrap_used)]
+
 use std::collections::BTreeMap;
 
 use drover_api::{
@@ -89,7 +92,8 @@ fn what_may_change_and_what_may_not() {
     new.spec.ttl_seconds_after_failed = Some(1);
     assert_eq!(violations("BuildRequest", &new, Some(&old)), [""; 0]);
 
-    let changes: &[(&str, fn(&mut BuildRequestSpec))] = &[
+    type Change = fn(&mut BuildRequestSpec);
+    let changes: &[(&str, Change)] = &[
         ("derivation", |spec| spec.derivation.as_mut().unwrap().args.push("x".into())),
         ("class", |spec| spec.class = Some("other".into())),
         ("timeoutSeconds", |spec| spec.timeout_seconds = None),

@@ -16,15 +16,16 @@ mod plan;
 mod request;
 mod resolve;
 
+use std::path::Path;
 use std::process::ExitCode;
 
-use clap::Parser as _;
+use clap::{CommandFactory as _, FromArgMatches as _};
 
 use crate::args::{Arguments, Command};
 use crate::output::Format;
 
 fn main() -> ExitCode {
-    let outcome = match Arguments::parse().command {
+    let outcome = match arguments().command {
         Command::Build(args) => build::run(&args),
         Command::Request(args) => request::run(&args),
         Command::Crds => output::print(&drover_api::crds(), Format::Yaml).map(|()| exit::DONE),
@@ -37,4 +38,13 @@ fn main() -> ExitCode {
         Command::GetOutput(args) => cluster::get_output(&args),
     };
     exit::finish(outcome)
+}
+
+/// What was typed. As kubectl's plugin, help speaks of what people type there.
+fn arguments() -> Arguments {
+    let called = std::env::args_os().next().unwrap_or_default();
+    let is_plugin = Path::new(&called).file_name().is_some_and(|name| name == "kubectl-drover");
+    let mut command = Arguments::command().bin_name(if is_plugin { "kubectl drover" } else { "drover" });
+    let matches = command.get_matches_mut();
+    Arguments::from_arg_matches(&matches).unwrap_or_else(|error| error.format(&mut command).exit())
 }

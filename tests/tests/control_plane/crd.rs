@@ -86,13 +86,18 @@ const MISTAKES: &[(&str, &str, &[&str])] = &[
     ("class: fast", "timeoutSeconds: 0", &["spec.timeoutSeconds", "greater than or equal to 1"]),
     ("class: fast", "timeoutSeconds: long", &["spec.timeoutSeconds", "integer"]),
     ("class: fast", "retries: {build: -1}", &["spec.retries.build", "greater than or equal to 0"]),
-    ("class: fast", "drvPath: /nix/store/i00sflxqsj37lfmf95m8mn0grv615hpj-a", &["spec.drvPath", "should match"]),
+    (
+        "class: fast",
+        "drvPath: /nix/store/i00sflxqsj37lfmf95m8mn0grv615hpj-a",
+        &["spec.drvPath", "should match"],
+    ),
 ];
 
 fn mistakes_are_answered_with_the_field(plane: &ControlPlane) -> Result<()> {
     for (from, to, expected) in MISTAKES {
         assert!(REQUEST.contains(from), "{from} is not in the request");
-        let said = refused(plane, &REQUEST.replacen(from, to, 1).replacen("name: hello", "name: mistake", 1))?;
+        let said =
+            refused(plane, &REQUEST.replacen(from, to, 1).replacen("name: hello", "name: mistake", 1))?;
         for part in *expected {
             assert!(said.contains(part), "{to:?}: expected {part:?} in: {said}");
         }
@@ -137,17 +142,17 @@ fn columns_and_selectors(plane: &ControlPlane) -> Result<()> {
         line.split("  ").map(str::trim).filter(|cell| !cell.is_empty()).map(str::to_owned).collect()
     };
     let wide: Vec<_> = text.lines().map(cells).collect();
-    assert_eq!(
-        wide[0],
-        ["NAME", "SYSTEM", "STATUS", "ATTEMPT", "DURATION", "AGE", "POD", "NODE", "MESSAGE"]
-    );
+    assert_eq!(wide[0], ["NAME", "SYSTEM", "STATUS", "ATTEMPT", "DURATION", "AGE", "POD", "NODE", "MESSAGE"]);
     assert_eq!(wide[1][..5], ["hello", "x86_64-linux", "BuildFailed", "2", "1m32s"]);
     assert_eq!(wide[1][6..], ["hello-1", "n1", "exit code 7"]);
     let plain = plane.kubectl(&["get", "breq"])?;
     assert!(!plain.contains("POD") && plain.lines().all(|line| line.len() <= 80), "{plain}");
 
     let select = |selector: &str| plane.kubectl(&["get", "breq", "-o", "name", "--field-selector", selector]);
-    assert_eq!(select("spec.derivation.system=x86_64-linux,spec.class=fast")?.trim(), "buildrequest.drover.build/hello");
+    assert_eq!(
+        select("spec.derivation.system=x86_64-linux,spec.class=fast")?.trim(),
+        "buildrequest.drover.build/hello"
+    );
     assert_eq!(select("spec.class=slow")?.trim(), "");
     Ok(())
 }
