@@ -5,7 +5,7 @@
 //! each request by itself.
 
 use std::collections::HashMap;
-use std::future::{Future, ready};
+use std::future::{self, Future};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -28,6 +28,7 @@ use crate::observe::{observe, request_of};
 use crate::operator::Operator;
 use crate::plan::{Requeue, plan};
 use crate::pod;
+use crate::ready::{Ready, Watch};
 use crate::session::{Sessions, Trigger};
 use crate::settings::Settings;
 use crate::sweep;
@@ -53,18 +54,21 @@ pub async fn run(
     let requests = watcher(Api::<BuildRequest>::all(client.clone()), watcher::Config::default())
         .default_backoff()
         .modify(|request| request.managed_fields_mut().clear());
-    let requests = reflector::reflector(writer, requests).touched_objects();
+    let ready = Arc::new(Ready::new());
+    let requests =
+        reflector::reflector(writer, requests).inspect(note(&ready, Watch::Requests)).touched_objects();
     let controller = Controller::for_stream(requests, known.clone())
         .with_config(controller::Config::default().concurrency(concurrency))
         .graceful_shutdown_on(shutdown)
         .reconcile_on(triggered);
-    let pods = watch_pods(&client, &settings, trigger.clone());
-    let classes = watch_classes(&client, known.clone(), trigger.clone());
+    let pods = watch_pods(&client, &settings, &ready, trigger.clone());
+    let classes = watch_classes(&client, known.clone(), &ready, trigger.clone());
     let operator = Arc::new(Operator {
         client,
         settings,
         seed,
         metrics: metrics.clone(),
+        ready,
         classes,
         pods,
         sessions: Sessions::new(trigger, metrics),
@@ -72,7 +76,7 @@ pub async fn run(
         lookups: Default::default(),
     });
     let wake = Arc::new(Notify::new());
-    tokio::spawn(report_ready(operator.clone(), known.clone()));
+    tokio::spawn(report_ready(operator.clone()));
     tokio::spawn(sweep::run(operator.clone(), known, wake.clone()));
     let context = Arc::new(Context { operator, backoffs: Mutex::default() });
     controller
@@ -86,7 +90,7 @@ pub async fn run(
                 Err(controller::Error::ReconcilerFailed(..)) => {}
                 Err(error) => tracing::warn!(error = &error as &dyn std::error::Error, "watching requests"),
             }
-            ready(())
+            future::ready(())
         })
         .await;
 }
@@ -114,9 +118,7 @@ async fn reconcile(request: Arc<BuildRequest>, context: Arc<Context>) -> Result<
 }
 
 async fn passes(operator: &Operator, request: &BuildRequest) -> Result<Action, Error> {
-    // Neither resolves to an error while the process lives: the watches run on tasks that do not end.
-    let _ = operator.classes.wait_until_ready().await;
-    let _ = operator.pods.wait_until_ready().await;
+    operator.ready.wait(&[Watch::Classes, Watch::Pods]).await;
     let mut request = request.clone();
     for _ in 0..MAX_PASSES {
         let world = observe(operator, &request).await?;
@@ -173,18 +175,18 @@ fn log_transition(before: &BuildRequest, after: &BuildRequest) {
     if was != is
         && let Some((reason, message, attempt)) = is
     {
-        tracing::info!(request = %ObjectRef::from_obj(after), reason, message, attempt, "build");
+        tracing::info!(request = %ObjectRef::from_obj(after), reason, detail = message, attempt, "build");
     }
 }
 
 /// Keeps a copy of all builder pods, and asks for a look at the request of each that changes.
-fn watch_pods(client: &Client, settings: &Settings, trigger: Trigger) -> Store<Pod> {
+fn watch_pods(client: &Client, settings: &Settings, ready: &Arc<Ready>, trigger: Trigger) -> Store<Pod> {
     let api: Api<Pod> = Api::namespaced(client.clone(), &settings.builder_namespace);
     let config = watcher::Config::default().labels(pod::UID_LABEL);
     let (store, writer) = reflector::store();
     let stream =
         watcher(api, config).default_backoff().modify(|pod: &mut Pod| pod.managed_fields_mut().clear());
-    let stream = reflector::reflector(writer, stream).touched_objects();
+    let stream = reflector::reflector(writer, stream).inspect(note(ready, Watch::Pods)).touched_objects();
     tokio::spawn(stream.for_each(move |pod| {
         match pod {
             Ok(pod) => {
@@ -194,17 +196,22 @@ fn watch_pods(client: &Client, settings: &Settings, trigger: Trigger) -> Store<P
             }
             Err(error) => tracing::warn!(error = &error as &dyn std::error::Error, "watching pods"),
         }
-        ready(())
+        future::ready(())
     }));
     store
 }
 
 /// Keeps a copy of all classes. A change of one concerns every request that has not come to its end.
-fn watch_classes(client: &Client, requests: Store<BuildRequest>, trigger: Trigger) -> Store<BuilderClass> {
+fn watch_classes(
+    client: &Client,
+    requests: Store<BuildRequest>,
+    ready: &Arc<Ready>,
+    trigger: Trigger,
+) -> Store<BuilderClass> {
     let api: Api<BuilderClass> = Api::all(client.clone());
     let (store, writer) = reflector::store();
     let stream = watcher(api, watcher::Config::default()).default_backoff();
-    let stream = reflector::reflector(writer, stream).touched_objects();
+    let stream = reflector::reflector(writer, stream).inspect(note(ready, Watch::Classes)).touched_objects();
     tokio::spawn(stream.for_each(move |class| {
         match class {
             Ok(_) => {
@@ -217,20 +224,24 @@ fn watch_classes(client: &Client, requests: Store<BuildRequest>, trigger: Trigge
             }
             Err(error) => tracing::warn!(error = &error as &dyn std::error::Error, "watching classes"),
         }
-        ready(())
+        future::ready(())
     }));
     store
 }
 
-/// Ready as soon as every watch has delivered its first list.
-async fn report_ready(operator: Arc<Operator>, requests: Store<BuildRequest>) {
-    let all = futures::future::join3(
-        requests.wait_until_ready(),
-        operator.classes.wait_until_ready(),
-        operator.pods.wait_until_ready(),
-    );
-    if let (Ok(()), Ok(()), Ok(())) = all.await {
-        operator.metrics.set_ready();
-        tracing::info!("ready");
+/// Marks the watch as ready when its first list is in the store. For the stream behind the reflector.
+fn note<K>(ready: &Arc<Ready>, watch: Watch) -> impl FnMut(&watcher::Result<watcher::Event<K>>) + use<K> {
+    let ready = ready.clone();
+    move |event| {
+        if matches!(event, Ok(watcher::Event::InitDone)) {
+            ready.mark(watch);
+        }
     }
+}
+
+/// Ready as soon as every watch has delivered its first list.
+async fn report_ready(operator: Arc<Operator>) {
+    operator.ready.wait(&[Watch::Classes, Watch::Pods, Watch::Requests]).await;
+    operator.metrics.set_ready();
+    tracing::info!("ready");
 }

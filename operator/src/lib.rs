@@ -18,6 +18,7 @@ pub mod observe;
 pub mod operator;
 pub mod plan;
 pub mod pod;
+pub mod ready;
 pub mod seed;
 pub mod session;
 pub mod settings;

@@ -1,5 +1,6 @@
 //! `drover-operator`: flags and environment in, a running operator out. Everything else is in the library.
 
+use std::io::IsTerminal as _;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -107,7 +108,10 @@ fn main() -> anyhow::Result<ExitCode> {
 fn start_log(flags: &Flags) -> anyhow::Result<()> {
     let filter =
         EnvFilter::try_new(&flags.log).with_context(|| format!("--log {:?} makes no sense", flags.log))?;
-    let subscriber = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let subscriber = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal());
     match flags.log_format {
         LogFormat::Text => subscriber.init(),
         LogFormat::Json => subscriber.json().init(),

@@ -13,6 +13,7 @@ use kube::runtime::reflector::Store;
 use crate::error::Error;
 use crate::keys::Seed;
 use crate::metrics::Metrics;
+use crate::ready::Ready;
 use crate::session::Sessions;
 use crate::session::job::Caches;
 use crate::settings::Settings;
@@ -27,6 +28,7 @@ pub struct Operator {
     pub settings: Settings,
     pub seed: Seed,
     pub metrics: Arc<Metrics>,
+    pub ready: Arc<Ready>,
     /// What the watches have seen. Requests come with each reconcile.
     pub classes: Store<BuilderClass>,
     pub pods: Store<Pod>,

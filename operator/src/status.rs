@@ -53,7 +53,7 @@ impl Draft {
 
     /// Sets one of the phases' conditions.
     pub fn phase(&mut self, condition: &str, status: Status, reason: Reason, message: &str) {
-        let message = cut(message, MAX_MESSAGE);
+        let message = headline(message);
         conditions::set(
             &mut self.status.conditions,
             condition,
@@ -121,7 +121,7 @@ impl Draft {
         if let Some(attempt) = self.open_attempt_mut() {
             attempt.end_time = Some(Time(now));
             attempt.reason = Some(reason.as_str().to_owned());
-            attempt.message = (!message.is_empty()).then(|| cut(message, MAX_MESSAGE).to_owned());
+            attempt.message = (!message.is_empty()).then(|| headline(message).to_owned());
             attempt.infrastructure = infrastructure;
         }
     }
@@ -182,10 +182,15 @@ impl Draft {
     }
 
     fn summary(&mut self, verdict: Option<bool>, reason: Reason, message: &str) {
-        let message = cut(message, MAX_MESSAGE);
+        let message = headline(message);
         let conditions = &mut self.status.conditions;
         conditions::set_summary(conditions, verdict, reason, message, self.generation, self.now);
     }
+}
+
+/// The first line: conditions stand in tables. `failure` has the rest.
+fn headline(message: &str) -> &str {
+    cut(message.lines().next().unwrap_or_default(), MAX_MESSAGE).trim_end_matches([';', ':'])
 }
 
 /// At most `limit` bytes of `text`, ending between two characters.
@@ -234,6 +239,12 @@ mod tests {
         assert_eq!(status.attempts[0].reason.as_deref(), Some("InputMissing"));
         assert_eq!(status.failure.unwrap().log_tail, ["line"]);
         assert_eq!(conditions::verdict(&status.conditions), Some(false));
+    }
+
+    #[test]
+    fn conditions_get_the_first_line() {
+        assert_eq!(headline("failed with exit code 7;\nlast 2 log lines:"), "failed with exit code 7");
+        assert_eq!(headline(""), "");
     }
 
     #[test]

@@ -17,14 +17,13 @@ use crate::execute::delete_pod;
 use crate::observe::request_of;
 use crate::operator::{Operator, call};
 use crate::pod;
+use crate::ready::Watch;
 
 const INTERVAL: Duration = Duration::from_secs(60);
 
 /// Sweeps for ever: at intervals, and when it is woken.
 pub async fn run(operator: Arc<Operator>, requests: Store<BuildRequest>, wake: Arc<Notify>) {
-    if requests.wait_until_ready().await.is_err() {
-        return; // The controller is gone, and with it the process.
-    }
+    operator.ready.wait(&[Watch::Pods, Watch::Requests]).await;
     loop {
         if let Err(error) = sweep(&operator, &requests).await {
             tracing::warn!(
