@@ -33,7 +33,7 @@ use self::supervise::{Cancel, End, Limits};
 use crate::error::Error;
 use crate::sandbox::launch;
 use crate::sandbox::plan::{self, INSIDE_GID, INSIDE_UID, IdMap, Layout, Plan};
-use crate::sandbox::rungs::Ids;
+use crate::sandbox::rungs::{self, Ids};
 
 /// How often a lock or a uid that others have is tried again.
 const RETRY: Duration = Duration::from_millis(200);
@@ -404,7 +404,7 @@ impl Builder {
             End::Cancelled => {
                 return Some(Error::Cancelled { why: "the client is gone or asked for it".into() });
             }
-            End::SetUp(why) => return Some(Error::Sandbox { why: why.clone() }),
+            End::SetUp(why) => return Some(Error::Sandbox { why: format!("{why}. {}", rungs::advice(why)) }),
         };
         let mut message = what;
         if !tail.is_empty() {

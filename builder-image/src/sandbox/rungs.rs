@@ -102,7 +102,7 @@ fn try_steps(steps: Vec<Step>, ids: Ids) -> Result<(), String> {
 }
 
 /// What an administrator can do about a refusal.
-fn advice(why: &str) -> &'static str {
+pub(crate) fn advice(why: &str) -> &'static str {
     if why.contains("clone") {
         "Allow user namespaces: in a pod leave seccompProfile unset (RuntimeDefault forbids them without SYS_ADMIN); on a \
          machine check /proc/sys/user/max_user_namespaces and its security modules' settings"
