@@ -15,6 +15,9 @@ use drover_nix::{PathInfo, Sha256, StoreDir};
 use drover_serve::Client;
 use drover_store::{Access, LocalStore, StoreLayout};
 
+/// Paths that become valid together where the store is used directly.
+const BATCH: usize = 64;
+
 fn main() -> Result<(), Box<dyn Error>> {
     let mut args = std::env::args().skip(1);
     let (Some(dir), Some(kind)) = (args.next(), args.next()) else {
@@ -48,9 +51,14 @@ fn main() -> Result<(), Box<dyn Error>> {
 fn direct(root: &Path, infos: &[PathInfo], archives: &[Vec<u8>]) -> Result<(f64, f64), Box<dyn Error>> {
     let store = LocalStore::open(StoreLayout::in_root(root), Access::ReadWrite)?;
     let start = Instant::now();
+    let mut batch = store.batch()?;
     for (info, nar) in infos.iter().zip(archives) {
-        store.add_nar(info, false, 0, &mut &nar[..])?;
+        batch.add_nar(info, false, 0, &mut &nar[..])?;
+        if batch.len() == BATCH {
+            batch.commit()?;
+        }
     }
+    batch.commit()?;
     let import = start.elapsed().as_secs_f64();
     let start = Instant::now();
     for info in infos {
