@@ -266,6 +266,21 @@ mod tests {
     }
 
     #[test]
+    fn a_closed_database_is_complete_without_its_log() {
+        let (_dir, store) = store();
+        let a = add(&store, "a", &[]);
+        let layout = store.layout().clone();
+        let log = layout.db_dir().join("db.sqlite-wal");
+        assert!(std::fs::metadata(&log).unwrap().len() > 0);
+        drop(store);
+        // As on a snapshot or an image that has the database only.
+        assert!(log.exists());
+        std::fs::remove_file(&log).unwrap();
+        let _ = std::fs::remove_file(layout.db_dir().join("db.sqlite-shm"));
+        assert!(LocalStore::open(layout, Access::ReadOnly).unwrap().is_valid(&a).unwrap());
+    }
+
+    #[test]
     fn a_store_for_reading_sees_what_others_write_and_writes_nothing() {
         let (_dir, store) = store();
         let reader = LocalStore::open(store.layout().clone(), Access::ReadOnly).unwrap();

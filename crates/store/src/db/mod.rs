@@ -9,8 +9,7 @@ use std::thread;
 use std::time::Duration;
 
 use drover_nix::StoreDir;
-use rusqlite::config::DbConfig;
-use rusqlite::{Connection, ErrorCode, OpenFlags, TransactionBehavior};
+use rusqlite::{Connection, ErrorCode, OpenFlags, TransactionBehavior, ffi};
 
 use crate::{Access, Error};
 
@@ -220,11 +219,31 @@ fn configure(connection: &Connection, mode: OpenMode) -> rusqlite::Result<()> {
     if journal != "wal" {
         connection.query_row("PRAGMA journal_mode = wal", [], |row| row.get::<_, String>(0))?;
     }
-    // Leaves the log where it is when the last process closes the database, as Nix does (by persist-WAL): closing a
-    // session stays cheap, and users without the right to write can go on reading.
-    connection.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)?;
+    keep_log_file(connection)?;
     connection.query_row(&format!("PRAGMA wal_autocheckpoint = {WAL_AUTOCHECKPOINT}"), [], |_| Ok(()))?;
     Ok(())
+}
+
+/// Has the last process that closes the database leave the (then empty) log file, as Nix does: without one, users who
+/// may not make files beside the database could not read it.
+#[allow(unsafe_code)] // rusqlite has no wrapper for file controls
+fn keep_log_file(connection: &Connection) -> rusqlite::Result<()> {
+    let mut on: std::ffi::c_int = 1;
+    // SAFETY: the handle is that of an open connection, which is borrowed for the whole call and used by this thread
+    // only. For this file control the last argument points to an int, which SQLite reads and writes during the call
+    // and does not keep (sqlite3.h, SQLITE_FCNTL_PERSIST_WAL); the name is a C string with static lifetime.
+    let code = unsafe {
+        ffi::sqlite3_file_control(
+            connection.handle(),
+            c"main".as_ptr(),
+            ffi::SQLITE_FCNTL_PERSIST_WAL,
+            (&raw mut on).cast(),
+        )
+    };
+    match code {
+        ffi::SQLITE_OK => Ok(()),
+        code => Err(rusqlite::Error::SqliteFailure(ffi::Error::new(code), None)),
+    }
 }
 
 /// SQLite gives up at once where waiting could deadlock (SQLITE_BUSY) and when it lost a race for the log's index too
