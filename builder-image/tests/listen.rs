@@ -130,7 +130,7 @@ fn text(output: &Output) -> String {
 fn a_build_and_its_log_on_both_sides() {
     let server = Server::start();
     let (mut client, mut ssh) = server.client();
-    let tools = add(&mut client, "tools", &tools());
+    let tools = add(&mut client, "tools", tools().path());
     let drv = derivation(&tools, "echo to be seen; head -c 5000000 /dev/urandom > $out");
     let result =
         client.build_derivation(&path_for("ssh", "test.drv"), &drv, &BuildOptions::default()).unwrap();
@@ -151,7 +151,7 @@ fn several_sessions_at_once() {
     let server = Server::start();
     let (mut first, mut first_ssh) = server.client();
     let (mut second, mut second_ssh) = server.client();
-    let tools = add(&mut first, "tools", &tools());
+    let tools = add(&mut first, "tools", tools().path());
     assert!(second.query_valid_paths(&[tools.clone()].into(), true, false).unwrap().contains(&tools));
     // Two sessions, one derivation: it is built once.
     let drv = derivation(&tools, "echo once; sleep 1; touch $out");
@@ -212,7 +212,7 @@ fn only_commands_are_executed() {
 fn a_client_that_is_killed_takes_its_build_with_it() {
     let server = Server::start();
     let (mut client, mut ssh) = server.client();
-    let tools = add(&mut client, "tools", &tools());
+    let tools = add(&mut client, "tools", tools().path());
     let drv = derivation(&tools, "echo started; sleep 100000 & wait");
     let requester = std::thread::spawn(move || {
         client.build_derivation(&path_for("kill", "test.drv"), &drv, &BuildOptions::default()).is_err()
@@ -228,7 +228,7 @@ fn a_client_that_is_killed_takes_its_build_with_it() {
 fn told_to_stop_it_stops_what_runs() {
     let mut server = Server::start();
     let (mut client, mut ssh) = server.client();
-    let tools = add(&mut client, "tools", &tools());
+    let tools = add(&mut client, "tools", tools().path());
     let drv = derivation(&tools, "echo started; sleep 100000 & wait");
     let requester = std::thread::spawn(move || {
         client.build_derivation(&path_for("stop", "test.drv"), &drv, &BuildOptions::default()).is_err()

@@ -7,6 +7,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
+use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
@@ -68,7 +69,7 @@ impl Builder {
         });
         let (stdout, stdin) = (child.stdout.take().unwrap(), child.stdin.take().unwrap());
         let mut client = Client::connect(stdout, stdin, StoreDir::default()).unwrap();
-        let tools = add(&mut client, "tools", &tools());
+        let tools = add(&mut client, "tools", tools().path());
         Self { client: Some(client), child, root, tools, log, log_reader: Some(log_reader) }
     }
 
@@ -189,17 +190,14 @@ pub(crate) fn add<R: Read, W: Write>(client: &mut Client<R, W>, name: &str, tree
 }
 
 /// `bin/busybox` and a symlink for each applet.
-pub(crate) fn tools() -> PathBuf {
+pub(crate) fn tools() -> TempDir {
     let busybox = ["/usr/bin/busybox", "/bin/busybox"].map(Path::new).into_iter().find(|path| path.exists());
     let busybox = busybox.expect("busybox not found: apt-get install busybox-static");
-    let dir = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!(
-        "tools-{}-{:?}",
-        std::process::id(),
-        std::thread::current().id()
-    ));
-    let bin = dir.join("bin");
-    let _fresh = std::fs::remove_dir_all(&dir);
-    std::fs::create_dir_all(&bin).unwrap();
+    let dir = TempDir::new().unwrap();
+    let bin = dir.path().join("bin");
+    std::fs::create_dir(&bin).unwrap();
+    // A temporary directory is its owner's alone, and the tree is what is added, its top included.
+    std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
     std::fs::copy(busybox, bin.join("busybox")).unwrap();
     let list = Command::new(busybox).arg("--list").output().unwrap();
     for applet in String::from_utf8(list.stdout).unwrap().lines().filter(|applet| *applet != "busybox") {
