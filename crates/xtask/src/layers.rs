@@ -2,13 +2,14 @@
 //! real cluster. A layer whose parts cannot be had fails; none is skipped.
 
 use std::io::{BufRead, BufReader};
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use anyhow::{Context, Result};
 
+use crate::cluster::Cluster;
 use crate::parts::rootfs::{self, Nix};
-use crate::parts::{go, host};
+use crate::parts::{self, go, host};
 use crate::{images, run};
 
 /// What a layer's tests need on the machine.
@@ -117,7 +118,29 @@ pub fn test(layers: &[Layer]) -> Tally {
 }
 
 fn run_layer(layer: Layer) -> Result<Tally> {
+    if layer != Layer::Node || std::env::var_os("DROVER_CLUSTER_DIR").is_some() {
+        return run_cargo(layer, run::cargo());
+    }
+    // A cluster of the tests' own, new and gone afterwards: what a person does in theirs is no matter of the tests.
+    let cache = parts::cache()?;
+    let _lock = parts::lock(&cache, "node-tests")?;
+    let dir = cache.join("cluster-test");
+    let cluster = Cluster::in_dir(&dir)?;
+    cluster.down()?;
     let mut cargo = run::cargo();
+    cargo.env("DROVER_CLUSTER_DIR", &dir);
+    let tally = run_cargo(layer, cargo);
+    if cluster.logs().is_dir() && tally.as_ref().is_ok_and(|tally| tally.failed > 0) {
+        let kept = cache.join("cluster-test-logs");
+        run::stdout(Command::new("rm").arg("-rf").arg(&kept))?;
+        run::stdout(Command::new("cp").arg("-r").arg(cluster.logs()).arg(&kept))?;
+        eprintln!("== node: the cluster's logs are kept in {}", kept.display());
+    }
+    cluster.down()?;
+    tally
+}
+
+fn run_cargo(layer: Layer, mut cargo: Command) -> Result<Tally> {
     cargo.args(layer.cargo_arguments()).stdin(Stdio::null()).stdout(Stdio::piped());
     let mut child = cargo.spawn().context("could not start cargo")?;
     let mut tally = Tally::default();

@@ -28,7 +28,8 @@ pub(super) fn make(name: &str) -> Result<()> {
 
 /// Removes the group and those below it; says no while one of them still holds a process.
 pub(super) fn remove(name: &str) -> Result<bool> {
-    let gone: Vec<bool> = hierarchies()?.iter().map(|hierarchy| remove_tree(&hierarchy.join(name))).collect();
+    let all = mounted(&mounts()?, &["cgroup", "cgroup2"]);
+    let gone: Vec<bool> = all.iter().map(|hierarchy| remove_tree(&hierarchy.join(name))).collect();
     Ok(gone.into_iter().all(|gone| gone))
 }
 
@@ -42,21 +43,28 @@ fn remove_tree(group: &Path) -> bool {
     fs::remove_dir(group).is_ok()
 }
 
+/// Where kubelet wants the group to be: in every version 1 hierarchy, or in the one of version 2 where there are none.
+/// Where both are mounted, runc still makes it in version 2's.
 fn hierarchies() -> Result<Vec<PathBuf>> {
-    let mounts = fs::read_to_string("/proc/mounts").context("could not read /proc/mounts")?;
-    Ok(hierarchies_in(&mounts))
+    Ok(hierarchies_in(&mounts()?))
 }
 
-/// Mount points of version 1 hierarchies; the one of version 2 where there are none.
 fn hierarchies_in(mounts: &str) -> Vec<PathBuf> {
-    let of = |kind: &str| {
-        let fields = mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>());
-        let points =
-            fields.filter(|fields| fields.get(2) == Some(&kind)).map(|fields| PathBuf::from(fields[1]));
-        points.filter(|point| point.starts_with("/sys/fs/cgroup")).collect::<Vec<_>>()
-    };
-    let first = of("cgroup");
-    if first.is_empty() { of("cgroup2") } else { first }
+    let first = mounted(mounts, &["cgroup"]);
+    if first.is_empty() { mounted(mounts, &["cgroup2"]) } else { first }
+}
+
+fn mounts() -> Result<String> {
+    fs::read_to_string("/proc/mounts").context("could not read /proc/mounts")
+}
+
+fn mounted(mounts: &str, kinds: &[&str]) -> Vec<PathBuf> {
+    let fields = mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>());
+    let of_kind = fields.filter(|fields| fields.get(2).is_some_and(|kind| kinds.contains(kind)));
+    of_kind
+        .map(|fields| PathBuf::from(fields[1]))
+        .filter(|point| point.starts_with("/sys/fs/cgroup"))
+        .collect()
 }
 
 #[cfg(test)]
