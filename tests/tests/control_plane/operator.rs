@@ -155,13 +155,18 @@ fn a_restart_finds_its_pods(world: &World) -> Result<()> {
 
 fn the_rights_are_in_the_builder_namespace_only(world: &World) -> Result<()> {
     let can = |verb: &str, what: &str, namespace: &str| -> Result<bool> {
-        let output = run::output(
-            world
-                .plane
-                .kubectl_command()
-                .env("KUBECONFIG", &world.rights)
-                .args(["auth", "can-i", verb, what, "-n", namespace]),
-        )?;
+        // kubectl would take what is behind a slash for a name.
+        let (what, subresource) = what.split_once('/').unwrap_or((what, ""));
+        let subresource = format!("--subresource={subresource}");
+        let output = run::output(world.plane.kubectl_command().env("KUBECONFIG", &world.rights).args([
+            "auth",
+            "can-i",
+            verb,
+            what,
+            &subresource,
+            "-n",
+            namespace,
+        ]))?;
         Ok(output.stdout.starts_with(b"yes"))
     };
     for (verb, what, namespace, expected) in [
@@ -175,6 +180,7 @@ fn the_rights_are_in_the_builder_namespace_only(world: &World) -> Result<()> {
         ("get", "secrets", BUILDERS, false),
         ("get", "secrets", "team", false),
         ("patch", "buildrequests.drover.build", "team", false),
+        ("patch", "buildrequests.drover.build/status", "team", true),
         ("patch", "builderclasses.drover.build", "team", false),
     ] {
         ensure!(can(verb, what, namespace)? == expected, "{verb} {what} in {namespace}");
