@@ -5,10 +5,10 @@ use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 
-use rustix::fs::{AtFlags, FileType, Mode, SeekFrom, Stat};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, SeekFrom, Stat};
 use rustix::io::Errno;
 
-use super::{below, list, open_directory_forcibly, open_parent};
+use super::{OPEN_DIRECTORY, below, by_descriptor, list, open_parent};
 use crate::Error;
 
 /// How deep the recursion goes. What lies deeper is moved up and deleted from there, so that neither the stack nor the
@@ -106,12 +106,35 @@ impl Deletion<'_> {
 
 /// Opens a directory and sees to it that its owner may delete what is in it.
 fn open(parent: BorrowedFd<'_>, name: &OsStr, path: &Path) -> Result<OwnedFd, Error> {
-    let fd = open_directory_forcibly(parent, name).map_err(Error::sys("open the directory", path))?;
+    let fd = open_forcibly(parent, name).map_err(Error::sys("open the directory", path))?;
     let stat = rustix::fs::fstat(&fd).map_err(Error::sys("examine", path))?;
     if !Mode::from_raw_mode(stat.st_mode).contains(Mode::RWXU) {
         rustix::fs::fchmod(&fd, Mode::RWXU).map_err(Error::sys("change the mode of", path))?;
     }
     Ok(fd)
+}
+
+/// Opens a directory for listing; where its mode forbids that to its owner, the mode is changed. Refuses (EXDEV) what
+/// something is mounted on: a tree that a sandbox left mounted in ours would be emptied through it.
+fn open_forcibly(parent: BorrowedFd<'_>, name: &OsStr) -> Result<OwnedFd, Errno> {
+    match open_unmounted(parent, name) {
+        Err(Errno::ACCESS) => {
+            let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            let fd = rustix::fs::openat(parent, name, flags, Mode::empty())?;
+            rustix::fs::chmod(by_descriptor(&fd), Mode::RWXU)?;
+            open_unmounted(parent, name)
+        }
+        other => other,
+    }
+}
+
+fn open_unmounted(parent: BorrowedFd<'_>, name: &OsStr) -> Result<OwnedFd, Errno> {
+    let resolve = ResolveFlags::NO_XDEV | ResolveFlags::NO_SYMLINKS;
+    match rustix::fs::openat2(parent, name, OPEN_DIRECTORY, Mode::empty(), resolve) {
+        // Old kernels do not have this call, and some filters of system calls do not let it through.
+        Err(Errno::NOSYS | Errno::PERM) => rustix::fs::openat(parent, name, OPEN_DIRECTORY, Mode::empty()),
+        other => other,
+    }
 }
 
 fn examine(directory: BorrowedFd<'_>, name: &OsStr) -> Result<Option<Stat>, Errno> {
@@ -173,6 +196,12 @@ mod tests {
     }
 
     #[test]
+    fn what_is_mounted_is_not_entered() {
+        let root = rustix::fs::open("/", OPEN_DIRECTORY, Mode::empty()).unwrap();
+        assert_eq!(open_forcibly(root.as_fd(), OsStr::new("proc")).unwrap_err(), Errno::XDEV);
+    }
+
+    #[test]
     fn a_hard_link_elsewhere_keeps_its_space() {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("kept"), vec![1; 100_000]).unwrap();
@@ -186,7 +215,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let tree = dir.path().join("t");
         std::fs::create_dir(&tree).unwrap();
-        let flags = super::super::OPEN_DIRECTORY;
+        let flags = OPEN_DIRECTORY;
         let mut here = rustix::fs::open(&tree, flags, Mode::empty()).unwrap();
         for _ in 0..5_000 {
             rustix::fs::mkdirat(&here, "d", Mode::RWXU).unwrap();

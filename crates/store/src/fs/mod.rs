@@ -90,19 +90,6 @@ fn by_descriptor(fd: impl AsFd) -> PathBuf {
     PathBuf::from(format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd()))
 }
 
-/// Opens a directory for listing. Where its mode forbids that to its owner, the mode is changed.
-fn open_directory_forcibly(parent: BorrowedFd<'_>, name: &OsStr) -> Result<OwnedFd, Errno> {
-    match rustix::fs::openat(parent, name, OPEN_DIRECTORY, Mode::empty()) {
-        Err(Errno::ACCESS) => {
-            let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-            let fd = rustix::fs::openat(parent, name, flags, Mode::empty())?;
-            rustix::fs::chmod(by_descriptor(&fd), Mode::RWXU)?;
-            rustix::fs::openat(parent, name, OPEN_DIRECTORY, Mode::empty())
-        }
-        other => other,
-    }
-}
-
 /// For messages: `path` and a name that may be any bytes.
 fn below(path: &Path, name: &[u8]) -> PathBuf {
     path.join(OsStr::from_bytes(name))
