@@ -2,8 +2,9 @@
 
 use std::collections::BTreeSet;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, anyhow, ensure};
 use drover_nix::StorePath;
 use drover_store::{Access, Added, GcOptions, LocalStore, StoreLayout, TempRoots};
 use drover_tests::{Nix, Peer};
@@ -254,6 +255,41 @@ fn drover_collects_what_nix_would() -> Result<()> {
             ensure!(entries(&ours)? == entries(&theirs)?, "{nix:?} {options:?}");
             peer.run("nix-store", &["--store", &ours.text(), "--verify", "--check-contents"])?;
         }
+    }
+    Ok(())
+}
+
+#[test]
+fn nix_builds_while_drover_collects() -> Result<()> {
+    for nix in Nix::ALL {
+        let peer = Peer::new(nix)?;
+        let root = Root::new()?;
+        std::fs::create_dir(root.path().join("nix"))?;
+        let link = root.path().join("result");
+        let store = root.store(Access::ReadWrite)?;
+        let done = AtomicBool::new(false);
+        let (collections, out) = std::thread::scope(|scope| -> Result<(u32, String)> {
+            let collector = scope.spawn(|| -> Result<u32> {
+                let mut collections = 0;
+                while !done.load(Ordering::Relaxed) {
+                    store.collect_garbage(&GcOptions::default())?;
+                    collections += 1;
+                }
+                Ok(collections)
+            });
+            // Nix finds the lock taken, tells the socket, and is waited for.
+            let out = with_nix(&peer, &root).run("nix-build", &["-o", &link.to_string_lossy(), "-E", CHAIN]);
+            done.store(true, Ordering::Relaxed);
+            let collections = collector.join().map_err(|_| anyhow!("the collector panicked"))??;
+            Ok((collections, out?))
+        })?;
+        ensure!(collections > 1, "{nix:?}: {collections} collections");
+        store.collect_garbage(&GcOptions::default())?;
+        ensure!(store.is_valid(&store.store_dir().parse(out.trim().as_bytes())?)?, "{nix:?}");
+        with_nix(&peer, &root).run("nix-store", &["--verify", "--check-contents"])?;
+        std::fs::remove_file(&link)?;
+        store.collect_garbage(&GcOptions::default())?;
+        ensure!(store.all_valid_paths()?.is_empty(), "{nix:?}");
     }
     Ok(())
 }
