@@ -130,14 +130,21 @@ impl RootsFile {
         let gc_lock = |operation| {
             flock(&self.gc_lock, operation).map_err(Error::sys("lock", self.gc_lock_path.clone()))
         };
+        let mut written = false;
         loop {
             if gc_lock(FlockOperation::NonBlockingLockShared)? {
-                let written = self.append(&entries);
+                let result = if written { Ok(()) } else { self.append(&entries) };
                 gc_lock(FlockOperation::Unlock)?;
-                return written;
+                return result;
+            }
+            // Before this collector is told and not, as Nix does it, after: otherwise it could end, and the next one
+            // read our file, in between.
+            if !written {
+                self.append(&entries)?;
+                written = true;
             }
             match self.tell_collector(state, paths) {
-                Ok(()) => return self.append(&entries),
+                Ok(()) => return Ok(()),
                 Err(error) => {
                     state.collector = None;
                     match error.kind() {
@@ -277,8 +284,9 @@ mod tests {
         let mut lines = io::BufReader::new(stream.try_clone().unwrap()).lines();
         for name in ["a", "b"] {
             assert_eq!(lines.next().unwrap().unwrap(), format!("/nix/store/{}", store_path(name)));
+            // Written already, for the collector after this one.
             let before = std::fs::read(roots_file(&store)).unwrap();
-            assert!(!before.ends_with(format!("{}\0", store_path(name)).as_bytes()));
+            assert!(before.ends_with(format!("{}\0", store_path(name)).as_bytes()));
             (&stream).write_all(b"1").unwrap();
         }
         let _roots = adder.join().unwrap();

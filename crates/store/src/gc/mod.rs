@@ -62,8 +62,10 @@ impl LocalStore {
         flock(&lock, FlockOperation::LockExclusive).map_err(Error::sys("lock", &lock_path))?;
         // Before any root is looked for: from here on nobody can add one without telling us.
         let server = Server::start(self.layout())?;
-        let mut roots = roots::find(self)?;
+        // The temporary ones first: who lets go of one for a permanent root makes that before. The other way round, a
+        // process that does so between our two looks would have neither.
         let temp_roots = roots::temporary(self)?;
+        let mut roots = roots::find(self)?;
         let valid = self.all_valid_paths()?;
         roots.extend(valid.iter().filter(|path| temp_roots.contains(path.hash_part())).cloned());
         server.protect(temp_roots);
