@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use drover_tests::installation::{BUILDERS, TENANT};
-use drover_tests::{Installation, sqlite};
+use drover_tests::{Installation, Nix, Peer, sqlite};
 use serde_json::Value;
 use xtask::{checkout, run};
 
@@ -221,15 +221,51 @@ fn builds_that_fail_say_why_and_leave_nothing() -> Result<()> {
     }
     no_pods(&drover)?;
 
-    // Deleting a request in the middle of its build leaves no pod either.
+    a_running_builder_is_confined(&drover)?;
+    no_pods(&drover)
+}
+
+/// Looks at a builder in the middle of its build: what its pod may do, and what its store is like. Then deletes the
+/// request, which ends the build.
+fn a_running_builder_is_confined(drover: &Installation) -> Result<()> {
+    let file = drover.store().with_file_name("some-input");
+    std::fs::write(&file, "an input\n")?;
+    let input = drover.nix("nix-store", &["--add", &file.display().to_string()])?.trim().to_owned();
+    drover.copy_to_cache(&[&input])?;
     drover.apply(&format!(
-        "apiVersion: drover.build/v1alpha1\nkind: BuildRequest\nmetadata: {{name: deleted}}\nspec:\n  derivation: {}\n",
-        script("while :; do :; done")
+        "apiVersion: drover.build/v1alpha1\nkind: BuildRequest\nmetadata: {{name: deleted}}\nspec:\n  derivation: \
+         {{name: runs, system: x86_64-linux, builder: /bin/sh, args: [-c, 'while :; do :; done'], inputSrcs: [{input}], \
+         outputs: {{out: {{}}}}}}\n"
     ))?;
     let building = "--for=jsonpath={.status.conditions[?(@.type==\"Succeeded\")].reason}=Building";
     drover.cluster.kubectl(&["wait", "-n", TENANT, "breq/deleted", building, "--timeout=60s"])?;
+
+    let pods: Value =
+        serde_json::from_str(&drover.cluster.kubectl(&["get", "-n", BUILDERS, "pods", "-o", "json"])?)?;
+    let pod = &pods["items"][0];
+    let spec = &pod["spec"];
+    assert_eq!(spec["hostUsers"], false);
+    assert_eq!(spec["automountServiceAccountToken"], false);
+    let context = &spec["containers"][0]["securityContext"];
+    assert_eq!(context["procMount"], "Unmasked");
+    assert_eq!(context["allowPrivilegeEscalation"], false);
+    assert!(context["capabilities"]["add"].is_null() && context["privileged"].is_null(), "{context}");
+    let volumes = spec["volumes"].as_array().context("volumes")?;
+    assert!(volumes.iter().all(|volume| volume["emptyDir"].is_object()), "no Secret, no token: {volumes:?}");
+    assert_eq!(drover.cluster.kubectl(&["get", "-n", BUILDERS, "secrets", "-o", "name"])?, "");
+    let namespace: Value =
+        serde_json::from_str(&drover.cluster.kubectl(&["get", "namespace", BUILDERS, "-o", "json"])?)?;
+    assert_eq!(namespace["metadata"]["labels"]["pod-security.kubernetes.io/enforce"], "baseline");
+
+    // Real Nix finds the store of the running builder whole, and the input in it.
+    let uid = pod["metadata"]["uid"].as_str().context("a uid")?;
+    let volume = format!("pods/{uid}/volumes/kubernetes.io~empty-dir/nix");
+    let nix = Peer::new(Nix::V2_34)?.with_at(&drover.cluster.kubelet_dir().join(volume), "/nix");
+    nix.run("nix-store", &["--verify", "--check-contents", "--store", "local"])?;
+    nix.run("nix-store", &["--check-validity", &input, "--store", "local"])?;
+
     drover.cluster.kubectl(&["delete", "-n", TENANT, "breq/deleted", "--timeout=20s"])?;
-    no_pods(&drover)
+    Ok(())
 }
 
 /// Waits until no builder pod is there: they go with their builds, after their grace period.

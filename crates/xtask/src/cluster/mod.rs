@@ -105,6 +105,11 @@ impl Cluster {
         self.dir.join("var/log/kube")
     }
 
+    /// The kubelet's directory as this machine sees it; `pods` in it has the volumes of pods.
+    pub fn kubelet_dir(&self) -> PathBuf {
+        self.dir.join("var/lib/kubelet")
+    }
+
     /// A program of this machine, with its files, in the cluster's network; KUBECONFIG is the administrator's.
     pub fn netns_command(&self, program: impl AsRef<OsStr>) -> Command {
         let mut command = Command::new("nsenter");
