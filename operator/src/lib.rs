@@ -5,7 +5,7 @@
 //! nothing. [`session`] holds the conversations with builders that plans start. [`controller`] wires it to the API
 //! server, [`sweep`] clears away what lost its request.
 //!
-//! `plan`, `status`, `world`, `pod` and `keys` are pure: no async runtime, no clock, no network, no environment.
+//! `plan`, `status`, `world`, `pod`, `quantity` and `keys` are pure: no async runtime, no clock, no network, no environment.
 
 pub mod controller;
 pub mod error;
@@ -18,6 +18,7 @@ pub mod observe;
 pub mod operator;
 pub mod plan;
 pub mod pod;
+pub mod quantity;
 pub mod ready;
 pub mod seed;
 pub mod session;

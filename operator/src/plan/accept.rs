@@ -3,11 +3,12 @@
 use std::collections::BTreeSet;
 
 use drover_api::convert::{self, Target};
-use drover_api::{BuilderClassSpec, FieldError, Reason};
+use drover_api::{BuilderClassSpec, FieldError, Placement, Reason, Resources};
 use drover_nix::derivation::STRUCTURED_ATTRS;
 use drover_nix::{BasicDerivation, StoreDir, StorePath};
 use kube::ResourceExt as _;
 
+use crate::quantity::nanos;
 use crate::world::{Class, World};
 
 /// A request that makes sense, and the class that takes it.
@@ -88,6 +89,41 @@ pub fn accept(world: &World) -> Result<Accepted<'_>, Refusal> {
     Ok(Accepted { derivation, drv_path, class_name, class })
 }
 
+/// What is checked before an attempt begins, and does not end one that runs if the class changes meanwhile.
+pub(super) fn admit(world: &World, accepted: &Accepted<'_>) -> Result<(), Refusal> {
+    let (class, class_name) = (accepted.class, accepted.class_name);
+    if class.placement == Placement::RequestNamespace {
+        let message = format!(
+            "BuilderClass {class_name} says placement: RequestNamespace, which this version cannot do; set it to \
+             BuilderNamespace"
+        );
+        return Err(Refusal::Wait { reason: Reason::WaitingForClass, message });
+    }
+    if let Some(message) = excess(world.request.spec.resources.as_ref(), class) {
+        let message = format!("spec.resources.{message} of BuilderClass {class_name}");
+        return Err(Refusal::Never { reason: Reason::Unplaceable, message });
+    }
+    Ok(())
+}
+
+/// What of a request's resources is beyond the class's maximum, if anything is.
+fn excess(wanted: Option<&Resources>, class: &BuilderClassSpec) -> Option<String> {
+    let maximum = &class.resources.as_ref()?.maximum;
+    let wanted = wanted?;
+    for (kind, amounts) in [("requests", &wanted.requests), ("limits", &wanted.limits)] {
+        for (name, amount) in amounts {
+            let Some(most) = maximum.get(name) else { continue };
+            // A maximum that cannot be read allows nothing: better a request that waits for a correction than one
+            // that takes what it likes.
+            let within = matches!((nanos(amount), nanos(most)), (Some(amount), Some(most)) if amount <= most);
+            if !within {
+                return Some(format!("{kind}.{name}: {} is more than the maximum {}", amount.0, most.0));
+            }
+        }
+    }
+    None
+}
+
 /// The derivation's `requiredSystemFeatures` (Nix: derivation-options.cc), from structured attributes if it has them.
 pub fn required_features(derivation: &BasicDerivation) -> BTreeSet<String> {
     const NAME: &str = "requiredSystemFeatures";
@@ -103,6 +139,23 @@ pub fn required_features(derivation: &BasicDerivation) -> BTreeSet<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn resources_stay_within_the_class() {
+        let parse = |yaml: &str| serde_yaml::from_str::<BuilderClassSpec>(yaml).unwrap();
+        let class = parse("{systems: [x], resources: {maximum: {cpu: '4', memory: 8Gi}}}");
+        let wanted = |yaml: &str| serde_yaml::from_str::<Resources>(yaml).unwrap();
+        let excess_of = |yaml: &str| excess(Some(&wanted(yaml)), &class);
+        assert_eq!(excess(None, &class), None);
+        assert_eq!(excess_of("{requests: {cpu: 4000m, memory: 8Gi}, limits: {disk: 9Ti}}"), None);
+        assert_eq!(
+            excess_of("{limits: {memory: 8193Mi}}").unwrap(),
+            "limits.memory: 8193Mi is more than the maximum 8Gi"
+        );
+        assert!(excess_of("{requests: {cpu: 4001m}}").is_some());
+        assert!(excess_of("{requests: {cpu: lots}}").is_some());
+        assert_eq!(excess(Some(&wanted("{requests: {cpu: 99}}")), &parse("{systems: [x]}")), None);
+    }
 
     #[test]
     fn features_come_from_either_place() {

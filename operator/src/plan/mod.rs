@@ -82,18 +82,13 @@ pub fn plan(world: &World, now: Timestamp) -> Plan {
     }
     let accepted = match accept(world) {
         Ok(accepted) => accepted,
-        Err(accept::Refusal::Wait { reason, message }) => {
-            draft.progress(Phase::Pending, reason, &message);
-            draft.phase(conditions::ACCEPTED, Status::Unknown, reason, &message);
-            return go_on(draft, vec![], IDLE);
-        }
-        Err(accept::Refusal::Never { reason, message }) => {
-            draft.fail(reason, &message, &[]);
-            return end(world, draft);
-        }
+        Err(refusal) => return refused(world, draft, refusal),
     };
     if draft.open_attempt().is_some() {
         return attempt::lead(world, draft, now);
+    }
+    if let Err(refusal) = accept::admit(world, &accepted) {
+        return refused(world, draft, refusal);
     }
     if request.spec.suspend == Some(true) {
         draft.progress(Phase::Pending, Reason::Suspended, "spec.suspend is true");
@@ -126,6 +121,20 @@ pub fn plan(world: &World, now: Timestamp) -> Plan {
             let mut actions = strays(world, Some(number));
             actions.push(Action::CreatePod { attempt: number });
             go_on(draft, actions, attempt::PATIENCE)
+        }
+    }
+}
+
+fn refused(world: &World, mut draft: Draft, refusal: accept::Refusal) -> Plan {
+    match refusal {
+        accept::Refusal::Wait { reason, message } => {
+            draft.progress(Phase::Pending, reason, &message);
+            draft.phase(conditions::ACCEPTED, Status::Unknown, reason, &message);
+            go_on(draft, vec![], IDLE)
+        }
+        accept::Refusal::Never { reason, message } => {
+            draft.fail(reason, &message, &[]);
+            end(world, draft)
         }
     }
 }

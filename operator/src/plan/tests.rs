@@ -454,6 +454,45 @@ fn what_can_never_be_built_ends_at_once() {
 }
 
 #[test]
+fn paths_that_are_not_proven_get_no_pod() {
+    let mut sim = Sim::new(spec(), class());
+    let message = "output out claims another's path".to_owned();
+    sim.lookups.insert(1, Lookup::Refused { reason: Reason::PathNotProven, message });
+    sim.settle();
+    sim.check_settled();
+    assert_eq!((reason(&sim).as_str(), sim.pods_created), ("PathNotProven", 0));
+}
+
+#[test]
+fn a_class_bounds_what_begins_and_not_what_runs() {
+    let Class::Found { name, spec: class_spec, allowed } = class() else { unreachable!() };
+    let mut narrow = class_spec.clone();
+    narrow.resources = Some(serde_yaml::from_str("{maximum: {memory: 1Gi}}").unwrap());
+    let narrow = Class::Found { name: name.clone(), spec: narrow, allowed };
+    let wants = || BuildRequestSpec {
+        resources: Some(serde_yaml::from_str("{limits: {memory: 2Gi}}").unwrap()),
+        ..spec()
+    };
+    let mut sim = Sim::new(wants(), narrow.clone());
+    sim.settle();
+    assert_eq!((reason(&sim).as_str(), sim.pods_created), ("Unplaceable", 0));
+
+    let mut sim = Sim::new(wants(), class());
+    sim.pass(usize::MAX);
+    sim.pass(usize::MAX);
+    assert_eq!(sim.pods_created, 1);
+    sim.class = narrow;
+    sim.settle();
+    assert_eq!(sim.verdicts, [true]);
+
+    let mut elsewhere = class_spec;
+    elsewhere.placement = drover_api::Placement::RequestNamespace;
+    let mut sim = Sim::new(spec(), Class::Found { name, spec: elsewhere, allowed });
+    sim.pass(usize::MAX);
+    assert_eq!((reason(&sim).as_str(), sim.pods_created), ("WaitingForClass", 0));
+}
+
+#[test]
 fn a_request_without_a_class_waits_and_says_so_once() {
     let mut sim = Sim::new(spec(), Class::Absent);
     sim.pass(usize::MAX);
