@@ -49,9 +49,12 @@ impl Layer {
     /// Fetches and builds what this layer's tests need, so that their own time is that of testing.
     fn prepare(self) -> Result<()> {
         match self {
-            Self::Unit => host::ensure(host::C_TOOLS).and_then(|()| host::ensure(host::SSH_TOOLS)),
+            Self::Unit => {
+                [host::C_TOOLS, host::SSH_TOOLS, host::SANDBOX_TOOLS].into_iter().try_for_each(host::ensure)
+            }
             Self::Peers => {
                 host::ensure(host::C_TOOLS)?;
+                host::ensure(host::SANDBOX_TOOLS)?;
                 rootfs::nginx()?;
                 Nix::ALL.into_iter().try_for_each(|nix| rootfs::check_version(nix, &rootfs::nix(nix)?))
             }

@@ -17,6 +17,9 @@ pub const NET_TOOLS: &[Tool] = &[("ip", "iproute2"), ("nsenter", "util-linux"), 
 /// What crates that hold C sources take, and static linking with glibc.
 pub const C_TOOLS: &[Tool] = &[("cc", "gcc"), ("make", "make")];
 
+/// The static shell that builds see as /bin/sh.
+pub const SANDBOX_TOOLS: &[Tool] = &[("busybox", "busybox-static")];
+
 /// What the operator calls, and what its keys are tested with.
 pub const SSH_TOOLS: &[Tool] = &[("ssh", "openssh-client"), ("ssh-keygen", "openssh-client")];
 
