@@ -24,8 +24,9 @@ pub(crate) fn failure(derivation: &BasicDerivation, result: &BuildResult) -> Opt
         BuildStatus::InputRejected => (Reason::InvalidDerivation, false),
         BuildStatus::OutputRejected if says(&["hash mismatch"]) => (Reason::OutputHashMismatch, false),
         BuildStatus::OutputRejected => (Reason::OutputRejected, false),
-        // The builder of a fixed output ran and failed: typically a download, which may work another time.
-        BuildStatus::TransientFailure if is_fixed(derivation) => (Reason::BuildFailed, true),
+        // The builder of a fixed output ran and failed. A download may work another time, but that is for
+        // `retries.build` to say: the machinery did its part.
+        BuildStatus::TransientFailure if is_fixed(derivation) => (Reason::BuildFailed, false),
         BuildStatus::TimedOut if says(&["silen", "without output", "no output"]) => {
             (Reason::MaxSilentExceeded, false)
         }
@@ -132,10 +133,10 @@ mod tests {
     }
 
     #[test]
-    fn a_download_may_work_another_time() {
+    fn a_fixed_output_that_fails_to_build_is_a_verdict() {
         let result = BuildResult::failure(BuildStatus::TransientFailure, "exit code 1");
         let failure = failure(&derivation(true), &result).unwrap();
-        assert_eq!((failure.reason, failure.infrastructure), (Reason::BuildFailed, true));
+        assert_eq!((failure.reason, failure.infrastructure), (Reason::BuildFailed, false));
     }
 
     #[test]
