@@ -5,6 +5,7 @@ use std::str::FromStr;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
+use md5::Digest as _;
 
 use crate::{Error, base32};
 
@@ -90,6 +91,49 @@ impl Sha256Hasher {
 impl std::io::Write for Sha256Hasher {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
         self.update(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A digest of any algorithm, of what is written to it.
+#[derive(Clone)]
+pub struct Hasher(Context);
+
+#[derive(Clone)]
+enum Context {
+    Md5(md5::Md5),
+    Ring(HashAlgo, ring::digest::Context),
+}
+
+impl Hasher {
+    pub fn new(algo: HashAlgo) -> Self {
+        let of_ring = |algorithm| Self(Context::Ring(algo, ring::digest::Context::new(algorithm)));
+        match algo {
+            HashAlgo::Md5 => Self(Context::Md5(md5::Md5::default())),
+            HashAlgo::Sha1 => of_ring(&ring::digest::SHA1_FOR_LEGACY_USE_ONLY),
+            HashAlgo::Sha256 => of_ring(&ring::digest::SHA256),
+            HashAlgo::Sha512 => of_ring(&ring::digest::SHA512),
+        }
+    }
+
+    pub fn finish(self) -> Hash {
+        match self.0 {
+            Context::Md5(context) => Hash { algo: HashAlgo::Md5, bytes: context.finalize().to_vec() },
+            Context::Ring(algo, context) => Hash { algo, bytes: context.finish().as_ref().to_vec() },
+        }
+    }
+}
+
+impl std::io::Write for Hasher {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        match &mut self.0 {
+            Context::Md5(context) => md5::Digest::update(context, bytes),
+            Context::Ring(_, context) => context.update(bytes),
+        }
         Ok(bytes.len())
     }
 
@@ -260,6 +304,28 @@ mod tests {
         }
         let base64 = hash.to_sri().replace("sha256-", "sha256:");
         assert_eq!(base64.parse::<Sha256>().unwrap(), hash);
+    }
+
+    #[test]
+    fn every_algorithm_digests() {
+        use std::io::Write as _;
+        for (algo, hex) in [
+            (HashAlgo::Md5, "900150983cd24fb0d6963f7d28e17f72"),
+            (HashAlgo::Sha1, "a9993e364706816aba3e25717850c26c9cd0d89d"),
+            (HashAlgo::Sha256, "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"),
+            (
+                HashAlgo::Sha512,
+                "ddaf35a193617abacc417349ae20413112e6fa4e89a97ea20a9eeee64b55d39a\
+                 2192992a274fc1a836ba3c23a3feebbd454d4423643ce80e2a9ac94fa54ca49f",
+            ),
+        ] {
+            let mut hasher = Hasher::new(algo);
+            hasher.write_all(b"a").unwrap();
+            hasher.clone().write_all(b"elsewhere").unwrap();
+            hasher.write_all(b"bc").unwrap();
+            let hash = hasher.finish();
+            assert_eq!((hash.algo, hash.to_hex().as_str()), (algo, hex));
+        }
     }
 
     #[test]

@@ -3,9 +3,9 @@
 
 use std::io::{self, Read, Write};
 
+use drover_nix::hash::Hasher;
 use drover_nix::nar::{Event, Reader};
 use drover_nix::{Hash, HashAlgo, Method, StorePath};
-use ring::digest;
 
 /// Why content has no address of the wanted kind.
 #[derive(Debug, thiserror::Error)]
@@ -28,14 +28,7 @@ pub(crate) fn hashes(
     mut nar: impl Read,
     own: Option<&StorePath>,
 ) -> Result<Vec<Hash>, Error> {
-    let algorithm = match algo {
-        HashAlgo::Sha1 => &digest::SHA1_FOR_LEGACY_USE_ONLY,
-        HashAlgo::Sha256 => &digest::SHA256,
-        HashAlgo::Sha512 => &digest::SHA512,
-        HashAlgo::Md5 => return Err(Error::Unsupported { method: method.as_str(), algo }),
-    };
-    let mut digest = Digest(digest::Context::new(algorithm));
-    let finish = |digest: Digest| Hash { algo, bytes: digest.0.finish().as_ref().to_vec() };
+    let mut digest = Hasher::new(algo);
     match (method, own) {
         (Method::Git, _) => Err(Error::Unsupported { method: method.as_str(), algo }),
         (Method::Flat | Method::Text, _) => {
@@ -46,42 +39,29 @@ pub(crate) fn hashes(
             }
             reader.copy_contents(&mut digest)?;
             reader.skip_all()?;
-            Ok(vec![finish(digest)])
+            Ok(vec![digest.finish()])
         }
         (Method::Nar, None) => {
             io::copy(&mut nar, &mut digest)?;
-            Ok(vec![finish(digest)])
+            Ok(vec![digest.finish()])
         }
         (Method::Nar, Some(own)) => {
             let mut zeroing = Zeroing::new(own, digest);
             io::copy(&mut nar, &mut zeroing)?;
             let (digest, positions) = zeroing.finish()?;
-            let mut with_positions = Digest(digest.0.clone());
+            let mut with_positions = digest.clone();
             for position in positions {
                 write!(with_positions, "|{position}")?;
             }
-            Ok(vec![finish(with_positions), finish(digest)])
+            Ok(vec![with_positions.finish(), digest.finish()])
         }
-    }
-}
-
-struct Digest(digest::Context);
-
-impl Write for Digest {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.update(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
     }
 }
 
 /// Passes bytes on with every occurrence of a hash part replaced by zeros, and notes where they were.
 struct Zeroing {
     needle: Vec<u8>,
-    output: Digest,
+    output: Hasher,
     /// What was not passed on yet: it may be the beginning of an occurrence.
     held: Vec<u8>,
     passed: u64,
@@ -89,12 +69,12 @@ struct Zeroing {
 }
 
 impl Zeroing {
-    fn new(own: &StorePath, output: Digest) -> Self {
+    fn new(own: &StorePath, output: Hasher) -> Self {
         let needle = own.hash_part().as_bytes().to_vec();
         Self { needle, output, held: Vec::new(), passed: 0, positions: Vec::new() }
     }
 
-    fn finish(mut self) -> io::Result<(Digest, Vec<u64>)> {
+    fn finish(mut self) -> io::Result<(Hasher, Vec<u64>)> {
         self.output.write_all(&self.held)?;
         Ok((self.output, self.positions))
     }
@@ -166,11 +146,11 @@ mod tests {
         assert_eq!(hashes(Method::Nar, HashAlgo::Sha256, text.as_bytes(), Some(&own)).unwrap(), expected);
         // However it is cut into pieces.
         for piece in 1..text.len() {
-            let mut zeroing = Zeroing::new(&own, Digest(digest::Context::new(&digest::SHA256)));
+            let mut zeroing = Zeroing::new(&own, Hasher::new(HashAlgo::Sha256));
             text.as_bytes().chunks(piece).for_each(|piece| zeroing.write_all(piece).unwrap());
             let (digest, positions) = zeroing.finish().unwrap();
             assert_eq!(positions, [2, 34]);
-            assert_eq!(digest.0.finish().as_ref(), Sha256::of(zeroed.as_bytes()).0);
+            assert_eq!(digest.finish(), Hash::from(Sha256::of(zeroed.as_bytes())));
         }
     }
 }
