@@ -82,6 +82,17 @@ impl ControlPlane {
         run::filter(self.kubectl_command().args(["apply", "-f", "-"]), yaml.as_bytes())
     }
 
+    /// Waits until the API server serves every definition that was applied. `kubectl wait` gives up on one that has no
+    /// conditions at all yet.
+    pub fn wait_established(&self) -> Result<()> {
+        let established =
+            r#"jsonpath={range .items[*]}{.status.conditions[?(@.type=="Established")].status}{"\n"}{end}"#;
+        run::wait_for("the definitions to be established", Duration::from_secs(30), || {
+            let said = self.kubectl(&["get", "crd", "-o", established])?;
+            Ok(!said.is_empty() && said.lines().all(|status| status == "True"))
+        })
+    }
+
     fn try_start(node: &Path, programs: &Path) -> Result<Self> {
         let dir = TempDir::with_prefix("drover-control-plane-")?;
         let path = |name: &str| dir.path().join(name);

@@ -31,7 +31,7 @@ fn a_request_from_submit_to_output() -> Result<()> {
     let plane = ControlPlane::start()?;
     let crds = good(&plane, &["crds"])?;
     plane.apply(&crds)?;
-    plane.kubectl(&["wait", "--for=condition=Established", "--timeout=30s", "crd", "--all"])?;
+    plane.wait_established()?;
 
     assert_eq!(good(&plane, &["submit", "examples/hello.yaml"])?, "buildrequest.drover.build/hello\n");
     // What is submitted twice is there once.

@@ -41,7 +41,7 @@ fn install(plane: &ControlPlane) -> Result<()> {
     let applied = run::output(plane.kubectl_command().args(["apply", "--filename"]).arg(&dir))?;
     let said = String::from_utf8_lossy(&applied.stderr);
     assert!(applied.status.success() && said.is_empty(), "{said}");
-    plane.kubectl(&["wait", "--for=condition=Established", "--timeout=30s", "crd", "--all"])?;
+    plane.wait_established()?;
     for crd in ["buildrequests.drover.build", "builderclasses.drover.build"] {
         let bad = plane.kubectl(&[
             "get",

@@ -217,9 +217,8 @@ impl World {
         for crd in ["builderclasses", "buildrequests"] {
             let file = chart.join(format!("crds/{crd}.yaml"));
             plane.kubectl(&["apply", "--server-side", "-f", &file.to_string_lossy()])?;
-            let name = format!("crd/{crd}.drover.build");
-            plane.kubectl(&["wait", "--for=condition=Established", &name, "--timeout=30s"])?;
         }
+        plane.wait_established()?;
         plane.apply(&run::stdout(
             std::process::Command::new(go::helm()?)
                 .args(["template", "drover", "--namespace", "drover-system"])
