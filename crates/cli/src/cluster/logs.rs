@@ -13,11 +13,15 @@ use crate::output;
 
 /// The container that builds.
 const CONTAINER: &str = "builder";
-/// The builder's first line, which is not of the build.
-const HOST_KEY: &str = "host-key: ";
+/// What the builder says before any build; later lines that begin so are a build's own.
+const PREAMBLE: [&str; 3] = ["host-key: ", "sandbox: ", "listening: "];
 
 pub(super) async fn print(cluster: &Cluster, name: &str, follow: bool) -> Outcome {
     let request = cluster.get(name).await?;
+    // Its pod went with the build, or is going.
+    if request.status.as_ref().is_some_and(|status| status.completion_time.is_some()) {
+        return from_status(&request);
+    }
     match from_pod(cluster, &request, follow).await {
         Ok(true) => Ok(exit::DONE),
         Ok(false) => from_status(&request),
@@ -38,8 +42,10 @@ async fn from_pod(cluster: &Cluster, request: &BuildRequest, follow: bool) -> an
     let params = LogParams { follow, container: Some(CONTAINER.into()), ..Default::default() };
     let act = || format!("cannot read the log of pod {namespace}/{pod}");
     let mut lines = pods.log_stream(pod, &params).await.with_context(act)?.lines();
+    let mut preamble = true;
     while let Some(line) = lines.try_next().await.with_context(act)? {
-        if !line.starts_with(HOST_KEY) {
+        preamble &= PREAMBLE.iter().any(|start| line.starts_with(start));
+        if !preamble {
             output::print_text(&format!("{line}\n")).map_err(|_| anyhow!(output::ACT))?;
         }
     }
