@@ -75,16 +75,17 @@ pub fn is_root() -> bool {
     std::fs::metadata("/proc/self").is_ok_and(|meta| meta.uid() == 0)
 }
 
-/// The Debian mirror that this machine is set up with, or Debian's own where the machine is not a Debian.
-pub fn mirror() -> String {
-    const DEFAULT: &str = "http://mirror.example/debian";
-    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
-    if !read("/etc/os-release").lines().any(|line| line == "ID=debian") {
-        return DEFAULT.to_owned();
+/// The Debian mirror: `$DROVER_DEBIAN_MIRROR`, or the one that this machine's apt is set up with.
+pub fn mirror() -> Result<String> {
+    if let Some(named) = std::env::var("DROVER_DEBIAN_MIRROR").ok().filter(|value| !value.is_empty()) {
+        return Ok(named);
     }
-    let deb822 = read("/etc/apt/sources.list.d/debian.sources");
-    let one_line = read("/etc/apt/sources.list");
-    mirror_in(&deb822, &one_line).unwrap_or_else(|| DEFAULT.to_owned())
+    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+    let is_debian = read("/etc/os-release").lines().any(|line| line == "ID=debian");
+    is_debian
+        .then(|| mirror_in(&read("/etc/apt/sources.list.d/debian.sources"), &read("/etc/apt/sources.list")))
+        .flatten()
+        .context("no Debian mirror is set up for apt on this machine: set DROVER_DEBIAN_MIRROR to the address of one")
 }
 
 fn mirror_in(deb822: &str, one_line: &str) -> Option<String> {

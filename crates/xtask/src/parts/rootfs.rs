@@ -123,7 +123,7 @@ fn unpacked(name: &str, suite: &str, packages: &[&str]) -> Result<PathBuf> {
         // Packages of releases before Debian 13 still ship files under /bin and /lib: merge them from the start.
         mmdebstrap.arg(r#"--setup-hook=for d in bin sbin lib lib64; do mkdir -p "$1/usr/$d"; ln -s "usr/$d" "$1/$d"; done"#);
         mmdebstrap.args(["--dpkgopt=path-exclude=/usr/share/man/*", "--dpkgopt=path-exclude=/usr/share/locale/*"]);
-        mmdebstrap.arg(format!("--include={}", packages.join(","))).arg(suite).arg(&root).arg(host::mirror());
+        mmdebstrap.arg(format!("--include={}", packages.join(","))).arg(suite).arg(&root).arg(host::mirror()?);
         run::stdout(&mut mmdebstrap)?;
         run::stdout(Command::new("sh").args(["-c", FINISH, "finish-rootfs.sh"]).arg(&root))?;
         Ok(())
