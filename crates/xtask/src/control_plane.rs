@@ -10,6 +10,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::parts::{go, rootfs};
@@ -82,14 +83,17 @@ impl ControlPlane {
         run::filter(self.kubectl_command().args(["apply", "-f", "-"]), yaml.as_bytes())
     }
 
-    /// Waits until the API server serves every definition that was applied. `kubectl wait` gives up on one that has no
-    /// conditions at all yet.
+    /// Waits until the API server serves every definition that was applied. `kubectl wait` gives up on one whose
+    /// conditions are still null.
     pub fn wait_established(&self) -> Result<()> {
-        let established =
-            r#"jsonpath={range .items[*]}{.status.conditions[?(@.type=="Established")].status}{"\n"}{end}"#;
+        let is_established = |definition: &Value| {
+            let conditions = definition["status"]["conditions"].as_array().into_iter().flatten();
+            conditions.into_iter().any(|c| c["type"] == "Established" && c["status"] == "True")
+        };
         run::wait_for("the definitions to be established", Duration::from_secs(30), || {
-            let said = self.kubectl(&["get", "crd", "-o", established])?;
-            Ok(!said.is_empty() && said.lines().all(|status| status == "True"))
+            let list: Value = serde_json::from_str(&self.kubectl(&["get", "crd", "-o", "json"])?)?;
+            let definitions = list["items"].as_array().context("kubectl prints a list")?;
+            Ok(!definitions.is_empty() && definitions.iter().all(is_established))
         })
     }
 
