@@ -27,6 +27,9 @@ pub fn crds() -> Vec<CustomResourceDefinition> {
 /// about number formats that it does not know.
 fn make_fit(schema: &mut JSONSchemaProps) {
     schema.nullable = None;
+    if let Some(values) = &mut schema.enum_ {
+        values.retain(|value| !value.0.is_null());
+    }
     if schema.format.as_deref().is_some_and(|format| format.starts_with("uint")) {
         schema.format = Some("int64".into());
     }
