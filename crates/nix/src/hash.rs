@@ -120,6 +120,13 @@ impl Hasher {
         }
     }
 
+    pub fn update(&mut self, bytes: &[u8]) {
+        match &mut self.0 {
+            Context::Md5(context) => md5::Digest::update(context, bytes),
+            Context::Ring(_, context) => context.update(bytes),
+        }
+    }
+
     pub fn finish(self) -> Hash {
         match self.0 {
             Context::Md5(context) => Hash { algo: HashAlgo::Md5, bytes: context.finalize().to_vec() },
@@ -130,10 +137,7 @@ impl Hasher {
 
 impl std::io::Write for Hasher {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        match &mut self.0 {
-            Context::Md5(context) => md5::Digest::update(context, bytes),
-            Context::Ring(_, context) => context.update(bytes),
-        }
+        self.update(bytes);
         Ok(bytes.len())
     }
 

@@ -4,7 +4,7 @@
 //! async runtime: whatever streams does so over `std::io::Read` and `Write` that the caller brings. Everything that
 //! it parses may come from a hostile peer; every length has a named limit.
 //!
-//! In the order of its story: how bytes are named ([`base32`], [`hash`], [`store_path`], [`content_address`]), what is
+//! In the order of its story: how bytes are named ([`base32`], [`hash`], [`store_path`], [`content_address`], [`hash_modulo`]), what is
 //! built ([`derivation`]), what travels ([`nar`], [`references`]) and what is said about it ([`path_info`],
 //! [`signature`], [`narinfo`]).
 
@@ -13,6 +13,7 @@ pub mod content_address;
 pub mod derivation;
 mod error;
 pub mod hash;
+pub mod hash_modulo;
 pub mod nar;
 pub mod narinfo;
 pub mod path_info;

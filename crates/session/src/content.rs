@@ -1,9 +1,10 @@
 //! Content addresses from content: what a NAR's bytes say that its path must be (Nix: content-address.cc,
 //! references.cc).
 
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 
 use drover_nix::hash::Hasher;
+use drover_nix::hash_modulo::HashModulo;
 use drover_nix::nar::{Event, Reader};
 use drover_nix::{Hash, HashAlgo, Method, StorePath};
 
@@ -46,60 +47,11 @@ pub(crate) fn hashes(
             Ok(vec![digest.finish()])
         }
         (Method::Nar, Some(own)) => {
-            let mut zeroing = Zeroing::new(own, digest);
-            io::copy(&mut nar, &mut zeroing)?;
-            let (digest, positions) = zeroing.finish()?;
-            let mut with_positions = digest.clone();
-            for position in positions {
-                write!(with_positions, "|{position}")?;
-            }
-            Ok(vec![with_positions.finish(), digest.finish()])
+            let mut hasher = HashModulo::new(own, algo);
+            io::copy(&mut nar, &mut hasher)?;
+            let hashes = hasher.finish();
+            Ok(vec![hashes.with_offsets, hashes.without_offsets])
         }
-    }
-}
-
-/// Passes bytes on with every occurrence of a hash part replaced by zeros, and notes where they were.
-struct Zeroing {
-    needle: Vec<u8>,
-    output: Hasher,
-    /// What was not passed on yet: it may be the beginning of an occurrence.
-    held: Vec<u8>,
-    passed: u64,
-    positions: Vec<u64>,
-}
-
-impl Zeroing {
-    fn new(own: &StorePath, output: Hasher) -> Self {
-        let needle = own.hash_part().as_bytes().to_vec();
-        Self { needle, output, held: Vec::new(), passed: 0, positions: Vec::new() }
-    }
-
-    fn finish(mut self) -> io::Result<(Hasher, Vec<u64>)> {
-        self.output.write_all(&self.held)?;
-        Ok((self.output, self.positions))
-    }
-}
-
-impl Write for Zeroing {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.held.extend_from_slice(bytes);
-        let len = self.needle.len();
-        let mut from = 0;
-        while let Some(at) = bstr::ByteSlice::find(&self.held[from..], &self.needle) {
-            let at = from + at;
-            self.positions.push(self.passed + at as u64);
-            self.held[at..at + len].fill(0);
-            from = at + len;
-        }
-        let pass = self.held.len().saturating_sub(len - 1);
-        self.output.write_all(&self.held[..pass])?;
-        self.held.drain(..pass);
-        self.passed += pass as u64;
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
     }
 }
 
@@ -144,13 +96,5 @@ mod tests {
         let expected =
             [Sha256::of(format!("{zeroed}|2|34").as_bytes()), Sha256::of(zeroed.as_bytes())].map(Hash::from);
         assert_eq!(hashes(Method::Nar, HashAlgo::Sha256, text.as_bytes(), Some(&own)).unwrap(), expected);
-        // However it is cut into pieces.
-        for piece in 1..text.len() {
-            let mut zeroing = Zeroing::new(&own, Hasher::new(HashAlgo::Sha256));
-            text.as_bytes().chunks(piece).for_each(|piece| zeroing.write_all(piece).unwrap());
-            let (digest, positions) = zeroing.finish().unwrap();
-            assert_eq!(positions, [2, 34]);
-            assert_eq!(digest.finish(), Hash::from(Sha256::of(zeroed.as_bytes())));
-        }
     }
 }

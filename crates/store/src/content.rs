@@ -2,12 +2,12 @@
 
 use std::collections::BTreeSet;
 use std::fs::File;
-use std::io::{self, Write};
+use std::io;
 use std::path::Path;
 
-use bstr::ByteSlice as _;
-use drover_nix::hash::{Hasher, Sha256Hasher};
-use drover_nix::{ContentAddress, Hash, HashAlgo, Method, PathInfo, Sha256, StoreDir, StorePath};
+use drover_nix::hash::Hasher;
+use drover_nix::hash_modulo::HashModulo;
+use drover_nix::{ContentAddress, HashAlgo, Method, PathInfo, StoreDir, StorePath};
 
 use crate::{Error, fs};
 
@@ -30,9 +30,10 @@ pub(crate) fn check_content(info: &PathInfo, real: &Path) -> Result<(), Error> {
     let Some(ca) = &info.ca else { return Ok(()) };
     let actual = match (ca.method, ca.hash.algo) {
         (Method::Nar, HashAlgo::Sha256) if info.references.contains(&info.path) => {
-            let (with_offsets, without) = hash_modulo(real, info.path.hash_part())?;
-            // Nix 2.17 to 2.34 left the offsets out; paths from either are around.
-            if ca.hash == Hash::from(without) { without } else { with_offsets }.into()
+            let mut hasher = HashModulo::new(&info.path, HashAlgo::Sha256);
+            fs::dump(real, &mut hasher)?;
+            let hashes = hasher.finish();
+            if ca.hash == hashes.without_offsets { hashes.without_offsets } else { hashes.with_offsets }
         }
         (Method::Nar, HashAlgo::Sha256) => info.nar_hash.into(),
         (Method::Nar, algo) => {
@@ -56,20 +57,6 @@ pub(crate) fn check_content(info: &PathInfo, real: &Path) -> Result<(), Error> {
     if actual == ca.hash { Ok(()) } else { Err(fail(info, ca, format!("its content has the hash {actual}"))) }
 }
 
-/// The SHA-256 of an archive with its own hash part blanked out, with and without the offsets of its occurrences
-/// (Nix: references.cc, HashModuloSink).
-pub(crate) fn hash_modulo(real: &Path, hash_part: &str) -> Result<(Sha256, Sha256), Error> {
-    let mut sink = ModuloSink {
-        needle: hash_part.as_bytes().to_vec(),
-        held: Vec::new(),
-        position: 0,
-        matches: Vec::new(),
-        hasher: Sha256Hasher::new(),
-    };
-    fs::dump(real, &mut sink)?;
-    Ok(sink.finish())
-}
-
 fn unsupported(info: &PathInfo, ca: &ContentAddress) -> Error {
     fail(info, ca, "content with this method and hash algorithm cannot be verified here".into())
 }
@@ -78,52 +65,11 @@ fn fail(info: &PathInfo, ca: &ContentAddress, why: String) -> Error {
     Error::ContentAddress { path: info.path.clone(), ca: ca.to_string(), why }
 }
 
-struct ModuloSink {
-    needle: Vec<u8>,
-    /// The end of what was seen, in which an occurrence may have begun. Shorter than the needle between writes.
-    held: Vec<u8>,
-    /// Where `held` begins in the archive.
-    position: u64,
-    matches: Vec<u64>,
-    hasher: Sha256Hasher,
-}
-
-impl ModuloSink {
-    fn finish(mut self) -> (Sha256, Sha256) {
-        self.hasher.update(&self.held);
-        let without = self.hasher.clone().finish();
-        for offset in &self.matches {
-            self.hasher.update(format!("|{offset}").as_bytes());
-        }
-        (self.hasher.finish(), without)
-    }
-}
-
-impl Write for ModuloSink {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.held.extend_from_slice(bytes);
-        let mut from = 0;
-        while let Some(found) = self.held[from..].find(&self.needle) {
-            let start = from + found;
-            from = start + self.needle.len();
-            self.held[start..from].fill(0);
-            self.matches.push(self.position + start as u64);
-        }
-        let keep = self.needle.len().saturating_sub(1);
-        let done = self.held.len().saturating_sub(keep).max(from).min(self.held.len());
-        self.hasher.update(&self.held[..done]);
-        self.held.drain(..done);
-        self.position += done as u64;
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::io::Write as _;
+
+    use drover_nix::Sha256;
     use drover_nix::store_path::HASH_PART_LEN;
 
     use super::*;
@@ -179,31 +125,9 @@ mod tests {
         blank[start + 33..start + 65].fill(0);
         let offsets = format!("|{start}|{}", start + 33);
         let expected = (Sha256::of(&[&blank[..], offsets.as_bytes()].concat()), Sha256::of(&blank));
-        assert_eq!(hash_modulo(&real, path.hash_part()).unwrap(), expected);
-    }
-
-    #[test]
-    fn occurrences_across_writes_are_found() {
-        let needle = store_path("n").hash_part().to_owned();
-        let text = format!("ab{needle}c{needle}{needle}de");
-        let run = |step: usize| {
-            let mut sink = ModuloSink {
-                needle: needle.clone().into_bytes(),
-                held: Vec::new(),
-                position: 0,
-                matches: Vec::new(),
-                hasher: Sha256Hasher::new(),
-            };
-            for piece in text.as_bytes().chunks(step) {
-                sink.write_all(piece).unwrap();
-            }
-            let matches = sink.matches.clone();
-            (matches, sink.finish())
-        };
-        let whole = run(text.len());
-        assert_eq!(whole.0, [2, 35, 67]);
-        for step in 1..70 {
-            assert_eq!(run(step), whole, "{step}");
-        }
+        let mut hasher = HashModulo::new(&path, HashAlgo::Sha256);
+        fs::dump(&real, &mut hasher).unwrap();
+        let hashes = hasher.finish();
+        assert_eq!((hashes.with_offsets, hashes.without_offsets), (expected.0.into(), expected.1.into()));
     }
 }
