@@ -26,6 +26,8 @@ pub(crate) enum Fault {
     Input(anyhow::Error),
     /// The machinery's.
     Infrastructure(anyhow::Error),
+    /// Whoever read standard output went away, and wants no more. Nobody minds: `drover … | head` ends well.
+    ReaderGone,
 }
 
 /// What a command comes to: an exit code, or a fault that is still to be said.
@@ -40,29 +42,20 @@ impl Fault {
         match self {
             Self::Input(_) => BAD_INPUT,
             Self::Infrastructure(_) => INFRASTRUCTURE,
+            Self::ReaderGone => DONE,
         }
     }
 }
 
-/// Says what there is to say, on standard error. A reader who went away is no error: `drover … | head` ends well.
+/// Says what there is to say, on standard error.
 pub(crate) fn finish(outcome: Outcome) -> ExitCode {
     match outcome {
         Ok(code) => code.into(),
         Err(fault) => {
-            let (Fault::Input(error) | Fault::Infrastructure(error)) = &fault;
-            if is_broken_pipe(error) {
-                return DONE.into();
+            if let Fault::Input(error) | Fault::Infrastructure(error) = &fault {
+                eprintln!("error: {error:#}");
             }
-            eprintln!("error: {error:#}");
             fault.code().into()
         }
     }
-}
-
-fn is_broken_pipe(error: &anyhow::Error) -> bool {
-    error
-        .chain()
-        .filter_map(|cause| cause.downcast_ref::<std::io::Error>())
-        .any(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
-        && error.to_string() == crate::output::ACT
 }

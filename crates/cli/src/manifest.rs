@@ -32,11 +32,11 @@ struct Origin {
 /// Reads all requests of a file, or of standard input if it is called `-`.
 pub(crate) fn read(path: &Path) -> Result<Vec<Manifest>, Fault> {
     let file = if path == Path::new("-") { "standard input".to_owned() } else { path.display().to_string() };
-    parse(&file, &read_text(path)?)
+    parse(&file, &read_text(path).map_err(Fault::Input)?)
 }
 
 /// The content of a file, or of standard input if it is called `-`.
-pub(crate) fn read_text(path: &Path) -> Result<String, Fault> {
+pub(crate) fn read_text(path: &Path) -> anyhow::Result<String> {
     let read = || -> anyhow::Result<String> {
         let mut text = String::new();
         let mut source: Box<dyn std::io::Read> = if path == Path::new("-") {
@@ -50,7 +50,7 @@ pub(crate) fn read_text(path: &Path) -> Result<String, Fault> {
         }
         Ok(text)
     };
-    read().with_context(|| format!("cannot read {}", path.display())).map_err(Fault::Input)
+    read().with_context(|| format!("cannot read {}", path.display()))
 }
 
 /// Parses a YAML stream; `file` is what to call it in errors.

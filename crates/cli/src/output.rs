@@ -1,15 +1,12 @@
 //! Objects on standard output, as YAML documents or as JSON.
 
-use std::io::Write as _;
+use std::io::{self, Write as _};
 
 use anyhow::Context as _;
 use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::exit::Fault;
-
-/// What fails when standard output does. A name of its own, because nobody minds if the reader went away.
-pub(crate) const ACT: &str = "cannot write to standard output";
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
 pub(crate) enum Format {
@@ -27,8 +24,11 @@ pub(crate) fn print<T: Serialize>(objects: &[T], format: Format) -> Result<(), F
 }
 
 pub(crate) fn print_text(text: &str) -> Result<(), Fault> {
-    let mut out = std::io::stdout().lock();
-    out.write_all(text.as_bytes()).and_then(|()| out.flush()).context(ACT).map_err(Fault::Infrastructure)
+    let mut out = io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Err(Fault::ReaderGone),
+        result => result.context("cannot write to standard output").map_err(Fault::Infrastructure),
+    }
 }
 
 /// YAML documents, each with its `---`.

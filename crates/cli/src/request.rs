@@ -63,9 +63,7 @@ fn add(resolver: &mut Resolver, file: &Path) -> Result<Vec<StorePath>> {
     if file.extension().is_some_and(|extension| extension == "drv") {
         return Ok(vec![resolver.add_file(file)?]);
     }
-    let text = manifest::read_text(file).map_err(|fault| match fault {
-        Fault::Input(error) | Fault::Infrastructure(error) => error,
-    })?;
+    let text = manifest::read_text(file)?;
     let what = "expected a .drv file or what `nix derivation show` prints";
     resolver.add_json(text.as_bytes()).with_context(|| format!("{}: {what}", file.display()))
 }

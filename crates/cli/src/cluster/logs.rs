@@ -1,6 +1,6 @@
 //! `drover logs`: the log of the pod while there is one, what the status kept afterwards.
 
-use anyhow::{Context as _, anyhow};
+use anyhow::anyhow;
 use drover_api::BuildRequest;
 use futures::{AsyncBufReadExt as _, TryStreamExt as _};
 use k8s_openapi::api::core::v1::Pod;
@@ -25,13 +25,14 @@ pub(super) async fn print(cluster: &Cluster, name: &str, follow: bool) -> Outcom
     match from_pod(cluster, &request, follow).await {
         Ok(true) => Ok(exit::DONE),
         Ok(false) => from_status(&request),
+        Err(Fault::ReaderGone) => Err(Fault::ReaderGone),
         // Gone in between, or in a namespace that this user cannot read: the status may have something.
-        Err(error) => from_status(&request).map_err(|_| Fault::Infrastructure(error)),
+        Err(error) => from_status(&request).map_err(|_| error),
     }
 }
 
 /// Whether there is a pod to read from.
-async fn from_pod(cluster: &Cluster, request: &BuildRequest, follow: bool) -> anyhow::Result<bool> {
+async fn from_pod(cluster: &Cluster, request: &BuildRequest, follow: bool) -> Result<bool, Fault> {
     let builder = request.status.as_ref().and_then(|status| status.builder.as_ref());
     let Some((pod, namespace)) =
         builder.and_then(|builder| Some((builder.pod.as_ref()?, builder.namespace.as_ref()?)))
@@ -40,13 +41,16 @@ async fn from_pod(cluster: &Cluster, request: &BuildRequest, follow: bool) -> an
     };
     let pods: Api<Pod> = Api::namespaced(cluster.client.clone(), namespace);
     let params = LogParams { follow, container: Some(CONTAINER.into()), ..Default::default() };
-    let act = || format!("cannot read the log of pod {namespace}/{pod}");
-    let mut lines = pods.log_stream(pod, &params).await.with_context(act)?.lines();
+    let unreadable = |error: anyhow::Error| {
+        Fault::Infrastructure(error.context(format!("cannot read the log of pod {namespace}/{pod}")))
+    };
+    let log = pods.log_stream(pod, &params).await.map_err(|error| unreadable(error.into()))?;
+    let mut lines = log.lines();
     let mut preamble = true;
-    while let Some(line) = lines.try_next().await.with_context(act)? {
+    while let Some(line) = lines.try_next().await.map_err(|error| unreadable(error.into()))? {
         preamble &= PREAMBLE.iter().any(|start| line.starts_with(start));
         if !preamble {
-            output::print_text(&format!("{line}\n")).map_err(|_| anyhow!(output::ACT))?;
+            output::print_text(&format!("{line}\n"))?;
         }
     }
     Ok(true)
