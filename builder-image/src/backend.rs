@@ -4,14 +4,18 @@ use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{Read, Write};
 
-use drover_nix::{BasicDerivation, OutputName, PathInfo, StorePath};
+use drover_nix::{BasicDerivation, PathInfo, StorePath};
 use drover_serve::{Backend, BoxError, BuildOptions, BuildResult, BuildStatus, BuildTarget, ReceivedPath};
 use drover_store::TempRoots;
 
+use crate::build::goals::Goal;
 use crate::build::log::Log;
 use crate::build::supervise::Cancel;
 use crate::build::{Builder, Request};
 use crate::error::Error;
+
+/// The end of a session whose client went away during a build.
+const NOBODY_TO_TELL: &str = "the build was cancelled, and there is nobody to tell";
 
 /// One session. Its locks last as long as it does.
 pub(crate) struct Session {
@@ -79,7 +83,7 @@ impl Backend for Session {
     ) -> Result<BuildResult, BoxError> {
         let result = self.build(drv_path, derivation, options)?;
         if self.cancel.is_cancelled() {
-            return Err("the build was cancelled, and there is nobody to tell".into());
+            return Err(NOBODY_TO_TELL.into());
         }
         Ok(result)
     }
@@ -116,16 +120,12 @@ impl Backend for Session {
         options: &BuildOptions,
     ) -> Result<Result<(), (BuildStatus, String)>, BoxError> {
         for target in targets {
-            let failed = if target.path.is_derivation() {
-                self.build_drv(&target.path, target.outputs.as_ref(), options)?
-            } else if self.builder.store.is_valid(&target.path)? {
-                None
-            } else {
-                let why = format!("path '{}' is not valid, and nothing is substituted here", target.path);
-                Some((BuildStatus::NoSubstituters, why))
-            };
-            if let Some(failed) = failed {
-                return Ok(Err(failed));
+            let result = self.make_valid(target, options)?;
+            if self.cancel.is_cancelled() {
+                return Err(NOBODY_TO_TELL.into());
+            }
+            if let Err(error) = result {
+                return Ok(Err((error.status(), error.to_string())));
             }
         }
         Ok(Ok(()))
@@ -141,31 +141,24 @@ impl Backend for Session {
 }
 
 impl Session {
-    /// Builds a `.drv` of the store whose inputs are all valid. None if it went well.
-    fn build_drv(
+    /// What goes wrong with one target is its result, not the session's end.
+    fn make_valid(
         &self,
-        path: &StorePath,
-        wanted: Option<&BTreeSet<OutputName>>,
+        target: &BuildTarget,
         options: &BuildOptions,
-    ) -> Result<Option<(BuildStatus, String)>, BoxError> {
-        let store = &self.builder.store;
-        let drv = store.read_derivation(path)?;
-        let unknown = wanted.into_iter().flatten().find(|name| !drv.basic.outputs.contains_key(*name));
-        if let Some(name) = unknown {
-            return Ok(Some((
-                BuildStatus::InputRejected,
-                format!("derivation '{path}' has no output `{name}`"),
-            )));
+    ) -> Result<Result<(), Error>, BoxError> {
+        let (roots, log, cancel) = (self.roots()?, &self.log, &self.cancel);
+        let (drv_path, outputs) = (&target.path, target.outputs.as_ref());
+        if drv_path.is_derivation() {
+            let goal = Goal { drv_path, outputs, options, roots, log, cancel };
+            return Ok(self.builder.realise(&goal));
         }
-        let resolved = drv.resolve(|input, output| {
-            let outputs = store.derivation_outputs(input).ok()?;
-            outputs.get(output).cloned()
-        });
-        let resolved = match resolved {
-            Ok(resolved) => resolved,
-            Err(error) => return Ok(Some((BuildStatus::InputRejected, error.to_string()))),
-        };
-        let result = self.build(path, &resolved, options)?;
-        Ok((!result.status.is_success()).then_some((result.status, result.error_message)))
+        roots.add(&target.path)?;
+        if self.builder.store.is_valid(&target.path)? {
+            return Ok(Ok(()));
+        }
+        let full = self.builder.store.store_dir().full(&target.path);
+        let message = format!("path '{full}' is not valid, and nothing is substituted here");
+        Ok(Err(Error::Verdict { status: BuildStatus::NoSubstituters, message }))
     }
 }

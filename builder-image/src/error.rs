@@ -78,6 +78,11 @@ impl Error {
         move |source| Self::System { act, source }
     }
 
+    /// Nobody is left who wants the build.
+    pub(crate) fn gone() -> Self {
+        Self::Cancelled { why: "the client is gone or asked for it".into() }
+    }
+
     pub(crate) fn input(message: impl Into<String>) -> Self {
         Self::Verdict { status: BuildStatus::InputRejected, message: message.into() }
     }

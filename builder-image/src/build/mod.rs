@@ -8,6 +8,7 @@
 mod attrs;
 mod checks;
 mod env;
+pub(crate) mod goals;
 mod graph;
 mod ids;
 pub(crate) mod log;
@@ -402,7 +403,7 @@ impl Builder {
                 format!("'{full}' was killed after writing more than {limit} bytes of log"),
             ),
             End::Cancelled => {
-                return Some(Error::Cancelled { why: "the client is gone or asked for it".into() });
+                return Some(Error::gone());
             }
             End::SetUp(why) => return Some(Error::Sandbox { why: format!("{why}. {}", rungs::advice(why)) }),
         };
@@ -436,7 +437,7 @@ impl Known for LocalStore {
 
 fn pause(cancel: &Cancel) -> Result<(), Error> {
     if cancel.wait(RETRY) {
-        return Err(Error::Cancelled { why: "the client is gone or asked for it".into() });
+        return Err(Error::gone());
     }
     Ok(())
 }
