@@ -4,9 +4,11 @@
 //! - [`root`] runs a program inside such a root filesystem.
 //! - [`cluster`] is a real one-node cluster; [`control_plane`] is etcd and kube-apiserver alone.
 //! - [`images`] makes the two OCI images; [`crds`] and [`layers`] are the checks and the tests.
+//! - [`bench`] measures Drover beside the programs that people use today.
 //!
 //! Nothing of the product may depend on this crate.
 
+pub mod bench;
 pub mod cluster;
 pub mod control_plane;
 pub mod crds;

@@ -9,7 +9,7 @@ use clap::{Parser, Subcommand};
 use xtask::cluster::Cluster;
 use xtask::layers::{self, Layer};
 use xtask::parts::rootfs::Nix;
-use xtask::{crds, images, parts, root, run};
+use xtask::{bench, crds, images, parts, root, run};
 
 /// What people who work on Drover run.
 #[derive(Parser)]
@@ -35,6 +35,9 @@ enum Act {
     Parts,
     /// Makes the two OCI images, drover-builder.tar and drover-operator.tar, in the directory OUT
     Images { out: PathBuf },
+    /// Measures Drover beside the programs that people use today
+    #[command(subcommand)]
+    Bench(BenchAct),
     /// A real one-node Kubernetes cluster, in namespaces of its own
     #[command(subcommand)]
     Cluster(ClusterAct),
@@ -43,6 +46,24 @@ enum Act {
         version: Nix,
         #[arg(trailing_var_arg = true, required = true, allow_hyphen_values = true)]
         command: Vec<String>,
+    },
+}
+
+#[derive(Subcommand)]
+enum BenchAct {
+    /// The serve protocol on pipes: `drover-builder serve` beside `nix-store --serve` of real Nix 2.34
+    Serve {
+        #[arg(long, default_value_t = 5)]
+        rounds: usize,
+        /// A case, or how its name begins: large, files, paths, query, query-lock, builds-1, builds-4, memory
+        #[arg(long, value_name = "NAME")]
+        only: Vec<String>,
+        /// Where the stores are made [default: a tmpfs]
+        #[arg(long)]
+        dir: Option<PathBuf>,
+        /// The drover-builder to measure [default: a release build of this checkout]
+        #[arg(long)]
+        builder: Option<PathBuf>,
     },
 }
 
@@ -96,6 +117,7 @@ fn act(act: Act) -> Result<ExitCode> {
         Act::Demo => demo(),
         Act::Parts => print_parts(),
         Act::Images { out } => images(&out),
+        Act::Bench(act) => benchmark(act),
         Act::Cluster(act) => cluster(act),
         Act::Peer { version, command } => peer(version, &command),
     }
@@ -136,6 +158,17 @@ fn images(out: &Path) -> Result<ExitCode> {
             image.written.digest,
             image.file.display()
         );
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn benchmark(act: BenchAct) -> Result<ExitCode> {
+    match act {
+        BenchAct::Serve { rounds, only, dir, builder } => {
+            let builder = builder.map_or_else(bench::release_builder, Ok)?;
+            let sizes = bench::data::Sizes::default();
+            bench::serve::run(&bench::serve::Options { rounds, only, dir, sizes, builder })?;
+        }
     }
     Ok(ExitCode::SUCCESS)
 }
