@@ -1,19 +1,23 @@
 //! Fixtures: the real parts that tests run against, each as a value that cleans up when it is dropped.
 //!
 //! [`Peer`] is a real Nix, [`HttpCache`] a real nginx that serves a binary cache, [`ControlPlane`] a real API server and
-//! [`Cluster`] a real node. Nothing here imitates any of them. The parts come from `xtask`, which fetches what is missing;
-//! they take root, but for [`ControlPlane`]. [`sqlite`] is real software to build.
+//! [`Cluster`] a real node; [`Remote`] is a real Nix with Drover as its remote store. Nothing here imitates any of them.
+//! The parts come from `xtask`, which fetches what is missing; they take root, but for [`ControlPlane`]. [`sqlite`] is real
+//! software to build, [`record`] what real clients say.
 
 mod http_cache;
 pub mod installation;
 mod peer;
 mod programs;
+pub mod record;
+mod remote;
 pub mod sqlite;
 
 pub use http_cache::HttpCache;
 pub use installation::Installation;
 pub use peer::Peer;
 pub use programs::{images, program};
+pub use remote::Remote;
 pub use xtask::cluster::{Cluster, NODE_ADDRESS};
 pub use xtask::control_plane::ControlPlane;
 pub use xtask::parts::rootfs::Nix;

@@ -8,3 +8,4 @@ mod fixtures;
 mod serve;
 mod session;
 mod store;
+mod transcripts;

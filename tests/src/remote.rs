@@ -1,0 +1,157 @@
+//! A real Nix client, and Drover's builder as its `ssh://` store. A host named `localhost` makes Nix start the remote
+//! program itself, without SSH.
+
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use anyhow::{Context as _, Result, ensure};
+
+use crate::{Nix, Peer, program};
+
+/// A Nix with a store of its own at `/nix`, and builders with stores elsewhere. Everything goes when this is dropped.
+pub struct Remote {
+    peer: Peer,
+    dir: tempfile::TempDir,
+    builder: PathBuf,
+    recordings: Option<PathBuf>,
+}
+
+impl Remote {
+    /// A client with an empty store, and a builder named `server` that has none yet.
+    pub fn new(nix: Nix) -> Result<Self> {
+        Self::make(nix, None)
+    }
+
+    /// As [`Self::new`]; what passes between client and builders is kept in this directory, which the client must see:
+    /// it lies below `/tmp`. Each session leaves `NAME-NUMBER.requests` and `NAME-NUMBER.answers`.
+    pub fn recording(nix: Nix, into: &Path) -> Result<Self> {
+        Self::make(nix, Some(into.to_owned()))
+    }
+
+    fn make(nix: Nix, recordings: Option<PathBuf>) -> Result<Self> {
+        let dir = tempfile::tempdir()?;
+        let client = dir.path().join("client/nix");
+        std::fs::create_dir_all(&client)?;
+        let builder = program("drover-builder")?;
+        // Seen inside: the program itself, and a shell for builds, which goes by its file name.
+        std::fs::copy("/bin/busybox", dir.path().join("busybox"))?;
+        // Nix 2.8 starts programs on `localhost` by bash, which its root filesystem has not; any shell will do.
+        std::fs::create_dir(dir.path().join("bin"))?;
+        let peer = Peer::new(nix)?.with_at(&client, "/nix").with(&builder);
+        let this = Self { peer, dir, builder, recordings };
+        script(&this.path("bin/bash"), "exec /bin/sh \"$@\"\n")?;
+        this.server("server", &[])?;
+        Ok(this)
+    }
+
+    /// The URI of another builder, with a store in the directory of this name and these options.
+    pub fn server(&self, name: &str, options: &[&str]) -> Result<String> {
+        let (root, builder) = (self.dir.path().display(), self.builder.display());
+        let options = options.iter().map(|option| format!(" '{option}'")).collect::<String>();
+        let run = format!("{builder} \"$@\" --store {root}/{name} --sandbox-shell {root}/busybox{options}");
+        let text = match &self.recordings {
+            None => format!("exec {run}\n"),
+            Some(into) => {
+                let file = format!("{}/{name}-$$", into.display());
+                // Not `exec`: the shell waits for all three, and what they wrote is complete when it ends.
+                format!("tee {file}.requests | {run} | tee {file}.answers\n")
+            }
+        };
+        script(&self.path(name).with_extension("sh"), &text)?;
+        Ok(self.uri(name))
+    }
+
+    /// The `ssh://` URI of the builder of this name.
+    pub fn uri(&self, name: &str) -> String {
+        format!("ssh://localhost?remote-program={}", self.path(name).with_extension("sh").display())
+    }
+
+    /// Makes the builder of this name what a program of this Nix finds when it looks for `nix-store` to serve: the host
+    /// `localhost`, without a URI. Only for that: `nix-store` itself is another program from here on.
+    pub fn install_as_nix_store(&self, name: &str) -> Result<()> {
+        let real = "for dir in /usr/local/bin /usr/bin; do [ -x $dir/nix-store ] && exec $dir/nix-store \"$@\"; done";
+        let builder = self.path(name).with_extension("sh");
+        let choose = format!("[ \"$1\" = --serve ] && exec {} \"$@\"\n{real}\n", builder.display());
+        script(&self.path("bin/nix-store"), &choose)
+    }
+
+    /// A directory or file beside the stores, at the same path for the client as for the test.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// Where a store object lies in the store of this name: `client`, `server`, or another builder's.
+    pub fn object(&self, store: &str, path: &str) -> PathBuf {
+        let base = path.trim().rsplit('/').next().unwrap_or(path);
+        self.path(store).join("nix/store").join(base)
+    }
+
+    /// The file that builds see as /bin/sh.
+    pub fn shell(&self) -> PathBuf {
+        self.path("busybox")
+    }
+
+    pub fn peer(&self) -> &Peer {
+        &self.peer
+    }
+
+    /// A program of this Nix.
+    pub fn command(&self, program: &str, args: &[&str]) -> Result<Command> {
+        let mut command = self.peer.command("sh")?;
+        let set_path = format!("PATH={}/bin:$PATH; exec \"$@\"", self.dir.path().display());
+        command.args(["-c", &set_path, "sh", program]).args(args);
+        Ok(command)
+    }
+
+    pub fn output(&self, program: &str, args: &[&str]) -> Result<Output> {
+        self.command(program, args)?.output().with_context(|| format!("cannot run {program}"))
+    }
+
+    /// The standard output of a program that has to succeed.
+    pub fn run(&self, program: &str, args: &[&str]) -> Result<String> {
+        let output = self.output(program, args)?;
+        let log = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "{:?}: {program} {args:?} fails: {log}", self.peer.version());
+        Ok(String::from_utf8(output.stdout)?)
+    }
+
+    /// `nix` with its new commands.
+    pub fn nix(&self, args: &[&str]) -> Result<String> {
+        self.run("nix", &[&["--extra-experimental-features", "nix-command"], args].concat())
+    }
+
+    /// Real Nix's own judgement of both stores, contents included; and that no lock, temporary root or scratch is left.
+    pub fn verify(&self, store: &str) -> Result<()> {
+        let root = self.path(store);
+        let root = root.to_str().context("temporary directories are UTF-8")?;
+        let output = self.output("nix-store", &["--store", root, "--verify", "--check-contents"])?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "{store}: {said}");
+        for complaint in ["error", "warning", "disappeared", "not valid", "modified"] {
+            ensure!(!said.contains(complaint), "{store}: {said}");
+        }
+        for entry in std::fs::read_dir(self.path(store).join("nix/store"))? {
+            let name = entry?.file_name().to_string_lossy().into_owned();
+            let left = name.ends_with(".lock") || name.starts_with("tmp-") || name.ends_with(".chroot");
+            ensure!(!left, "{store}: {name} is left");
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Remote {
+    fn drop(&mut self) {
+        // Trees in a store are read-only, which an ordinary removal stumbles over.
+        let Ok(entries) = std::fs::read_dir(self.dir.path()) else { return };
+        for entry in entries.flatten() {
+            let _ = drover_store::fs::delete(&entry.path().join("nix"));
+        }
+    }
+}
+
+fn script(path: &Path, text: &str) -> Result<()> {
+    std::fs::write(path, format!("#!/bin/sh\n{text}"))?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755))?;
+    Ok(())
+}
