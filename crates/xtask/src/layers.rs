@@ -1,4 +1,4 @@
-//! The tests, in layers by what they need: `unit` nothing, `peers` real Nix, `control-plane` a real API server, `node` a
+//! The tests, in layers by what they need: `unit` nothing, `peers` real Nix, `fuzz` a C++ compiler, `control-plane` a real API server, `node` a
 //! real cluster. A layer whose parts cannot be had fails; none is skipped.
 
 use std::io::{BufRead, BufReader};
@@ -10,7 +10,10 @@ use anyhow::{Context, Result};
 use crate::cluster::Cluster;
 use crate::parts::rootfs::{self, Nix};
 use crate::parts::{self, go, host};
-use crate::{images, run};
+use crate::{fuzz, images, run};
+
+/// For each target in the layer `fuzz`: enough to see that everything works, and that the seeds still get deep.
+const FUZZ_SECONDS: u64 = 8;
 
 /// What a layer's tests need on the machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,6 +22,8 @@ pub enum Layer {
     Unit,
     /// Against real Nix 2.8, 2.26 and 2.34, as client and as server.
     Peers,
+    /// The fuzz targets, for a short time each.
+    Fuzz,
     /// Against a real etcd and kube-apiserver.
     ControlPlane,
     /// In a real one-node cluster.
@@ -35,12 +40,13 @@ pub struct Tally {
 
 impl Layer {
     /// Every layer, in the order in which they run: the fastest first.
-    pub const ALL: [Self; 4] = [Self::Unit, Self::Peers, Self::ControlPlane, Self::Node];
+    pub const ALL: [Self; 5] = [Self::Unit, Self::Peers, Self::Fuzz, Self::ControlPlane, Self::Node];
 
     pub fn name(self) -> &'static str {
         match self {
             Self::Unit => "unit",
             Self::Peers => "peers",
+            Self::Fuzz => "fuzz",
             Self::ControlPlane => "control-plane",
             Self::Node => "node",
         }
@@ -57,6 +63,10 @@ impl Layer {
                 host::ensure(host::SANDBOX_TOOLS)?;
                 rootfs::nginx()?;
                 Nix::ALL.into_iter().try_for_each(|nix| rootfs::check_version(nix, &rootfs::nix(nix)?))
+            }
+            Self::Fuzz => {
+                [host::CXX_TOOLS, host::SANDBOX_TOOLS].into_iter().try_for_each(host::ensure)?;
+                Nix::ALL.into_iter().try_for_each(|nix| rootfs::nix(nix).map(drop))
             }
             Self::ControlPlane => {
                 rootfs::node()?;
@@ -75,14 +85,16 @@ impl Layer {
         }
     }
 
-    /// What cargo is told. Tests of a layer share machines, ports and a cluster: `node` runs one at a time.
-    fn cargo_arguments(self) -> Vec<&'static str> {
-        match self {
+    /// What cargo is told; None for the layer that is no cargo test. Tests of a layer share machines, ports and a cluster:
+    /// `node` runs one at a time.
+    fn cargo_arguments(self) -> Option<Vec<&'static str>> {
+        Some(match self {
+            Self::Fuzz => return None,
             Self::Unit => vec!["test", "--workspace", "--exclude", "drover-tests", "--no-fail-fast"],
             Self::Peers => vec!["test", "-p", "drover-tests", "--test", "peers"],
             Self::ControlPlane => vec!["test", "-p", "drover-tests", "--test", "control_plane"],
             Self::Node => vec!["test", "-p", "drover-tests", "--test", "node", "--", "--test-threads=1"],
-        }
+        })
     }
 }
 
@@ -121,8 +133,11 @@ pub fn test(layers: &[Layer]) -> Tally {
 }
 
 fn run_layer(layer: Layer) -> Result<Tally> {
+    let Some(arguments) = layer.cargo_arguments() else {
+        return fuzz::run(None, FUZZ_SECONDS);
+    };
     if layer != Layer::Node || std::env::var_os("DROVER_CLUSTER_DIR").is_some() {
-        return run_cargo(layer, run::cargo());
+        return run_cargo(run::cargo().args(arguments));
     }
     // A cluster of the tests' own, new and gone afterwards: what a person does in theirs is no matter of the tests.
     let cache = parts::cache()?;
@@ -131,8 +146,7 @@ fn run_layer(layer: Layer) -> Result<Tally> {
     let cluster = Cluster::in_dir(&dir)?;
     cluster.down()?;
     let mut cargo = run::cargo();
-    cargo.env("DROVER_CLUSTER_DIR", &dir);
-    let tally = run_cargo(layer, cargo);
+    let tally = run_cargo(cargo.args(arguments).env("DROVER_CLUSTER_DIR", &dir));
     if cluster.logs().is_dir() && tally.as_ref().is_ok_and(|tally| tally.failed > 0) {
         let kept = cache.join("cluster-test-logs");
         run::stdout(Command::new("rm").arg("-rf").arg(&kept))?;
@@ -143,8 +157,8 @@ fn run_layer(layer: Layer) -> Result<Tally> {
     tally
 }
 
-fn run_cargo(layer: Layer, mut cargo: Command) -> Result<Tally> {
-    cargo.args(layer.cargo_arguments()).stdin(Stdio::null()).stdout(Stdio::piped());
+fn run_cargo(cargo: &mut Command) -> Result<Tally> {
+    cargo.stdin(Stdio::null()).stdout(Stdio::piped());
     let mut child = cargo.spawn().context("could not start cargo")?;
     let mut tally = Tally::default();
     let lines = BufReader::new(child.stdout.take().context("cargo has no standard output")?).lines();

@@ -4,6 +4,7 @@
 //! - [`root`] runs a program inside such a root filesystem.
 //! - [`cluster`] is a real one-node cluster; [`control_plane`] is etcd and kube-apiserver alone.
 //! - [`images`] makes the two OCI images; [`crds`] and [`layers`] are the checks and the tests.
+//! - [`fuzz`] runs the targets of `tests/fuzz`.
 //! - [`bench`] measures Drover beside the programs that people use today.
 //!
 //! Nothing of the product may depend on this crate.
@@ -12,6 +13,7 @@ pub mod bench;
 pub mod cluster;
 pub mod control_plane;
 pub mod crds;
+pub mod fuzz;
 pub mod images;
 pub mod layers;
 pub mod parts;

@@ -7,9 +7,9 @@ use std::process::{Command, ExitCode};
 use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand};
 use xtask::cluster::Cluster;
-use xtask::layers::{self, Layer};
+use xtask::layers::{self, Layer, Tally};
 use xtask::parts::rootfs::Nix;
-use xtask::{bench, crds, images, parts, root, run};
+use xtask::{bench, crds, fuzz, images, parts, root, run};
 
 /// What people who work on Drover run.
 #[derive(Parser)]
@@ -21,8 +21,15 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Act {
-    /// Runs the tests: all, or one layer (unit, peers, control-plane, node)
+    /// Runs the tests: all, or one layer (unit, peers, fuzz, control-plane, node)
     Test { layer: Option<Layer> },
+    /// Runs the fuzz targets, or one of them, and keeps every input that breaks one
+    Fuzz {
+        target: Option<String>,
+        /// For each target
+        #[arg(long, default_value_t = 60)]
+        seconds: u64,
+    },
     /// Writes crds/ from the code
     Crds {
         /// Only fails where the files are not what the code generates
@@ -113,6 +120,7 @@ fn main() -> ExitCode {
 fn act(act: Act) -> Result<ExitCode> {
     match act {
         Act::Test { layer } => test(layer),
+        Act::Fuzz { target, seconds } => Ok(sum(fuzz::run(target.as_deref(), seconds)?)),
         Act::Crds { check } => if check { crds::check() } else { crds::write() }.map(|()| ExitCode::SUCCESS),
         Act::Demo => demo(),
         Act::Parts => print_parts(),
@@ -124,9 +132,12 @@ fn act(act: Act) -> Result<ExitCode> {
 }
 
 fn test(layer: Option<Layer>) -> Result<ExitCode> {
-    let total = layers::test(layer.as_ref().map_or(&Layer::ALL, std::slice::from_ref));
+    Ok(sum(layers::test(layer.as_ref().map_or(&Layer::ALL, std::slice::from_ref))))
+}
+
+fn sum(total: Tally) -> ExitCode {
     println!("{} passed, {} failed", total.passed, total.failed);
-    Ok(if total.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    if total.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
 /// It lives with the fixtures that it shares with tests, which this crate cannot depend on.

@@ -97,12 +97,12 @@ impl Server {
     }
 }
 
-/// User and system time: fields 14 and 15 of `/proc/PID/stat`. The name before them may hold anything but ends at the
-/// last `)`.
+/// User and system time, that of children that ended included: fields 14 to 17 of `/proc/PID/stat`. The name before them
+/// may hold anything but ends at the last `)`.
 fn cpu_seconds(stat: &str) -> Option<f64> {
-    let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace().skip(11);
-    let (user, system): (f64, f64) = (fields.next()?.parse().ok()?, fields.next()?.parse().ok()?);
-    Some((user + system) / TICKS)
+    let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_ascii_whitespace().skip(11).take(4).collect();
+    let ticks = fields.iter().map(|field| field.parse().ok()).sum::<Option<f64>>()?;
+    (fields.len() == 4).then_some(ticks / TICKS)
 }
 
 #[cfg(test)]
@@ -111,8 +111,8 @@ mod tests {
 
     #[test]
     fn times_behind_a_name_with_spaces() {
-        let stat = "7 (a ) b) S 1 7 7 0 -1 4194560 100 0 0 0 250 50 0 0 20 0 1 0 1";
-        assert_eq!(cpu_seconds(stat), Some(3.0));
+        let stat = "7 (a ) b) S 1 7 7 0 -1 4194560 100 0 0 0 250 50 3 7 20 0 1 0 1";
+        assert_eq!(cpu_seconds(stat), Some(3.1));
         assert_eq!(cpu_seconds("7"), None);
     }
 }

@@ -16,6 +16,8 @@ pub const ROOT_TOOLS: &[Tool] =
 pub const NET_TOOLS: &[Tool] = &[("ip", "iproute2"), ("nsenter", "util-linux"), ("sysctl", "procps")];
 /// What crates that hold C sources take, and static linking with glibc.
 pub const C_TOOLS: &[Tool] = &[("cc", "gcc"), ("make", "make")];
+/// What libFuzzer takes on top: its sources are C++.
+pub const CXX_TOOLS: &[Tool] = &[("cc", "gcc"), ("c++", "g++"), ("make", "make")];
 
 /// The static shell that builds see as /bin/sh.
 pub const SANDBOX_TOOLS: &[Tool] = &[("busybox", "busybox-static")];
