@@ -101,7 +101,7 @@ impl Server {
 /// may hold anything but ends at the last `)`.
 fn cpu_seconds(stat: &str) -> Option<f64> {
     let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_ascii_whitespace().skip(11).take(4).collect();
-    let ticks = fields.iter().map(|field| field.parse().ok()).sum::<Option<f64>>()?;
+    let ticks = fields.iter().map(|field| field.parse::<f64>().ok()).sum::<Option<f64>>()?;
     (fields.len() == 4).then_some(ticks / TICKS)
 }
 
