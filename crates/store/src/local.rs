@@ -153,10 +153,17 @@ impl LocalStore {
     /// Makes the path invalid and deletes its files. Returns the bytes that became free. Fails if another valid path
     /// refers to it. The caller sees to it that nobody needs the path: no root is looked at.
     pub fn delete_path(&self, path: &StorePath) -> Result<u64, Error> {
-        self.must_write("delete a path")?;
-        self.database().invalidate(path)?;
-        self.input_hashes(|hashes| hashes.remove(path));
+        self.forget_path(path)?;
         crate::fs::delete(&self.real_path(path))
+    }
+
+    /// Makes the path invalid, which is the first half of deleting it: what is left of its files is a leftover then,
+    /// whatever happens. False if it was not valid.
+    pub(crate) fn forget_path(&self, path: &StorePath) -> Result<bool, Error> {
+        self.must_write("delete a path")?;
+        let was_valid = self.database().invalidate(path)?;
+        self.input_hashes(|hashes| hashes.remove(path));
+        Ok(was_valid)
     }
 
     pub(crate) fn database(&self) -> &Database {

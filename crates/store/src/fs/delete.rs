@@ -15,18 +15,32 @@ use crate::Error;
 /// open descriptors grow with what a builder made.
 const MAX_RECURSION: usize = 64;
 
+/// What deleting a tree did for the disk.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub(crate) struct Freed {
+    /// Bytes that are free now.
+    pub bytes: u64,
+    /// Bytes of files that one more name keeps: in an optimised store the one in the pool of identical files.
+    pub kept_by_one: u64,
+}
+
 /// Deletes the tree at `path`, whatever its modes and depth, if it is there. Returns the bytes of disk that became
 /// free (hard links elsewhere keep theirs). Never follows a symlink and never leaves the tree, whatever happens to it
 /// meanwhile.
 pub fn delete(path: &Path) -> Result<u64, Error> {
+    delete_counting(path).map(|freed| freed.bytes)
+}
+
+/// As [`delete`], but also tells of what is free only once another name is gone.
+pub(crate) fn delete_counting(path: &Path) -> Result<Freed, Error> {
+    let mut freed = Freed::default();
     let (parent, name) = match open_parent(path) {
-        Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => return Ok(0),
+        Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => return Ok(freed),
         other => other?,
     };
     let Some(stat) = examine(parent.as_fd(), name).map_err(Error::sys("examine", path))? else {
-        return Ok(0);
+        return Ok(freed);
     };
-    let mut freed = 0;
     if FileType::from_raw_mode(stat.st_mode) == FileType::Directory {
         let top = open(parent.as_fd(), name, path)?;
         let mut deletion = Deletion { top: &top, path, freed: &mut freed, moved: 0 };
@@ -35,13 +49,26 @@ pub fn delete(path: &Path) -> Result<u64, Error> {
     } else {
         unlink(parent.as_fd(), name, AtFlags::empty()).map_err(Error::sys("delete", path))?;
     }
-    Ok(freed + size_on_disk(&stat))
+    freed.count(&stat);
+    Ok(freed)
+}
+
+impl Freed {
+    /// A name of this file is gone.
+    fn count(&mut self, stat: &Stat) {
+        let bytes = u64::try_from(stat.st_blocks).unwrap_or(0) * 512;
+        if FileType::from_raw_mode(stat.st_mode) == FileType::Directory || stat.st_nlink == 1 {
+            self.bytes += bytes;
+        } else if stat.st_nlink == 2 {
+            self.kept_by_one += bytes;
+        }
+    }
 }
 
 struct Deletion<'a> {
     top: &'a OwnedFd,
     path: &'a Path,
-    freed: &'a mut u64,
+    freed: &'a mut Freed,
     /// Directories that were moved up to `top` so far.
     moved: u64,
 }
@@ -77,7 +104,7 @@ impl Deletion<'_> {
         };
         if FileType::from_raw_mode(stat.st_mode) != FileType::Directory {
             unlink(directory, name, AtFlags::empty()).map_err(Error::sys("delete", self.path))?;
-            *self.freed += size_on_disk(&stat);
+            self.freed.count(&stat);
             return Ok(());
         }
         let child = open(directory, name, self.path)?;
@@ -86,7 +113,7 @@ impl Deletion<'_> {
         }
         self.empty(child.as_fd(), depth + 1)?;
         unlink(directory, name, AtFlags::REMOVEDIR).map_err(Error::sys("delete the directory", self.path))?;
-        *self.freed += size_on_disk(&stat);
+        self.freed.count(&stat);
         Ok(())
     }
 
@@ -153,12 +180,6 @@ fn unlink(directory: BorrowedFd<'_>, name: &OsStr, flags: AtFlags) -> Result<(),
     }
 }
 
-/// Bytes that are free once this name is gone.
-fn size_on_disk(stat: &Stat) -> u64 {
-    let is_directory = FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
-    if is_directory || stat.st_nlink == 1 { u64::try_from(stat.st_blocks).unwrap_or(0) * 512 } else { 0 }
-}
-
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::PermissionsExt as _;
@@ -206,7 +227,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("kept"), vec![1; 100_000]).unwrap();
         std::fs::hard_link(dir.path().join("kept"), dir.path().join("gone")).unwrap();
-        assert_eq!(delete(&dir.path().join("gone")).unwrap(), 0);
+        let freed = delete_counting(&dir.path().join("gone")).unwrap();
+        assert!(freed.bytes == 0 && freed.kept_by_one >= 100_000, "{freed:?}");
         assert!(delete(&dir.path().join("kept")).unwrap() >= 100_000);
     }
 

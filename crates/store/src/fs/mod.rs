@@ -21,6 +21,7 @@ use crate::Error;
 
 pub use canonicalise::{SeenInodes, canonicalise};
 pub use delete::delete;
+pub(crate) use delete::{Freed, delete_counting};
 pub use dump::dump;
 pub(crate) use restore::{Destination, restore_exactly};
 pub use restore::{Restored, restore};

@@ -11,11 +11,12 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::MetadataExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use drover_nix::StorePath;
 use rustix::fs::{FlockOperation, Mode, OFlags};
 
+use crate::fs::Freed;
 use crate::path_lock::flock;
 use crate::temp_roots::open_lock;
 use crate::{Error, LocalStore, fs};
@@ -25,7 +26,7 @@ use self::server::Server;
 /// What to collect.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct GcOptions {
-    /// Stop when so many bytes are free.
+    /// Stop when so many bytes were freed.
     pub max_freed: Option<u64>,
     /// The outputs of a derivation that is alive are alive too.
     pub keep_outputs: bool,
@@ -47,17 +48,29 @@ impl Default for GcOptions {
 pub struct GcReport {
     /// Deleted, or what would be; leftovers that were never valid are not among them.
     pub paths: Vec<StorePath>,
-    /// 0 for a dry run.
+    /// Bytes of disk that are free. For a dry run an estimate: the sizes of the paths as archives.
     pub bytes_freed: u64,
     /// Valid paths that stay.
     pub alive: u64,
+    /// One line for whatever could not be deleted. The paths among it are not valid any more; the next collection tries
+    /// again.
+    pub failures: Vec<String>,
 }
 
 impl LocalStore {
-    /// Deletes what no root leads to. Waits for another collector to end.
+    /// Whether a collector is at work, which another one would have to wait for.
+    pub fn is_being_collected(&self) -> Result<bool, Error> {
+        self.must_write("look for a collector")?;
+        let lock_path = gc_lock_path(self);
+        let free = flock(open_lock(&lock_path)?, FlockOperation::NonBlockingLockShared);
+        free.map(|free| !free).map_err(Error::sys("lock", &lock_path))
+    }
+
+    /// Deletes what no root leads to. Waits for another collector to end. Goes on where something cannot be deleted, and
+    /// reports that.
     pub fn collect_garbage(&self, options: &GcOptions) -> Result<GcReport, Error> {
         self.must_write("collect garbage")?;
-        let lock_path = self.layout().state_dir.join("gc.lock");
+        let lock_path = gc_lock_path(self);
         let lock = open_lock(&lock_path)?;
         flock(&lock, FlockOperation::LockExclusive).map_err(Error::sys("lock", &lock_path))?;
         // Before any root is looked for: from here on nobody can add one without telling us.
@@ -80,6 +93,7 @@ impl LocalStore {
             options,
             alive: HashSet::new(),
             report: GcReport::default(),
+            kept_by_one: 0,
         };
         collection.keep(roots)?;
         collection.run(valid)?;
@@ -94,6 +108,8 @@ struct Collection<'a> {
     /// Closed under references, and under what `options` keeps.
     alive: HashSet<StorePath>,
     report: GcReport,
+    /// Bytes of deleted files that have one more name: most likely that in `.links`, which goes at the end.
+    kept_by_one: u64,
 }
 
 impl Collection<'_> {
@@ -107,8 +123,9 @@ impl Collection<'_> {
             self.collect(path)?;
         }
         self.report.alive = valid.len() as u64 - self.report.paths.len() as u64;
-        if !self.options.dry_run && !self.is_enough() {
+        if !self.options.dry_run {
             self.collect_leftovers(&valid)?;
+            // Always: it is what frees the space of identical files.
             self.prune_links()?;
         }
         Ok(())
@@ -178,21 +195,34 @@ impl Collection<'_> {
             return Ok(());
         }
         if self.options.dry_run {
+            self.report.bytes_freed += self.store.path_info(&path)?.map_or(0, |info| info.nar_size);
             self.report.paths.push(path);
             return Ok(());
         }
         let Some(_deletion) = self.server.begin_deletion(path.hash_part()) else {
             return self.keep([path]);
         };
-        match self.store.delete_path(&path) {
-            Ok(freed) => {
-                self.report.bytes_freed += freed;
-                self.report.paths.push(path);
-                Ok(())
-            }
+        match self.store.forget_path(&path) {
+            Ok(_) => {}
             // A path that was registered meanwhile, or that is kept, refers to it.
-            Err(Error::Referenced { .. }) => self.keep([path]),
-            Err(error) => Err(error),
+            Err(Error::Referenced { .. }) => return self.keep([path]),
+            Err(error) => return Err(error),
+        }
+        let deleted = fs::delete_counting(&self.store.real_path(&path));
+        self.report.paths.push(path);
+        self.count(deleted);
+        Ok(())
+    }
+
+    /// One object that cannot be deleted (it is immutable, or something is mounted in it) is no reason to let the disk
+    /// run full with others.
+    fn count(&mut self, deleted: Result<Freed, Error>) {
+        match deleted {
+            Ok(freed) => {
+                self.report.bytes_freed += freed.bytes;
+                self.kept_by_one += freed.kept_by_one;
+            }
+            Err(error) => self.report.failures.push(error.to_string()),
         }
     }
 
@@ -213,11 +243,11 @@ impl Collection<'_> {
                     if let Some(_deletion) = self.server.begin_deletion(path.hash_part())
                         && !self.store.is_valid(&path)?
                     {
-                        self.report.bytes_freed += fs::delete(&directory.join(&name))?;
+                        self.count(fs::delete_counting(&directory.join(&name)));
                     }
                 }
                 None if name == ".links" => {}
-                None => self.report.bytes_freed += delete_unless_locked(&directory.join(&name), &name)?,
+                None => self.count(delete_unless_locked(&directory.join(&name), &name)),
             }
         }
         Ok(())
@@ -232,32 +262,36 @@ impl Collection<'_> {
             let path = entry.path();
             let Ok(meta) = std::fs::symlink_metadata(&path) else { continue };
             if meta.nlink() == 1 && !meta.is_dir() {
-                std::fs::remove_file(&path).map_err(Error::io("delete", &path))?;
-                self.report.bytes_freed += meta.blocks() * 512;
+                let removed = std::fs::remove_file(&path).map_err(Error::io("delete", &path));
+                self.count(removed.map(|()| Freed { bytes: meta.blocks() * 512, kept_by_one: 0 }));
             }
         }
         Ok(())
     }
 
     fn is_enough(&self) -> bool {
-        self.options.max_freed.is_some_and(|most| self.report.bytes_freed >= most)
+        self.options.max_freed.is_some_and(|most| self.report.bytes_freed + self.kept_by_one >= most)
     }
 }
 
+fn gc_lock_path(store: &LocalStore) -> PathBuf {
+    store.layout().state_dir.join("gc.lock")
+}
+
 /// A directory `tmp-…` is in use while someone has it locked (see [`LocalStore::temp_dir`]).
-fn delete_unless_locked(path: &Path, name: &OsString) -> Result<u64, Error> {
+fn delete_unless_locked(path: &Path, name: &OsString) -> Result<Freed, Error> {
     if name.as_bytes().starts_with(b"tmp-") {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         if let Ok(fd) = rustix::fs::open(path, flags, Mode::empty()) {
             let free = flock(&fd, FlockOperation::NonBlockingLockExclusive);
             if !free.map_err(Error::sys("lock", path))? {
-                return Ok(0);
+                return Ok(Freed::default());
             }
             // The lock is kept until it is gone, so that nobody takes it for theirs.
-            return fs::delete(path);
+            return fs::delete_counting(path);
         }
     }
-    fs::delete(path)
+    fs::delete_counting(path)
 }
 
 #[cfg(test)]
@@ -375,6 +409,32 @@ mod tests {
         let report =
             store.collect_garbage(&GcOptions { max_freed: Some(0), ..GcOptions::default() }).unwrap();
         assert_eq!(report.paths.len(), 0);
+    }
+
+    #[test]
+    fn what_identical_files_share_counts_before_it_is_free() {
+        let (_dir, store) = store();
+        let pool = store.real_store_dir().join(".links");
+        for i in 0..10 {
+            let path = add(&store, &format!("p{i}"), &[]);
+            std::fs::hard_link(store.real_path(&path), pool.join(format!("{i:052}"))).unwrap();
+        }
+        let store = reopened(store);
+        let report =
+            store.collect_garbage(&GcOptions { max_freed: Some(1), ..GcOptions::default() }).unwrap();
+        assert_eq!((report.paths.len(), report.alive), (1, 9));
+        // The other name went as well, or nothing would be free.
+        assert!(report.bytes_freed > 0);
+        assert_eq!(std::fs::read_dir(&pool).unwrap().count(), 9);
+    }
+
+    #[test]
+    fn one_that_waits_can_say_so() {
+        let (_dir, store) = store();
+        assert!(!store.is_being_collected().unwrap());
+        let lock = open_lock(&gc_lock_path(&store)).unwrap();
+        assert!(flock(&lock, FlockOperation::NonBlockingLockExclusive).unwrap());
+        assert!(store.is_being_collected().unwrap());
     }
 
     #[test]
