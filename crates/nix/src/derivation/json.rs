@@ -81,7 +81,11 @@ fn derivation(reader: &Reader<'_>, name: &str, value: Value) -> Result<Derivatio
     }
     let mut input_drvs = BTreeMap::new();
     for (path, value) in reader.object("inputDrvs", drvs)? {
-        input_drvs.insert(store_path(reader.dir, &path)?, input_outputs(reader, &path, value)?);
+        let input = store_path(reader.dir, &path)?;
+        if !input.is_derivation() {
+            return Err(reader.fail("inputDrvs", &format!("{path} is not the path of a `.drv` file")));
+        }
+        input_drvs.insert(input, input_outputs(reader, &path, value)?);
     }
     let mut args = Vec::new();
     for value in reader.array("args", drv.remove("args"))? {
