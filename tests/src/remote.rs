@@ -4,10 +4,14 @@
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 
 use crate::{Nix, Peer, program};
+
+/// How long a builder may take to end after its client.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A Nix with a store of its own at `/nix`, and builders with stores elsewhere. Everything goes when this is dropped.
 pub struct Remote {
@@ -121,8 +125,10 @@ impl Remote {
         self.run("nix", &[&["--extra-experimental-features", "nix-command"], args].concat())
     }
 
-    /// Real Nix's own judgement of both stores, contents included; and that no lock, temporary root or scratch is left.
+    /// Waits until no program has the store of this name open; then real Nix's own judgement of it, contents included,
+    /// and a look for what an unfinished addition or build would leave.
     pub fn verify(&self, store: &str) -> Result<()> {
+        self.wait_until_closed(store)?;
         let root = self.path(store);
         let root = root.to_str().context("temporary directories are UTF-8")?;
         let output = self.output("nix-store", &["--store", root, "--verify", "--check-contents"])?;
@@ -133,8 +139,22 @@ impl Remote {
         }
         for entry in std::fs::read_dir(self.path(store).join("nix/store"))? {
             let name = entry?.file_name().to_string_lossy().into_owned();
-            let left = name.ends_with(".lock") || name.starts_with("tmp-") || name.ends_with(".chroot");
-            ensure!(!left, "{store}: {name} is left");
+            ensure!(!name.starts_with("tmp-") && !name.ends_with(".chroot"), "{store}: {name} is left");
+        }
+        Ok(())
+    }
+
+    /// Every program that has a store open holds its big lock shared (Nix: local-store.cc).
+    fn wait_until_closed(&self, store: &str) -> Result<()> {
+        let path = self.path(store).join("nix/var/nix/db/big-lock");
+        let lock = std::fs::File::open(&path).with_context(|| format!("no {}", path.display()))?;
+        let deadline = Instant::now() + CLOSE_TIMEOUT;
+        while lock.try_lock().is_err() {
+            ensure!(
+                Instant::now() < deadline,
+                "{store} is still open, {CLOSE_TIMEOUT:?} after its client ended"
+            );
+            std::thread::sleep(Duration::from_millis(5));
         }
         Ok(())
     }

@@ -1,152 +1,127 @@
 //! Real Nix clients of every version against Drover's builder, as their `ssh://` store: copying there and back, and
-//! building remotely. A host named `localhost` makes Nix start the program itself, without SSH.
-
-use std::os::unix::fs::PermissionsExt as _;
-use std::process::Command;
+//! fetching from it as from a cache. A host named `localhost` makes Nix start the program itself, without SSH.
 
 use anyhow::{Context as _, Result, ensure};
-use drover_nix::{StoreDir, StorePath};
-use drover_tests::{Nix, Peer, program};
+use drover_tests::record::CHAIN;
+use drover_tests::{Nix, Remote};
 
-/// Something with references, and one that uses it and needs nothing but a shell.
-const CHAIN: &str = r#"
-let
-  source = builtins.toFile "source" "some text\n";
-  make = attrs: derivation ({ system = "x86_64-linux"; builder = "/bin/sh"; } // attrs);
-  lib = make { name = "lib"; args = [ "-c" "read line < ${source}; echo $line from ${source} > $out" ]; };
-in make { name = "user"; outputs = [ "out" "dev" ]; args = [ "-c" "echo ${lib} > $out; echo $out > $dev; echo loud" ]; }
-"#;
-
-/// A client with a store at `/nix`, and a script that starts our builder with a store elsewhere.
-struct World {
-    peer: Peer,
-    dir: tempfile::TempDir,
-    remote: String,
+/// Builds the chain in the client's store. The path of the last of it, which refers to all that it needs.
+fn built(remote: &Remote) -> Result<String> {
+    let out = remote.run("nix-build", &["--no-out-link", "-A", "user", "-E", CHAIN])?;
+    Ok(out.lines().next().context("nix-build prints no path")?.to_owned())
 }
 
-impl World {
-    fn new(nix: Nix) -> Result<Self> {
-        let dir = tempfile::tempdir()?;
-        let client = dir.path().join("client/nix");
-        std::fs::create_dir_all(&client)?;
-        let builder = program("drover-builder")?;
-        // Seen inside: the program itself, and a shell for builds, which goes by its file name.
-        std::fs::copy("/bin/busybox", dir.path().join("busybox"))?;
-        let wrapper = dir.path().join("remote");
-        let (root, builder_text) = (dir.path().display(), builder.display());
-        let text = format!(
-            "#!/bin/sh\nexec {builder_text} \"$@\" --store {root}/server --sandbox-shell {root}/busybox\n"
-        );
-        std::fs::write(&wrapper, text)?;
-        std::fs::set_permissions(&wrapper, std::fs::Permissions::from_mode(0o755))?;
-        // Nix 2.8 starts programs on `localhost` by bash, which its root filesystem has not; any shell will do.
-        let bash = dir.path().join("bin/bash");
-        std::fs::create_dir(dir.path().join("bin"))?;
-        std::fs::write(&bash, "#!/bin/sh\nexec /bin/sh \"$@\"\n")?;
-        std::fs::set_permissions(&bash, std::fs::Permissions::from_mode(0o755))?;
-        let peer = Peer::new(nix)?.with_at(&client, "/nix").with(&builder);
-        let remote = format!("ssh://localhost?remote-program={}", wrapper.display());
-        Ok(Self { peer, dir, remote })
+/// What Nix says of everything that a path requires, in the store of this name.
+fn closure(remote: &Remote, store: &str, path: &str) -> Result<Vec<String>> {
+    let root = remote.path(store);
+    let root = root.to_str().context("temporary directories are UTF-8")?;
+    let at: &[&str] = if store == "client" { &[] } else { &["--store", root] };
+    let required = remote.run("nix-store", &[at, &["-q", "--requisites", path]].concat())?;
+    let mut known = Vec::new();
+    for path in required.lines() {
+        let ask = |what| remote.run("nix-store", &[at, &["-q", what, path]].concat());
+        known.push(format!("{path}: {} {} {}", ask("--hash")?, ask("--size")?, ask("--references")?));
     }
-
-    /// A program of this Nix.
-    fn command(&self, program: &str, args: &[&str]) -> Result<Command> {
-        let mut command = self.peer.command("sh")?;
-        let set_path = format!("PATH={}/bin:$PATH; exec \"$@\"", self.dir.path().display());
-        command.args(["-c", &set_path, "sh", program]).args(args);
-        Ok(command)
-    }
-
-    fn run(&self, program: &str, args: &[&str]) -> Result<String> {
-        let output = self.command(program, args)?.output()?;
-        let log = String::from_utf8_lossy(&output.stderr);
-        ensure!(output.status.success(), "{program} {args:?} fails: {log}");
-        Ok(String::from_utf8(output.stdout)?)
-    }
-
-    fn nix(&self, args: &[&str]) -> Result<String> {
-        self.run("nix", &[&["--extra-experimental-features", "nix-command"], args].concat())
-    }
+    known.sort();
+    Ok(known)
 }
 
-impl Drop for World {
-    fn drop(&mut self) {
-        for name in ["client/nix", "server/nix", "back/nix"] {
-            let _ = drover_store::fs::delete(&self.dir.path().join(name));
-        }
-    }
-}
-
-fn parse(path: &str) -> Result<StorePath> {
-    Ok(StoreDir::default().parse(path.lines().next().context("no path")?.as_bytes())?)
+/// Removes everything from the client's store, so that it has to come from elsewhere.
+fn forget(remote: &Remote) -> Result<()> {
+    remote.run("nix-store", &["--gc"]).map(drop)
 }
 
 #[test]
 fn every_real_client_copies_there_and_back() -> Result<()> {
     for nix in Nix::ALL {
-        let world = World::new(nix)?;
-        let out = world.run("nix-build", &["--no-out-link", "-A", "out", "-E", CHAIN])?;
-        let path = parse(&out)?;
-        let out = out.trim();
-        world.nix(&["copy", "--no-check-sigs", "--to", &world.remote, out]).context("there")?;
-        let server = world.dir.path().join("server/nix/store");
-        ensure!(server.join(path.as_str()).is_file(), "{nix:?}: it did not arrive");
-        // And everything that it needs: lib and its source.
-        ensure!(
-            std::fs::read_dir(&server)?
-                .filter(|entry| entry
-                    .as_ref()
-                    .is_ok_and(|e| !e.file_name().to_string_lossy().starts_with('.')))
-                .count()
-                >= 3
-        );
-        let back = world.dir.path().join("back");
-        let back = back.to_string_lossy();
-        world
-            .nix(&["copy", "--no-check-sigs", "--from", &world.remote, "--to", &back, out])
-            .context("back")?;
-        let hash = |store: &[&str]| {
-            let args = [store, &["-q", "--hash", out]].concat();
-            world.run("nix-store", &args)
-        };
-        ensure!(hash(&[])? == hash(&["--store", &back])?, "{nix:?}");
-    }
-    Ok(())
-}
-
-#[test]
-fn every_real_client_builds_remotely() -> Result<()> {
-    for nix in Nix::ALL {
-        let world = World::new(nix)?;
-        let machine = format!("{} x86_64-linux - 1 1", world.remote);
-        let args = ["--no-out-link", "--max-jobs", "0", "--builders", &machine, "-A", "out", "-E", CHAIN];
-        let output = world.command("nix-build", &args)?.output()?;
-        let log = String::from_utf8_lossy(&output.stderr).into_owned();
-        ensure!(output.status.success(), "{nix:?}: {log}");
-        ensure!(log.contains("loud"), "{nix:?}: the log is not passed on: {log}");
-        let out = String::from_utf8(output.stdout)?;
-        let path = parse(&out)?;
-        // Built over there, copied back here.
-        for store in ["client", "server"] {
-            let file = world.dir.path().join(store).join("nix/store").join(path.as_str());
-            ensure!(file.is_file(), "{nix:?}: {} is not there", file.display());
+        let remote = Remote::new(nix)?;
+        let (out, uri) = (built(&remote)?, remote.uri("server"));
+        remote.nix(&["copy", "--no-check-sigs", "--to", &uri, &out]).context("there")?;
+        let known = closure(&remote, "client", &out)?;
+        ensure!(known.len() == 3, "{nix:?}: {known:?}");
+        ensure!(closure(&remote, "server", &out)? == known, "{nix:?}: not all of it arrived");
+        let back = remote.path("back");
+        let back_text = back.to_string_lossy();
+        remote.nix(&["copy", "--no-check-sigs", "--from", &uri, "--to", &back_text, &out]).context("back")?;
+        ensure!(closure(&remote, "back", &out)? == known, "{nix:?}: it came back changed");
+        for store in ["server", "back"] {
+            remote.verify(store)?;
         }
-        world.run("nix-store", &["--verify", "--check-contents"])?;
     }
     Ok(())
 }
 
 #[test]
-fn every_real_client_learns_that_a_build_failed() -> Result<()> {
+fn nix_copy_closure_both_ways() -> Result<()> {
     for nix in Nix::ALL {
-        let world = World::new(nix)?;
-        let machine = format!("{} x86_64-linux - 1 1", world.remote);
-        let failing = r#"derivation { name = "failing"; system = "x86_64-linux"; builder = "/bin/sh"; args = [ "-c" "echo oh no; exit 3" ]; }"#;
-        let args = ["--no-out-link", "--max-jobs", "0", "--builders", &machine, "-E", failing];
-        let output = world.command("nix-build", &args)?.output()?;
-        let log = String::from_utf8_lossy(&output.stderr);
-        ensure!(!output.status.success() && log.contains("oh no"), "{nix:?}: {log}");
-        ensure!(log.contains("exit code 3"), "{nix:?}: {log}");
+        let remote = Remote::new(nix)?;
+        let out = built(&remote)?;
+        // This program takes no URI but a host, and names no program: it finds `nix-store` on PATH, as sshd would.
+        remote.install_as_nix_store("server")?;
+        let copy = |args: &[&str]| remote.run("nix-copy-closure", &[args, &["localhost", &out]].concat());
+        copy(&["--to", "--use-substitutes"]).context("there")?;
+        copy(&["--to", "--use-substitutes", "--gzip"]).context("there again, where all is valid")?;
+        let known = closure(&remote, "client", &out)?;
+        ensure!(closure(&remote, "server", &out)? == known, "{nix:?}: not all of it arrived");
+        forget(&remote)?;
+        ensure!(!remote.object("client", &out).exists(), "{nix:?}: the client forgets nothing");
+        copy(&["--from", "--use-substitutes"]).context("back")?;
+        ensure!(closure(&remote, "client", &out)? == known, "{nix:?}: it came back changed");
+        remote.verify("server")?;
+        remote.verify("client")?;
+    }
+    Ok(())
+}
+
+#[test]
+fn the_builder_is_a_substituter_and_a_store_to_look_at() -> Result<()> {
+    for nix in Nix::ALL {
+        let remote = Remote::new(nix)?;
+        let (out, uri) = (built(&remote)?, remote.uri("server"));
+        remote.nix(&["copy", "--no-check-sigs", "--to", &uri, &out])?;
+        let known = closure(&remote, "client", &out)?;
+        forget(&remote)?;
+        let fetch =
+            ["--option", "substituters", &uri, "--option", "require-sigs", "false", "--realise", &out];
+        remote.run("nix-store", &fetch).context("fetching")?;
+        ensure!(closure(&remote, "client", &out)? == known, "{nix:?}: it came changed");
+
+        let said = remote.nix(&["store", "ping", "--store", &uri])?;
+        // Up to some version it goes to standard error; that it succeeds is the point.
+        ensure!(said.is_empty() || said.contains("ssh://localhost"), "{nix:?}: {said}");
+        let info = remote.nix(&["path-info", "--json", "--store", &uri, &out])?;
+        ensure!(info.contains("narHash"), "{nix:?}: {info}");
+    }
+    Ok(())
+}
+
+#[test]
+fn realising_over_the_protocol_ends_as_it_does_with_nix() -> Result<()> {
+    for nix in Nix::ALL {
+        let remote = Remote::new(nix)?;
+        let uri = remote.uri("server");
+        let theirs = format!("ssh://localhost?remote-store={}", remote.path("theirs").display());
+        let drv = remote.run("nix-instantiate", &["-A", "user", "-E", CHAIN])?;
+        let source = remote.run("nix-store", &["-q", "--requisites", drv.trim()])?;
+        let (drv, source) = (drv.trim(), source.lines().next().context("it requires something")?);
+        for uri in [&uri, &theirs] {
+            // BuildPaths for what is not there: a failure with the server's own words, and not a broken session.
+            let absent = remote.output("nix-store", &["--store", uri, "--realise", source])?;
+            let said = String::from_utf8_lossy(&absent.stderr);
+            ensure!(!absent.status.success() && said.contains(source), "{nix:?} {uri}: {said}");
+            ensure!(!said.contains("unexpected") && !said.contains("protocol"), "{nix:?} {uri}: {said}");
+            remote.nix(&["copy", "--no-check-sigs", "--derivation", "--to", uri, drv])?;
+            remote.run("nix-store", &["--store", uri, "--realise", source]).context("what is there")?;
+            // These clients cannot build a derivation that a store has over this protocol, whoever serves it: before
+            // they send BuildPaths they want to read the derivation's file, for which there is no command.
+            for (program, args) in [("nix-build", &["--no-out-link"][..]), ("nix-store", &["--realise"])] {
+                let output = remote.output(program, &[&["--store", uri], args, &[drv]].concat())?;
+                let said = String::from_utf8_lossy(&output.stderr);
+                let reason = "is not supported by store";
+                ensure!(!output.status.success() && said.contains(reason), "{nix:?} {uri} {program}: {said}");
+            }
+        }
+        remote.verify("server")?;
     }
     Ok(())
 }
