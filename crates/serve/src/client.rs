@@ -1,14 +1,15 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, BufReader, BufWriter, Read, Write};
 
-use drover_nix::{BasicDerivation, PathInfo, StoreDir, StorePath};
+use drover_nix::{BasicDerivation, PathInfo, Sha256, StoreDir, StorePath};
 
 use crate::commands::{
-    Command, add_to_store_nar, build_derivation, build_paths, dump_store_path, query_closure,
-    query_path_infos, query_valid_paths, read_done,
+    Command, add_to_store_nar, build_derivation, build_paths, dump_store_path, export_paths, import_paths,
+    query_closure, query_path_infos, query_valid_paths, read_done,
 };
-use crate::nar_copy::copy_nar;
-use crate::{BuildOptions, BuildResult, BuildTarget, Error, ReceivedPath, Version, greeting, wire};
+use crate::nar_copy::{copy_nar, copy_nar_hashed};
+use crate::wire::{self, WireWrite as _};
+use crate::{BuildOptions, BuildResult, BuildTarget, Error, ReceivedPath, Version, greeting};
 
 const READ_BUFFER: usize = 256 << 10;
 const WRITE_BUFFER: usize = 64 << 10;
@@ -69,16 +70,25 @@ impl<R: Read, W: Write> Client<R, W> {
         }
     }
 
-    /// What the server knows about the valid ones among `paths`. Needs version 2.4.
+    /// What the server knows about the valid ones among `paths`. Before version 2.4 it does not say their hashes: then
+    /// it has to send the paths themselves, which are hashed here.
     pub fn query_path_infos(
         &mut self,
         paths: &BTreeSet<StorePath>,
     ) -> Result<BTreeMap<StorePath, PathInfo>, Error> {
-        self.require(Command::QueryPathInfos, Version::NAR_HASH)?;
         self.finish_nars()?;
         query_path_infos::write_request(&mut self.output, &self.dir, paths)?;
         self.flush()?;
-        query_path_infos::read_answer(&mut self.input, &self.dir, paths)
+        let known = query_path_infos::read_answer(&mut self.input, &self.dir, self.version, paths)?;
+        let mut infos = BTreeMap::new();
+        for (path, info) in known {
+            let (nar_hash, nar_size) = match info.nar_hash {
+                Some(hash) => (hash, info.nar_size),
+                None => self.hash_path(&path, info.nar_size)?,
+            };
+            infos.insert(path.clone(), info.into_info(path, nar_hash, nar_size));
+        }
+        Ok(infos)
     }
 
     /// Writes the NAR of a valid path to `sink`, checked for its form but not for its hash, and returns its size in
@@ -91,7 +101,7 @@ impl<R: Read, W: Write> Client<R, W> {
     }
 
     /// Adds a path whose references are valid there, and waits until it is. `nar` has to have exactly `nar_size`
-    /// bytes. Needs version 2.5.
+    /// bytes. Before version 2.5 neither signatures nor content address travel with it.
     pub fn add_to_store_nar(&mut self, info: &PathInfo, nar: &mut dyn Read) -> Result<(), Error> {
         self.send_nar(info, nar)?;
         self.finish_nars()
@@ -100,7 +110,6 @@ impl<R: Read, W: Write> Client<R, W> {
     /// As [`Self::add_to_store_nar`], but does not wait: several additions are under way at once. The server works
     /// through them in order, so references may be under way too. [`Self::finish_nars`], or any other command, waits.
     pub fn send_nar(&mut self, info: &PathInfo, nar: &mut dyn Read) -> Result<(), Error> {
-        self.require(Command::AddToStoreNar, Version::ADD_TO_STORE_NAR)?;
         if self.in_flight == MAX_IN_FLIGHT {
             // Half of them, so that one flush serves many.
             self.flush()?;
@@ -108,11 +117,66 @@ impl<R: Read, W: Write> Client<R, W> {
                 self.read_done()?;
             }
         }
-        let path = ReceivedPath { info: info.clone(), registration_time: 0, ultimate: false };
-        add_to_store_nar::write_request(&mut self.output, &self.dir, &path)?;
-        self.copy_exactly(info, nar)?;
+        if self.version >= Version::ADD_TO_STORE_NAR {
+            let path = ReceivedPath { info: info.clone(), registration_time: 0, ultimate: false };
+            add_to_store_nar::write_request(&mut self.output, &self.dir, &path)?;
+            self.copy_exactly(info, nar)?;
+        } else {
+            import_paths::write_start(&mut self.output)?;
+            self.put_import(info, nar)?;
+            self.output.put_u64(export_paths::END)?;
+        }
         self.in_flight += 1;
         Ok(())
+    }
+
+    /// Adds several paths with one request, references first, and waits until all are valid: ImportPaths, which Nix
+    /// 2.32.0 and 2.32.1 do not have. The server computes their hashes itself; signatures and content addresses do not
+    /// travel. If a path is refused those before it are valid nevertheless.
+    pub fn import_paths<'n>(
+        &mut self,
+        paths: impl IntoIterator<Item = (&'n PathInfo, &'n mut dyn Read)>,
+    ) -> Result<(), Error> {
+        self.finish_nars()?;
+        import_paths::write_start(&mut self.output)?;
+        for (info, nar) in paths {
+            self.put_import(info, nar)?;
+        }
+        self.output.put_u64(export_paths::END)?;
+        self.flush()?;
+        read_done(&mut self.input)
+    }
+
+    /// Writes the NARs of valid paths to `sink`, one behind the other, references first: ExportPaths, which Nix has up
+    /// to 2.31. Returns what is known of each, in this order; hashes and sizes are those of what was received.
+    pub fn export_paths(
+        &mut self,
+        paths: &BTreeSet<StorePath>,
+        sink: &mut dyn Write,
+    ) -> Result<Vec<PathInfo>, Error> {
+        const WHAT: &str = "the answer to ExportPaths";
+        self.finish_nars()?;
+        export_paths::write_request(&mut self.output, &self.dir, paths)?;
+        self.flush()?;
+        let (mut infos, mut left) = (Vec::new(), paths.clone());
+        while import_paths::read_more(&mut self.input)? {
+            // The stream names a path behind its NAR; until then it is one of those that are still to come.
+            let Some(expected) = left.first() else {
+                return Err(Error::invalid(WHAT, "it has more paths than were asked for"));
+            };
+            let (nar_hash, nar_size) = copy_nar_hashed(&mut self.input, expected, sink)?;
+            let import_paths::Trailer { path, references, deriver } =
+                import_paths::Trailer::read(&mut self.input, &self.dir)?;
+            if !left.remove(&path) {
+                return Err(Error::invalid(WHAT, format!("{path} was not asked for, or is there twice")));
+            }
+            let (signatures, ca) = (Vec::new(), None);
+            infos.push(PathInfo { path, nar_hash, nar_size, references, deriver, signatures, ca });
+        }
+        match left.first() {
+            Some(missing) => Err(Error::invalid(WHAT, format!("{missing} is not in it"))),
+            None => Ok(infos),
+        }
     }
 
     /// Waits until everything that was sent is valid.
@@ -126,13 +190,15 @@ impl<R: Read, W: Write> Client<R, W> {
         Ok(())
     }
 
-    /// Builds all outputs. `drv_path` names the derivation; it need not exist. Inputs must be valid.
+    /// Builds all outputs. `drv_path` names the derivation; it need not exist. Inputs must be valid. Needs version 2.1;
+    /// before 2.6 a success does not list the outputs.
     pub fn build_derivation(
         &mut self,
         drv_path: &StorePath,
         derivation: &BasicDerivation,
         options: &BuildOptions,
     ) -> Result<BuildResult, Error> {
+        self.require(Command::BuildDerivation, Version::BUILD_DERIVATION)?;
         self.finish_nars()?;
         let (output, dir) = (&mut self.output, &self.dir);
         build_derivation::write_request(output, dir, self.version, drv_path, derivation, options)?;
@@ -159,6 +225,24 @@ impl<R: Read, W: Write> Client<R, W> {
         query_closure::write_request(&mut self.output, &self.dir, paths, include_outputs)?;
         self.flush()?;
         wire::read_paths(&mut self.input, &self.dir)
+    }
+
+    /// Hash and size of a path that is valid there, by having it sent. `claimed` is its size, or 0.
+    fn hash_path(&mut self, path: &StorePath, claimed: u64) -> Result<(Sha256, u64), Error> {
+        dump_store_path::write_request(&mut self.output, &self.dir, path)?;
+        self.flush()?;
+        let (hash, size) = copy_nar_hashed(&mut self.input, path, &mut io::sink())?;
+        if claimed != 0 && claimed != size {
+            return Err(Error::NarSize { path: path.clone(), expected: claimed, got: size });
+        }
+        Ok((hash, size))
+    }
+
+    /// One path of an export stream.
+    fn put_import(&mut self, info: &PathInfo, nar: &mut dyn Read) -> Result<(), Error> {
+        self.output.put_u64(export_paths::MORE)?;
+        self.copy_exactly(info, nar)?;
+        export_paths::write_trailer(&mut self.output, &self.dir, info)
     }
 
     fn copy_exactly(&mut self, info: &PathInfo, nar: &mut dyn Read) -> Result<(), Error> {

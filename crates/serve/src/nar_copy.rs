@@ -2,7 +2,8 @@
 
 use std::io::{self, BufWriter, Read, Write};
 
-use drover_nix::{StorePath, nar};
+use drover_nix::hash::Sha256Hasher;
+use drover_nix::{Sha256, StorePath, nar};
 
 use crate::Error;
 
@@ -27,6 +28,34 @@ pub(crate) fn copy_nar(input: &mut impl Read, path: &StorePath, sink: &mut dyn W
     };
     sink.flush().map_err(|source| Error::NarSink { path: path.clone(), source })?;
     Ok(size)
+}
+
+/// As [`copy_nar`]; returns the NAR's hash as well.
+pub(crate) fn copy_nar_hashed(
+    input: &mut impl Read,
+    path: &StorePath,
+    sink: &mut dyn Write,
+) -> Result<(Sha256, u64), Error> {
+    let mut hashing = Hashing { sink, hasher: Sha256Hasher::new() };
+    let size = copy_nar(input, path, &mut hashing)?;
+    Ok((hashing.hasher.finish(), size))
+}
+
+struct Hashing<'a> {
+    sink: &'a mut dyn Write,
+    hasher: Sha256Hasher,
+}
+
+impl Write for Hashing<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let count = self.sink.write(bytes)?;
+        self.hasher.update(&bytes[..count]);
+        Ok(count)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.sink.flush()
+    }
 }
 
 /// Passes on what is read through it, and remembers when that was what failed.
@@ -67,6 +96,16 @@ mod tests {
             assert_eq!(copy_nar(&mut input, &path(), &mut sink).unwrap(), nar.len() as u64);
             assert_eq!((input, sink), (b"the rest".as_slice(), nar));
         }
+    }
+
+    #[test]
+    fn the_hash_of_what_was_passed_on() {
+        let nar = file_nar(&vec![7; 100_000]);
+        let stream = [nar.as_slice(), b"the rest"].concat();
+        let mut sink = Vec::new();
+        let (hash, size) = copy_nar_hashed(&mut stream.as_slice(), &path(), &mut sink).unwrap();
+        assert_eq!((hash, size), (Sha256::of(&nar), nar.len() as u64));
+        assert_eq!(sink, nar);
     }
 
     #[test]

@@ -1,10 +1,11 @@
 //! The two encodings of what is known about a path: QueryPathInfos' answer and AddToStoreNar's request
 //! (Nix: serve-protocol.cc). They differ in order, in how the NAR hash is spelled and in which fields there are.
 
+use std::collections::BTreeSet;
 use std::io::{Read, Write};
 
 use drover_nix::signature::Signature;
-use drover_nix::{ContentAddress, PathInfo, StoreDir, StorePath};
+use drover_nix::{ContentAddress, PathInfo, Sha256, StoreDir, StorePath};
 
 use crate::wire::{self, WireWrite as _};
 use crate::{Error, Version};
@@ -21,20 +22,40 @@ pub struct ReceivedPath {
     pub ultimate: bool,
 }
 
-/// The record behind a path in QueryPathInfos' answer. Without a NAR hash, before 2.4, it is of no use.
-pub(crate) fn read_unkeyed(
-    input: &mut impl Read,
-    dir: &StoreDir,
-    path: StorePath,
-) -> Result<PathInfo, Error> {
-    let deriver = wire::read_optional_path(input, dir)?;
-    let references = wire::read_paths(input, dir)?;
-    let _download_size = wire::read_u64(input, ACT)?;
-    let nar_size = wire::read_u64(input, ACT)?;
-    let nar_hash = wire::read_nar_hash(input)?;
-    let ca = read_content_address(input)?;
-    let signatures = read_signatures(input)?;
-    Ok(PathInfo { path, nar_hash, nar_size, references, deriver, signatures, ca })
+/// The record behind a path in QueryPathInfos' answer.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) struct Unkeyed {
+    pub deriver: Option<StorePath>,
+    pub references: BTreeSet<StorePath>,
+    /// 0 from a server that does not know.
+    pub nar_size: u64,
+    /// None from a server before 2.4, which names neither a content address nor signatures either.
+    pub nar_hash: Option<Sha256>,
+    pub signatures: Vec<Signature>,
+    pub ca: Option<ContentAddress>,
+}
+
+impl Unkeyed {
+    pub(crate) fn read(input: &mut impl Read, dir: &StoreDir, version: Version) -> Result<Self, Error> {
+        let deriver = wire::read_optional_path(input, dir)?;
+        let references = wire::read_paths(input, dir)?;
+        let _download_size = wire::read_u64(input, ACT)?;
+        let nar_size = wire::read_u64(input, ACT)?;
+        let mut read =
+            Self { deriver, references, nar_size, nar_hash: None, signatures: Vec::new(), ca: None };
+        if version >= Version::NAR_HASH {
+            read.nar_hash = Some(wire::read_nar_hash(input)?);
+            read.ca = read_content_address(input)?;
+            read.signatures = read_signatures(input)?;
+        }
+        Ok(read)
+    }
+
+    /// With what the record leaves to be known.
+    pub(crate) fn into_info(self, path: StorePath, nar_hash: Sha256, nar_size: u64) -> PathInfo {
+        let Self { deriver, references, signatures, ca, .. } = self;
+        PathInfo { path, nar_hash, nar_size, references, deriver, signatures, ca }
+    }
 }
 
 pub(crate) fn write_unkeyed(
@@ -110,8 +131,6 @@ fn write_signatures(output: &mut impl Write, signatures: &[Signature]) -> Result
 
 #[cfg(test)]
 mod tests {
-    use drover_nix::Sha256;
-
     use super::*;
 
     const A: &str = "/nix/store/i00sflxqsj37lfmf95m8mn0grv615hpj-a";
@@ -151,10 +170,14 @@ mod tests {
         let mut bytes = Vec::new();
         write_unkeyed(&mut bytes, &dir, Version(0x204), &info()).unwrap();
         assert_eq!(bytes, since_2_4);
-        assert_eq!(read_unkeyed(&mut bytes.as_slice(), &dir, info().path).unwrap(), info());
+        let read = Unkeyed::read(&mut bytes.as_slice(), &dir, Version(0x204)).unwrap();
+        assert_eq!(read.nar_hash, Some(info().nar_hash));
+        assert_eq!(read.into_info(info().path, info().nar_hash, info().nar_size), info());
         bytes.clear();
         write_unkeyed(&mut bytes, &dir, Version(0x203), &info()).unwrap();
         assert_eq!(bytes, since_2_4[..since_2_4.len() - s(hash).len() - 16]);
+        let read = Unkeyed::read(&mut bytes.as_slice(), &dir, Version(0x203)).unwrap();
+        assert_eq!((read.nar_hash, read.nar_size), (None, 34878));
     }
 
     #[test]
@@ -177,10 +200,10 @@ mod tests {
         let hash = Sha256::of(b"hello\n");
         for text in [hash.to_hex(), hash.to_string(), hash.to_sri(), hash.to_nix32()] {
             let bytes = [s(""), u(0), u(0), u(1), s(&text), s(""), u(0)].concat();
-            let read = read_unkeyed(&mut bytes.as_slice(), &dir, info().path).unwrap();
-            assert_eq!(read.nar_hash, hash);
+            let read = Unkeyed::read(&mut bytes.as_slice(), &dir, Version(0x204)).unwrap();
+            assert_eq!(read.nar_hash, Some(hash));
         }
         let without = [s(""), u(0), u(0), u(1), s(""), s(""), u(0)].concat();
-        assert!(read_unkeyed(&mut without.as_slice(), &dir, info().path).is_err());
+        assert!(Unkeyed::read(&mut without.as_slice(), &dir, Version(0x204)).is_err());
     }
 }

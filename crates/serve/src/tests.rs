@@ -335,14 +335,92 @@ fn answers_that_nobody_asked_for() {
     assert!(matches!(client.query_valid_paths(&set(&[A]), false, false), Err(Error::Invalid { .. })));
 }
 
+/// A session with a server that speaks no more than this version.
+fn connect_at(mut store: MemoryStore, version: u64) -> (Client<PipeReader, PipeWriter>, Server) {
+    let (mut server_input, client_output) = io::pipe().unwrap();
+    let (client_input, server_output) = io::pipe().unwrap();
+    let server = thread::spawn(move || {
+        server_input.read_exact(&mut [0; 16]).unwrap();
+        let hello = [u(0x390c_9deb), u(version)].concat();
+        let input = hello.as_slice().chain(server_input);
+        let result = serve(input, server_output, &mut store, &StoreDir::default(), true);
+        (store, result)
+    });
+    (Client::connect(client_input, client_output, StoreDir::default()).unwrap(), server)
+}
+
 #[test]
-fn old_servers() {
-    let greeting = [u(0x5452_eecb), u(0x203)].concat();
-    let mut client = Client::connect(greeting.as_slice(), io::sink(), StoreDir::default()).unwrap();
-    assert!(matches!(client.query_path_infos(&set(&[A])), Err(Error::TooOld { .. })));
-    let nar = file_nar(b"x");
-    let error = client.send_nar(&info_of(path(A), &[], &nar), &mut nar.as_slice());
-    assert!(matches!(error, Err(Error::TooOld { .. })));
+fn whole_sessions_with_servers_of_every_version() {
+    for version in 0x200..=0x208 {
+        let (mut client, server) = connect_at(building_store(), version);
+        assert_eq!(client.version(), Version(version as u16));
+        // What the server does not say of a path, before 2.4, the client finds out.
+        let infos = client.query_path_infos(&set(&[A, B])).unwrap();
+        assert_eq!(infos[&path(A)], info_of(path(A), &[&path(A), &path(B)], &file_nar(b"a")));
+        // What has to travel in an export stream, before 2.5, arrives as well, also in great numbers.
+        let mut added: Vec<PathInfo> = Vec::new();
+        for number in 0..200u32 {
+            let nar = file_nar(&vec![b'x'; number as usize]);
+            let mut hash = [3; 20];
+            hash[..4].copy_from_slice(&number.to_le_bytes());
+            let path = StorePath::from_parts(hash, "x").unwrap();
+            let info = info_of(path, added.last().map(|last| &last.path).as_slice(), &nar);
+            client.send_nar(&info, &mut nar.as_slice()).unwrap();
+            added.push(info);
+        }
+        let paths: BTreeSet<StorePath> = added.iter().map(|info| info.path.clone()).collect();
+        assert_eq!(client.query_valid_paths(&paths, true, true).unwrap(), paths);
+        assert_eq!(client.query_closure(&set(&[A]), true).unwrap(), set(&[A, B]));
+        let derivation =
+            hello(DerivationOutput::InputAddressed(path("f8g8x4m83da3b2f79iv84q2r3qlc58lr-hello")));
+        let result = client.build_derivation(&path(DRV), &derivation, &BuildOptions::default());
+        match version {
+            0x200 => assert!(matches!(result, Err(Error::TooOld { .. }))),
+            _ => assert_eq!(result.unwrap().status, BuildStatus::Built),
+        }
+        let error = client.build_paths(&[], &BuildOptions::default()).unwrap_err();
+        assert!(matches!(error, Error::BuildPaths { .. }), "{error}");
+        drop(client);
+        let (store, result) = server.join().unwrap();
+        result.unwrap();
+        assert!(added.iter().all(|info| store.paths[&info.path].0 == *info));
+    }
+}
+
+#[test]
+fn exports_can_be_imported_again() {
+    let (mut client, server) = connect(store_with_a_and_b(), true);
+    let mut nars = Vec::new();
+    let infos = client.export_paths(&set(&[A, B]), &mut nars).unwrap();
+    assert_eq!(infos.iter().map(|info| info.path.clone()).collect::<Vec<_>>(), [path(B), path(A)]);
+    drop(client);
+    let source = server.join().unwrap().0;
+    let (mut client, server) = connect(MemoryStore::default(), true);
+    let (mut b, mut a) = nars.split_at(infos[0].nar_size as usize);
+    let items: [(&PathInfo, &mut dyn Read); 2] = [(&infos[0], &mut b), (&infos[1], &mut a)];
+    client.import_paths(items).unwrap();
+    assert_eq!(client.query_valid_paths(&set(&[A, B]), false, false).unwrap(), set(&[A, B]));
+    drop(client);
+    assert_eq!(server.join().unwrap().0.paths, source.paths);
+}
+
+#[test]
+fn exports_that_are_not_what_was_asked_for() {
+    let item =
+        |base| [&u(1), file_nar(b"x").as_slice(), &u(0x4558_494e), &p(base), &u(0), &s(""), &u(0)].concat();
+    let export = |stream: &[&[u8]]| {
+        let greeting = [u(0x5452_eecb), u(0x207)].concat();
+        let bytes = [greeting.as_slice(), &stream.concat()].concat();
+        let mut client = Client::connect(bytes.as_slice(), io::sink(), StoreDir::default()).unwrap();
+        client.export_paths(&set(&[A, B]), &mut io::sink())
+    };
+    let (a, b, stray, end) = (item(A), item(B), item(DRV), u(0));
+    assert_eq!(export(&[&a, &b, &end]).unwrap().len(), 2);
+    for wrong in [&[&a, &end][..], &[&a, &a, &end], &[&a, &stray, &end], &[&a, &b, &stray, &end], &[&u(2)]] {
+        let wrong: Vec<&[u8]> = wrong.iter().map(|part| part.as_slice()).collect();
+        assert!(matches!(export(&wrong), Err(Error::Invalid { .. })), "{wrong:?}");
+    }
+    assert!(matches!(export(&[&a]), Err(Error::Closed { .. })));
 }
 
 #[test]

@@ -9,6 +9,8 @@ pub const LATEST: Version = Version(0x208);
 pub struct Version(pub u16);
 
 impl Version {
+    /// The command BuildDerivation.
+    pub(crate) const BUILD_DERIVATION: Self = Self(0x201);
     /// `max-log-size` in build options.
     pub(crate) const LOG_LIMIT: Self = Self(0x202);
     /// Repeat options; how often and when in build results.

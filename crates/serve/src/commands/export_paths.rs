@@ -6,6 +6,7 @@ use std::io::{Read, Write};
 
 use drover_nix::{PathInfo, StoreDir, StorePath};
 
+use super::Command;
 use crate::Error;
 use crate::wire::{self, WireWrite as _};
 
@@ -20,6 +21,17 @@ pub(crate) const END: u64 = 0;
 pub(crate) fn read_request(input: &mut impl Read, dir: &StoreDir) -> Result<BTreeSet<StorePath>, Error> {
     let _sign = wire::read_u64(input, "reading an ExportPaths request")?;
     wire::read_paths(input, dir)
+}
+
+/// The same word is 0: no server since 2.0 signs what it exports.
+pub(crate) fn write_request(
+    output: &mut impl Write,
+    dir: &StoreDir,
+    paths: &BTreeSet<StorePath>,
+) -> Result<(), Error> {
+    output.put_u64(Command::ExportPaths as u64)?;
+    output.put_u64(0)?;
+    output.put_paths(dir, paths)
 }
 
 /// What follows a NAR.

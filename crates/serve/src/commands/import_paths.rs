@@ -2,12 +2,14 @@
 //! Hydra's C++ queue runner sends its inputs this way.
 
 use std::collections::BTreeSet;
-use std::io::Read;
+use std::io::{Read, Write};
 
 use drover_nix::{StoreDir, StorePath};
 
+use super::Command;
 use super::export_paths::{END, MAGIC, MORE};
-use crate::{Error, wire};
+use crate::Error;
+use crate::wire::{self, WireWrite as _};
 
 const WHAT: &str = "an export stream";
 
@@ -17,6 +19,11 @@ pub(crate) struct Trailer {
     pub path: StorePath,
     pub references: BTreeSet<StorePath>,
     pub deriver: Option<StorePath>,
+}
+
+/// What comes before all NARs.
+pub(crate) fn write_start(output: &mut impl Write) -> Result<(), Error> {
+    output.put_u64(Command::ImportPaths as u64)
 }
 
 /// Whether another NAR follows.

@@ -6,8 +6,9 @@ use std::io::{Read, Write};
 use drover_nix::{PathInfo, StoreDir, StorePath};
 
 use super::Command;
+use crate::path_info::{self, Unkeyed};
 use crate::wire::{self, WireWrite as _};
-use crate::{Error, Version, path_info};
+use crate::{Error, Version};
 
 pub(crate) fn write_request(
     output: &mut impl Write,
@@ -36,15 +37,16 @@ pub(crate) fn write_end(output: &mut impl Write) -> Result<(), Error> {
 pub(crate) fn read_answer(
     input: &mut impl Read,
     dir: &StoreDir,
+    version: Version,
     asked: &BTreeSet<StorePath>,
-) -> Result<BTreeMap<StorePath, PathInfo>, Error> {
+) -> Result<BTreeMap<StorePath, Unkeyed>, Error> {
     let mut infos = BTreeMap::new();
     while let Some(path) = wire::read_optional_path(input, dir)? {
         if !asked.contains(&path) {
             let why = format!("{path} was not asked for");
             return Err(Error::invalid("the answer to QueryPathInfos", why));
         }
-        let info = path_info::read_unkeyed(input, dir, path.clone())?;
+        let info = Unkeyed::read(input, dir, version)?;
         if infos.insert(path.clone(), info).is_some() {
             return Err(Error::invalid("the answer to QueryPathInfos", format!("{path} is there twice")));
         }
