@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use drover_store::GcOptions;
+
 pub(crate) const USAGE: &str = "\
 Builds Nix derivations in a store of its own, for clients that speak Nix's serve protocol.
 
@@ -10,8 +12,10 @@ Usage:
   drover-builder --serve [--write] [OPTIONS]   the same, as Nix and Hydra spell it
   drover-builder listen --listen ADDRESS --authorized-key KEY|FILE [--host-key FILE] [OPTIONS]
                                                the same over SSH; the first line on standard output is the host key
-  drover-builder gc [--store URI]              deletes what no root needs
-  drover-builder verify [--check-contents] [--store URI]
+  drover-builder gc [--dry-run] [--max-freed SIZE] [--store URI]
+                                               deletes what no root needs
+  drover-builder verify [--check-contents] [--repair] [--store URI]
+                                               compares the database with the disk; exit code 1 if they differ
 
 Options:
   --store URI               a root directory, or `local` with ?root=, store=, real=, state= (default: local)
@@ -22,11 +26,19 @@ Options:
   --extra-platforms LIST    what else it builds for
   --system-features LIST    what derivations may require (default: nixos-test benchmark big-parallel, and kvm)
   --max-sessions NUMBER     how many sessions `listen` serves at once (default: 64)
+Options of gc:
+  --dry-run, --print-dead   only print the paths that would be deleted
+  --max-freed SIZE          stop after so many bytes; with K, M, G or T behind it, so many times 1024
+  --keep-outputs            keep what living derivations build
+  --no-keep-derivations     do not keep the derivations of living paths
+Options of verify:
+  --check-contents          also hash everything
+  --repair                  make missing paths invalid, delete damaged entries of .links
 Options of Nix that change nothing here are accepted: --builders, --max-jobs, --option, -v, --quiet and their like.
 ";
 
 /// Nix's options that make sense for its own serve command, and how many words follow each.
-const IGNORED: [(&str, usize); 20] = [
+const IGNORED: [(&str, usize); 19] = [
     ("--builders", 1),
     ("--fallback", 0),
     ("--keep-failed", 0),
@@ -35,7 +47,6 @@ const IGNORED: [(&str, usize); 20] = [
     ("--max-jobs", 1),
     ("--max-silent-time", 1),
     ("--no-build-output", 0),
-    ("--option", 2),
     ("--quiet", 0),
     ("--substituters", 1),
     ("--timeout", 1),
@@ -53,8 +64,8 @@ const IGNORED: [(&str, usize); 20] = [
 pub(crate) enum Command {
     Serve { write: bool },
     Listen { address: String, authorized_keys: Vec<String>, host_key: Option<PathBuf>, max_sessions: usize },
-    Gc,
-    Verify { contents: bool },
+    Gc(GcOptions),
+    Verify { contents: bool, repair: bool },
     Help,
     Version,
 }
@@ -77,7 +88,8 @@ pub(crate) struct Cli {
 pub(crate) fn parse(words: impl IntoIterator<Item = String>) -> Result<Cli, String> {
     let mut words = words.into_iter();
     let mut command = None;
-    let (mut write, mut contents) = (false, false);
+    let (mut write, mut contents, mut repair) = (false, false, false);
+    let mut gc = GcOptions::default();
     let (mut address, mut authorized_keys, mut host_key, mut max_sessions) = (None, Vec::new(), None, 64);
     let mut cli = Cli {
         command: Command::Help,
@@ -106,6 +118,24 @@ pub(crate) fn parse(words: impl IntoIterator<Item = String>) -> Result<Cli, Stri
             "verify" => set_command(&mut command, "verify")?,
             "--write" => write = true,
             "--check-contents" => contents = true,
+            "--repair" => repair = true,
+            "--dry-run" | "--print-dead" => gc.dry_run = true,
+            "--max-freed" => gc.max_freed = Some(size(&name, &value()?)?),
+            "--keep-outputs" => gc.keep_outputs = true,
+            "--no-keep-outputs" => gc.keep_outputs = false,
+            "--keep-derivations" => gc.keep_derivations = true,
+            "--no-keep-derivations" => gc.keep_derivations = false,
+            "--option" => {
+                let setting = value()?;
+                let value = words.next().ok_or_else(|| format!("--option {setting} needs a value"))?;
+                match setting.as_str() {
+                    "keep-outputs" | "gc-keep-outputs" => gc.keep_outputs = boolean(&setting, &value)?,
+                    "keep-derivations" | "gc-keep-derivations" => {
+                        gc.keep_derivations = boolean(&setting, &value)?;
+                    }
+                    _ => {}
+                }
+            }
             "--store" => cli.store = value()?,
             "--listen" => address = Some(value()?),
             "--authorized-key" => authorized_keys.push(value()?),
@@ -134,8 +164,8 @@ pub(crate) fn parse(words: impl IntoIterator<Item = String>) -> Result<Cli, Stri
             }
             Command::Listen { address, authorized_keys, host_key, max_sessions }
         }
-        Some("gc") => Command::Gc,
-        Some("verify") => Command::Verify { contents },
+        Some("gc") => Command::Gc(gc),
+        Some("verify") => Command::Verify { contents, repair },
         _ => return Err("a command is needed: serve, listen, gc or verify; see drover-builder --help".into()),
     };
     Ok(cli)
@@ -150,6 +180,27 @@ fn set_command(command: &mut Option<&'static str>, name: &'static str) -> Result
 
 fn number<N: std::str::FromStr>(name: &str, text: &str) -> Result<N, String> {
     text.parse().map_err(|_| format!("{name}: {text:?} is not a whole number"))
+}
+
+/// Bytes, as Nix takes them: a number, and K, M, G or T for powers of 1024.
+fn size(name: &str, text: &str) -> Result<u64, String> {
+    let (digits, shift) = match text.as_bytes().last() {
+        Some(b'K' | b'k') => (&text[..text.len() - 1], 10),
+        Some(b'M' | b'm') => (&text[..text.len() - 1], 20),
+        Some(b'G' | b'g') => (&text[..text.len() - 1], 30),
+        Some(b'T' | b't') => (&text[..text.len() - 1], 40),
+        _ => (text, 0),
+    };
+    let number = number::<u64>(name, digits)?;
+    number.checked_mul(1 << shift).ok_or_else(|| format!("{name}: {text:?} is more than there can be"))
+}
+
+fn boolean(name: &str, text: &str) -> Result<bool, String> {
+    match text {
+        "true" | "yes" | "1" => Ok(true),
+        "false" | "no" | "0" => Ok(false),
+        _ => Err(format!("{name}: {text:?} is neither true nor false")),
+    }
 }
 
 fn list(text: &str) -> Vec<String> {
@@ -191,8 +242,17 @@ mod tests {
 
     #[test]
     fn the_rest() {
-        assert_eq!(parse("verify --check-contents").unwrap().command, Command::Verify { contents: true });
-        assert_eq!(parse("gc --store local").unwrap().command, Command::Gc);
+        let verify = |contents, repair| Command::Verify { contents, repair };
+        assert_eq!(parse("verify --check-contents").unwrap().command, verify(true, false));
+        assert_eq!(parse("verify --repair").unwrap().command, verify(false, true));
+        let gc = GcOptions::default();
+        assert_eq!(parse("gc --store local").unwrap().command, Command::Gc(gc.clone()));
+        let most = |max_freed| Command::Gc(GcOptions { max_freed: Some(max_freed), ..gc.clone() });
+        assert_eq!(parse("gc --max-freed=7").unwrap().command, most(7));
+        assert_eq!(parse("gc --max-freed 3G").unwrap().command, most(3 << 30));
+        let line = "gc --print-dead --option keep-outputs true --option x y --no-keep-derivations";
+        let all = GcOptions { max_freed: None, keep_outputs: true, keep_derivations: false, dry_run: true };
+        assert_eq!(parse(line).unwrap().command, Command::Gc(all));
         assert_eq!(parse("--help").unwrap().command, Command::Help);
         let features = parse("serve --system-features kvm,big-parallel").unwrap().system_features.unwrap();
         assert_eq!(features, ["kvm", "big-parallel"]);
@@ -207,6 +267,10 @@ mod tests {
             "serve --store",
             "serve --bogus",
             "serve --cores many",
+            "gc --max-freed 3X",
+            "gc --max-freed 99999999T",
+            "gc --option keep-outputs perhaps",
+            "gc --option keep-outputs",
             "frobnicate",
         ] {
             assert!(parse(line).is_err(), "{line}");

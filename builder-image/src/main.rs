@@ -10,13 +10,14 @@ mod cli;
 mod error;
 mod listen;
 mod machine;
+mod maintain;
 mod sandbox;
 mod stdio;
 
 use std::path::Path;
 use std::process::ExitCode;
 
-use drover_store::{Access, GcOptions, LocalStore, StoreUri};
+use drover_store::{Access, LocalStore, StoreLayout, StoreUri};
 
 use crate::build::Builder;
 use crate::cli::{Cli, Command};
@@ -59,21 +60,8 @@ fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
             };
             listen::run(&options, builder(cli, true)?)?;
         }
-        Command::Gc => {
-            let report = open(&cli.store, Access::ReadWrite)?.collect_garbage(&GcOptions::default())?;
-            println!(
-                "{} paths deleted, {} bytes freed, {} paths stay",
-                report.paths.len(),
-                report.bytes_freed,
-                report.alive
-            );
-        }
-        Command::Verify { contents } => {
-            let report = open(&cli.store, Access::ReadWrite)?.verify(*contents)?;
-            report.problems.iter().for_each(|problem| eprintln!("{problem}"));
-            println!("{} paths checked, {} problems", report.paths_checked, report.problems.len());
-            return Ok(if report.problems.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE });
-        }
+        Command::Gc(options) => return maintain::gc(&cli.store, options),
+        Command::Verify { contents, repair } => return maintain::verify(&cli.store, *contents, *repair),
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -82,6 +70,10 @@ fn builder(cli: &Cli, write: bool) -> anyhow::Result<Builder> {
     let access = if write { Access::ReadWrite } else { Access::ReadOnly };
     let settings = machine::settings(cli)?;
     Ok(Builder { store: open(&cli.store, access)?, settings })
+}
+
+fn layout(uri: &str) -> anyhow::Result<StoreLayout> {
+    Ok(StoreUri::parse(uri)?.with_environment()?.layout())
 }
 
 fn open(uri: &str, access: Access) -> anyhow::Result<LocalStore> {

@@ -148,6 +148,12 @@ impl StoreLayout {
         self.real_store_dir != Path::new(self.store_dir.as_str())
     }
 
+    /// Deletes the file that keeps some room on the disk, so that the database can be opened and written where nothing else
+    /// can. The next opening that finds room makes it anew. False if it was not there.
+    pub fn release_reserve(&self) -> bool {
+        std::fs::remove_file(self.db_dir().join("reserved")).is_ok()
+    }
+
     /// Where a running collector listens.
     pub(crate) fn gc_socket(&self) -> PathBuf {
         self.state_dir.join("gc-socket/socket")

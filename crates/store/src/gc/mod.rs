@@ -85,7 +85,7 @@ impl LocalStore {
         roots.retain(|path| valid.contains(path));
         if !options.dry_run {
             // So that the database can be written even if the disk is full. It comes back at the next opening.
-            let _ = std::fs::remove_file(self.layout().state_dir.join("db/reserved"));
+            self.layout().release_reserve();
         }
         let mut collection = Collection {
             store: self,
