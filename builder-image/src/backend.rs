@@ -8,9 +8,10 @@ use drover_nix::{BasicDerivation, PathInfo, StorePath};
 use drover_serve::{Backend, BoxError, BuildOptions, BuildResult, BuildStatus, BuildTarget, ReceivedPath};
 use drover_store::TempRoots;
 
+use crate::build::cancel::Cancel;
 use crate::build::goals::Goal;
 use crate::build::log::Log;
-use crate::build::supervise::Cancel;
+
 use crate::build::{Builder, Request};
 use crate::error::Error;
 

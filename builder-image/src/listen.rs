@@ -143,7 +143,7 @@ async fn serve(listener: TcpListener, config: Arc<Config>, shared: Arc<Shared>) 
         }
     }
     drop(listener);
-    shared.running().values().for_each(Cancel::cancel);
+    shared.running().values().for_each(Cancel::stop);
     let ended = async {
         while !shared.running().is_empty() {
             tokio::time::sleep(Duration::from_millis(20)).await;

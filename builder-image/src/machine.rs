@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use crate::build::Settings;
 use crate::cli::Cli;
@@ -25,13 +26,14 @@ pub(crate) fn settings(cli: &Cli) -> anyhow::Result<Settings> {
         Some(features) => features.iter().cloned().collect(),
         None => default_features(),
     };
+    let linger = Duration::from_secs(cli.linger_seconds);
     let named =
         cli.sandbox_shell.clone().or_else(|| std::env::var_os("DROVER_SANDBOX_SHELL").map(PathBuf::from));
     let sandbox_shell = match named {
         Some(path) => Some(named_shell(&path)?),
         None => usual_shell(),
     };
-    Ok(Settings { sandbox_shell, cores, systems, features, ids: Ids::detect() })
+    Ok(Settings { sandbox_shell, cores, systems, features, ids: Ids::detect(), linger })
 }
 
 /// Nix's name of the system that this program was built for.

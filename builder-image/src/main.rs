@@ -69,7 +69,7 @@ fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
 fn builder(cli: &Cli, write: bool) -> anyhow::Result<Builder> {
     let access = if write { Access::ReadWrite } else { Access::ReadOnly };
     let settings = machine::settings(cli)?;
-    Ok(Builder { store: open(&cli.store, access)?, settings })
+    Ok(Builder::new(open(&cli.store, access)?, settings))
 }
 
 fn layout(uri: &str) -> anyhow::Result<StoreLayout> {

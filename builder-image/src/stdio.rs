@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd};
 
 use anyhow::Context as _;
 use rustix::event::{PollFd, PollFlags, poll};
@@ -18,7 +18,10 @@ pub(crate) fn serve(builder: Builder, write: bool) -> anyhow::Result<()> {
     let output = io::stdout().as_fd().try_clone_to_owned().context("cannot open standard output")?;
     let error = io::stderr().as_fd().try_clone_to_owned().context("cannot open standard error")?;
     let cancel = Cancel::new().context("cannot make an event descriptor")?;
-    watch(input.try_clone().context("cannot open standard input")?, cancel.clone());
+    let lingers = !builder.settings.linger.is_zero();
+    // Whoever reads these must not wait for a build that goes on without them.
+    let let_go = if lingers { vec![1, 2, output.as_raw_fd(), error.as_raw_fd()] } else { Vec::new() };
+    watch(input.try_clone().context("cannot open standard input")?, cancel.clone(), let_go);
     let dir = builder.store.store_dir().clone();
     let log = Log::to(File::from(error));
     let mut session = Session::new(builder, write, log.clone(), cancel)?;
@@ -27,8 +30,9 @@ pub(crate) fn serve(builder: Builder, write: bool) -> anyhow::Result<()> {
     Ok(result?)
 }
 
-/// Cancels builds as soon as nobody can send anything any more: the client is gone.
-fn watch(input: OwnedFd, cancel: Cancel) {
+/// Cancels builds as soon as nobody can send anything any more: the client is gone. Then lets go of these descriptors,
+/// which stay what they were to everyone else but lead nowhere.
+fn watch(input: OwnedFd, cancel: Cancel, let_go: Vec<RawFd>) {
     std::thread::spawn(move || {
         loop {
             // Nothing is asked for but what is always reported: hang-up and errors. Sockets say it their own way.
@@ -38,9 +42,18 @@ fn watch(input: OwnedFd, cancel: Cancel) {
                 Err(_) => return,
                 Ok(_) => {
                     cancel.cancel();
-                    return;
+                    return let_go.into_iter().for_each(lead_nowhere);
                 }
             }
         }
     });
+}
+
+#[allow(unsafe_code)]
+fn lead_nowhere(descriptor: RawFd) {
+    if let Ok(null) = File::options().read(true).write(true).open("/dev/null") {
+        // SAFETY: takes two numbers. The descriptor stays open throughout, so that its owner, who may be writing to it
+        // just now, never finds it closed or anybody else's; a write in progress keeps the file that it began with.
+        let _kept = unsafe { libc::dup2(null.as_raw_fd(), descriptor) };
+    }
 }

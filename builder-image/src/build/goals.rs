@@ -7,8 +7,8 @@ use drover_nix::{OutputName, StorePath};
 use drover_serve::{BuildOptions, BuildStatus};
 use drover_store::TempRoots;
 
+use super::cancel::Cancel;
 use super::log::Log;
-use super::supervise::Cancel;
 use super::{Builder, Request};
 use crate::error::Error;
 

@@ -1,11 +1,15 @@
 //! One derivation, built: from a request that names store paths to valid outputs or a reason why not.
 //!
-//! In the order of its story: who else builds this ([`drover_store::PathLock`]), under which ids ([`ids`]), where
-//! ([`scratch`]), what the builder sees ([`attrs`], [`graph`], [`env`]), the sandbox (`crate::sandbox`), the watch over
-//! it ([`supervise`], [`log`]), and what becomes of its outputs ([`outputs`], [`checks`]). Nothing here speaks a
-//! protocol.
+//! In the order of its story: what has to be built first ([`goals`]), who else in this process builds it ([`shared`]) and
+//! who wants it ([`cancel`]), whether it can be built here ([`accept`]), the one attempt ([`attempt`]): locks, ids ([`ids`]),
+//! directories ([`scratch`]), what the builder sees ([`attrs`], [`graph`], [`env`]), the sandbox (`crate::sandbox`), the
+//! watch over it ([`supervise`], [`log`]); how it ended ([`verdict`]) and what becomes of its outputs ([`outputs`],
+//! [`checks`]). Nothing here speaks a protocol.
 
+mod accept;
+mod attempt;
 mod attrs;
+pub(crate) mod cancel;
 mod checks;
 mod env;
 pub(crate) mod goals;
@@ -14,35 +18,25 @@ mod ids;
 pub(crate) mod log;
 mod outputs;
 mod scratch;
+mod shared;
 pub(crate) mod supervise;
+mod verdict;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use drover_nix::derivation::DerivationType;
-use drover_nix::{BasicDerivation, DerivationOutput, OutputName, PathInfo, StorePath};
+use drover_nix::{BasicDerivation, OutputName, StorePath};
 use drover_serve::{BuildOptions, BuildResult, BuildStatus, BuiltOutput};
-use drover_store::{LocalStore, PathLock, TempRoots, Wait};
+use drover_store::{LocalStore, TempRoots};
 
+use self::attempt::Attempt;
 use self::attrs::Attributes;
-use self::graph::Known;
-use self::ids::BuildIds;
+use self::cancel::{Cancel, Interest};
 use self::log::Log;
-use self::scratch::{BUILD_DIR, Scratch};
-use self::supervise::{Cancel, End, Limits};
+use self::shared::{Entry, Identity, Joined, Own, Registry};
 use crate::error::Error;
-use crate::sandbox::launch;
-use crate::sandbox::plan::{self, INSIDE_GID, INSIDE_UID, IdMap, Layout, Plan};
-use crate::sandbox::rungs::{self, Ids};
-
-/// How often a lock or a uid that others have is tried again.
-const RETRY: Duration = Duration::from_millis(200);
-/// Less free disk than this after a failure means that the failure may be the disk's (Nix: derivation-builder.cc).
-const LOW_DISK_BYTES: u64 = 8 << 20;
-/// Host files that builds with network access need, where they exist.
-const NETWORK_FILES: [&str; 3] = ["/etc/resolv.conf", "/etc/services", "/etc/hosts"];
-const DEVICES: [&str; 6] = ["full", "null", "random", "tty", "urandom", "zero"];
+use crate::sandbox::rungs::Ids;
 
 /// What does not change from build to build.
 #[derive(Clone, Debug)]
@@ -55,6 +49,8 @@ pub(crate) struct Settings {
     pub systems: Vec<String>,
     pub features: BTreeSet<String>,
     pub ids: Ids,
+    /// How long a build outlives the last session that wants it.
+    pub linger: Duration,
 }
 
 /// Builds into one store.
@@ -62,6 +58,7 @@ pub(crate) struct Settings {
 pub(crate) struct Builder {
     pub store: LocalStore,
     pub settings: Settings,
+    running: Registry,
 }
 
 /// One request.
@@ -69,31 +66,83 @@ pub(crate) struct Request<'a> {
     pub drv_path: &'a StorePath,
     pub drv: &'a BasicDerivation,
     pub options: &'a BuildOptions,
-    /// Keeps outputs from the collector.
+    /// Keeps outputs from the collector while the session lasts, which is as long as its build.
     pub roots: &'a TempRoots,
     pub log: &'a Log,
     pub cancel: &'a Cancel,
 }
 
 impl Builder {
-    /// Builds, or finds that there is nothing to build. Every failure is a result.
+    pub(crate) fn new(store: LocalStore, settings: Settings) -> Self {
+        Self { store, settings, running: Registry::default() }
+    }
+
+    /// Builds, waits for who builds it already, or finds that there is nothing to build. Every failure is a result.
     pub(crate) fn build(&self, request: &Request<'_>) -> BuildResult {
-        let start = now();
-        let outcome = self.try_build(request);
-        // The log comes before the answer, for whoever reads both.
-        request.log.flush();
-        let mut result = match outcome {
-            Ok((status, outputs)) => {
-                let built = outputs
-                    .into_iter()
-                    .map(|(name, path)| (name, BuiltOutput { path, signatures: Vec::new() }));
-                BuildResult { built_outputs: built.collect(), ..BuildResult::new(status) }
+        self.try_build(request).unwrap_or_else(|error| {
+            // What is not the derivation's doing belongs into the log too, where whoever runs this looks.
+            if !matches!(error, Error::Verdict { .. }) {
+                request.log.note(&format!("{}: {error}", error.category()));
             }
+            BuildResult::failure(error.status(), error.to_string())
+        })
+    }
+
+    fn try_build(&self, request: &Request<'_>) -> Result<BuildResult, Error> {
+        let drv = request.drv;
+        drv.kind()?;
+        let known = drv.output_paths(self.store.store_dir())?;
+        let outputs: Option<BTreeMap<OutputName, StorePath>> =
+            known.into_iter().map(|(name, path)| Some((name, path?))).collect();
+        let Some(outputs) = outputs else {
+            // Derivations whose outputs are not known are not accepted, which says why.
+            self.accept(request.drv_path, drv, &Attributes::parse(drv)?)?;
+            return Err(Error::input("the paths of its outputs are not known"));
+        };
+        request.roots.add_all(outputs.values().chain([request.drv_path]))?;
+        let paths: BTreeSet<StorePath> = outputs.values().cloned().collect();
+        loop {
+            if self.store.valid_paths(&paths)?.len() == paths.len() {
+                return Ok(finished(BuildStatus::AlreadyValid, &outputs));
+            }
+            let identity = Identity {
+                drv_path: request.drv_path.clone(),
+                drv: drv.clone(),
+                options: request.options.clone(),
+            };
+            let result = match self.running.enter(identity, paths.clone(), request.log)? {
+                Entry::Own(own) => Some(self.build_own(request, own, &outputs)),
+                Entry::Joined(joined) => self.await_other(request, &joined)?,
+            };
+            if let Some(result) = result {
+                return Ok(result);
+            }
+        }
+    }
+
+    /// Builds for this session and whoever joins it.
+    fn build_own(
+        &self,
+        request: &Request<'_>,
+        own: Own,
+        outputs: &BTreeMap<OutputName, StorePath>,
+    ) -> BuildResult {
+        let start = now();
+        let (shared, linger) = (own.shared.clone(), self.settings.linger);
+        let (log, interest) = (shared.log(), Interest::new(request.cancel, &shared, linger));
+        let result = Attributes::parse(request.drv).and_then(|attributes| {
+            let kind = self.accept(request.drv_path, request.drv, &attributes)?;
+            let (drv_path, drv, options) = (request.drv_path, request.drv, request.options);
+            let (attributes, interest) = (&attributes, &interest);
+            let attempt =
+                Attempt { builder: self, drv_path, drv, kind, attributes, options, outputs, log, interest };
+            attempt.run()
+        });
+        let mut result = match result {
+            Ok(status) => finished(status, outputs),
             Err(error) => {
-                // What is not the derivation's doing belongs into the log too, where whoever runs this looks.
                 if !matches!(error, Error::Verdict { .. }) {
-                    request.log.note(&format!("{}: {error}", error.category()));
-                    request.log.flush();
+                    log.note(&format!("{}: {error}", error.category()));
                 }
                 BuildResult::failure(error.status(), error.to_string())
             }
@@ -102,352 +151,31 @@ impl Builder {
             result.times_built = u64::from(result.status != BuildStatus::InputRejected);
             (result.start_time, result.stop_time) = (start, now());
         }
+        own.finish(&result);
+        // The log comes before the answer, for whoever reads both; without anyone to answer it can wait for its end.
+        log.flush(&|| interest.owner_is_gone());
         result
     }
 
-    fn try_build(
-        &self,
-        request: &Request<'_>,
-    ) -> Result<(BuildStatus, BTreeMap<OutputName, StorePath>), Error> {
-        let drv = request.drv;
-        let kind = drv.kind()?;
-        let attributes = Attributes::parse(drv)?;
-        self.accept(request.drv_path, drv, kind, &attributes)?;
-        let mut outputs = BTreeMap::new();
-        for (name, path) in drv.output_paths(self.store.store_dir())? {
-            // `accept` let only those pass whose paths are known.
-            let path = path.ok_or_else(|| Error::input(format!("the path of output {name} is not known")))?;
-            outputs.insert(name, path);
+    /// Waits for another session's build. None if that one came to no end that counts here.
+    fn await_other(&self, request: &Request<'_>, joined: &Joined) -> Result<Option<BuildResult>, Error> {
+        request.log.note(&format!("another session builds {} already; its log:", request.drv_path));
+        let ended =
+            request.cancel.wait_for(joined.ended()).map_err(Error::system("wait for another build"))?;
+        if !ended {
+            return Err(Error::gone());
         }
-
-        request.roots.add_all(outputs.values().chain([request.drv_path]))?;
-        let lock = self.lock(&outputs, request)?;
-        let paths: BTreeSet<StorePath> = outputs.values().cloned().collect();
-        let valid = self.store.valid_paths(&paths)?;
-        if valid.len() == paths.len() {
-            lock.release_deleting();
-            return Ok((BuildStatus::AlreadyValid, outputs));
-        }
-        let missing = outputs.iter().filter(|(_, path)| !valid.contains(*path));
-        let missing: BTreeMap<_, _> = missing.map(|(name, path)| (name.clone(), path.clone())).collect();
-        for path in missing.values() {
-            drover_store::fs::delete(&self.store.real_path(path))?;
-        }
-        self.run(request, kind, &attributes, &outputs, &missing)?;
-        lock.release_deleting();
-        Ok((BuildStatus::Built, outputs))
-    }
-
-    /// Whether this builder can build it at all.
-    fn accept(
-        &self,
-        drv_path: &StorePath,
-        drv: &BasicDerivation,
-        kind: DerivationType,
-        attributes: &Attributes<'_>,
-    ) -> Result<(), Error> {
-        let full = self.store.store_dir().full(drv_path);
-        let refuse = |why: String| Err(Error::input(format!("cannot build '{full}': {why}")));
-        if drv.builder.starts_with(b"builtin:") {
-            return refuse(format!("the built-in builder `{}` is not supported", drv.builder));
-        }
-        let system = drv.system.to_string();
-        if !self.settings.systems.contains(&system) {
-            let have = self.settings.systems.join(", ");
-            return refuse(format!("it is for system `{system}`, and this builder builds for: {have}"));
-        }
-        let wanted = attributes.strings("requiredSystemFeatures")?.unwrap_or_default();
-        let lacking: Vec<String> =
-            wanted.into_iter().filter(|feature| !self.settings.features.contains(feature)).collect();
-        if !lacking.is_empty() {
-            let have: Vec<&str> = self.settings.features.iter().map(String::as_str).collect();
-            return refuse(format!(
-                "it needs the features {{{}}}, and this builder has {{{}}}",
-                lacking.join(", "),
-                have.join(", ")
-            ));
-        }
-        if attributes.flag("__noChroot") {
-            return refuse("it has `__noChroot` set, and this builder builds in the sandbox only".into());
-        }
-        match kind {
-            DerivationType::InputAddressed => Ok(()),
-            DerivationType::CaFixed => {
-                let mut fixed = drv.outputs.values().filter_map(|output| match output {
-                    DerivationOutput::CaFixed(ca) => Some(ca),
-                    _ => None,
-                });
-                fixed.try_for_each(outputs::supported)
-            }
-            DerivationType::Deferred => {
-                refuse("its output paths are not known: it has to be resolved first".into())
-            }
-            DerivationType::CaFloating | DerivationType::Impure => {
-                refuse("content-addressed outputs without a fixed hash are not supported".into())
-            }
-        }
-    }
-
-    /// Waits until nobody else makes these outputs.
-    fn lock(
-        &self,
-        outputs: &BTreeMap<OutputName, StorePath>,
-        request: &Request<'_>,
-    ) -> Result<PathLock, Error> {
-        let mut told = false;
-        loop {
-            if let Some(lock) = PathLock::acquire(&self.store, outputs.values(), Wait::Try)? {
-                return Ok(lock);
-            }
-            if !std::mem::replace(&mut told, true) {
-                request.log.note(&format!("waiting for another build of {}", request.drv_path));
-            }
-            pause(request.cancel)?;
-        }
-    }
-
-    fn ids(&self, request: &Request<'_>) -> Result<BuildIds, Error> {
-        loop {
-            if let Some(ids) = BuildIds::take(self.settings.ids, &self.store.layout().state_dir)? {
-                return Ok(ids);
-            }
-            pause(request.cancel)?;
-        }
-    }
-
-    /// From directories to registered outputs.
-    fn run(
-        &self,
-        request: &Request<'_>,
-        kind: DerivationType,
-        attributes: &Attributes<'_>,
-        outputs: &BTreeMap<OutputName, StorePath>,
-        missing: &BTreeMap<OutputName, StorePath>,
-    ) -> Result<(), Error> {
-        let dir = self.store.store_dir();
-        let inputs = self.inputs(request)?;
-        let ids = self.ids(request)?;
-        let graphs = graph::graphs(dir, attributes, &inputs, &self.store)?;
-        let prepared = env::prepare(&env::Inputs {
-            dir,
-            drv: request.drv,
-            attributes,
-            kind,
-            outputs,
-            build_dir: BUILD_DIR,
-            cores: self.settings.cores,
-            impure: &|name| {
-                std::env::var_os(name).map(|value| std::os::unix::ffi::OsStringExt::into_vec(value).into())
-            },
-            graphs: &graphs,
-        })?;
-        let mut scratch = Scratch::create(self.store.layout(), request.drv_path, &ids)?;
-        for (name, contents) in &prepared.files {
-            scratch.build_file(name, contents)?;
-        }
-        let made: BTreeSet<&StorePath> = outputs.values().collect();
-        let visible = inputs.iter().filter(|path| !made.contains(path));
-        let layout = self.layout(&scratch, kind, visible)?;
-        let plan = Plan {
-            steps: plan::build_steps(&layout),
-            private_network: layout.private_network,
-            uid: IdMap { inside: INSIDE_UID, outside: ids.uid },
-            gid: IdMap { inside: INSIDE_GID, outside: ids.gid },
-            command: prepared.command,
-        };
-        let seconds = |seconds: u64| (seconds > 0).then(|| Duration::from_secs(seconds));
-        let limits = Limits {
-            timeout: seconds(request.options.timeout_seconds),
-            max_silent: seconds(request.options.max_silent_seconds),
-            max_log_bytes: Some(request.options.max_log_bytes).filter(|bytes| *bytes > 0),
-        };
-        let running = launch::start(&plan, ids.foreign()).map_err(Error::system("start the sandbox"))?;
-        let (end, tail) = supervise::supervise(running, &limits, request.log, request.cancel)?;
-        let result = match self.verdict(request.drv_path, kind, &end, &tail) {
-            None => outputs::Finished {
-                store: &self.store,
-                drv_path: request.drv_path,
-                drv: request.drv,
-                attributes,
-                scratch: &scratch,
-                ids: &ids,
-                outputs: missing,
-                inputs: &inputs,
-            }
-            .register(),
-            Some(error) => Err(error),
-        };
-        if result.is_err() && request.options.keep_failed {
-            let kept = scratch.keep();
-            request.log.note(&format!("keeping build directory {}", kept.display()));
-        }
-        result
-    }
-
-    /// The closure of the derivation's inputs, all of it valid.
-    fn inputs(&self, request: &Request<'_>) -> Result<BTreeSet<StorePath>, Error> {
-        let named = &request.drv.input_srcs;
-        let valid = self.store.valid_paths(named)?;
-        let missing: Vec<String> =
-            named.difference(&valid).map(|path| self.store.store_dir().full(path)).collect();
-        if !missing.is_empty() {
-            return Err(Error::Verdict {
-                status: BuildStatus::MiscFailure,
-                message: format!(
-                    "cannot build '{}': these inputs are not valid in this store; add them first:\n  {}",
-                    self.store.store_dir().full(request.drv_path),
-                    missing.join("\n  ")
-                ),
-            });
-        }
-        Ok(self.store.closure(named)?)
-    }
-
-    /// Makes every mount point and says what goes where.
-    fn layout<'a>(
-        &self,
-        scratch: &Scratch,
-        kind: DerivationType,
-        inputs: impl Iterator<Item = &'a StorePath>,
-    ) -> Result<Layout, Error> {
-        let store = &self.store;
-        let mut binds = Vec::new();
-        let mut add = |source: &Path, inside: &Path| {
-            binds.extend(scratch.mount_point(source, inside)?);
-            Ok::<_, Error>(())
-        };
-        let etc = |name: &str, text: &str| {
-            let path = scratch.outside(Path::new("/etc")).join(name);
-            scratch::fixed_file(&path, text.as_bytes())
-        };
-        etc("passwd", &scratch::passwd(INSIDE_UID, INSIDE_GID))?;
-        etc("group", &scratch::group(INSIDE_GID))?;
-        if kind.is_sandboxed() {
-            etc("hosts", scratch::HOSTS)?;
-        } else {
-            etc("nsswitch.conf", scratch::NSSWITCH)?;
-            for file in NETWORK_FILES.map(Path::new) {
-                // Often a symlink to where a resolver's daemon writes: bind what it leads to.
-                if let Ok(real) = std::fs::canonicalize(file) {
-                    add(&real, file)?;
-                }
-            }
-            if let Some(bundle) = certificates() {
-                add(&bundle, Path::new("/etc/ssl/certs/ca-certificates.crt"))?;
-            }
-        }
-        if let Some(shell) = &self.settings.sandbox_shell {
-            add(shell, Path::new("/bin/sh"))?;
-        }
-        for device in DEVICES {
-            let path = Path::new("/dev").join(device);
-            if path.exists() {
-                add(&path, &path)?;
-            }
-        }
-        if self.settings.features.contains("kvm") && Path::new("/dev/kvm").exists() {
-            add(Path::new("/dev/kvm"), Path::new("/dev/kvm"))?;
-        }
-        // A terminal file system of the build's own would need an id 0 in its user namespace, which it has not.
-        for path in ["/dev/pts", "/dev/ptmx"].map(Path::new) {
-            if path.exists() {
-                add(path, path)?;
-            }
-        }
-        add(&scratch.build_dir(), Path::new(BUILD_DIR))?;
-        for path in inputs {
-            add(&store.real_path(path), Path::new(&store.store_dir().full(path)))?;
-        }
-        scratch.seal()?;
-        Ok(Layout {
-            root: scratch.root().to_owned(),
-            store_dir: store.store_dir().as_str().into(),
-            binds,
-            build_dir: BUILD_DIR.into(),
-            private_network: kind.is_sandboxed(),
-            linux32: false,
-            shm: Path::new("/dev/shm").is_dir(),
-        })
-    }
-
-    /// None if the builder did its part.
-    fn verdict(
-        &self,
-        drv_path: &StorePath,
-        kind: DerivationType,
-        end: &End,
-        tail: &[String],
-    ) -> Option<Error> {
-        let full = self.store.store_dir().full(drv_path);
-        // What has the network may fail for reasons that pass.
-        let failed = if kind.is_sandboxed() && !self.disk_is_low() {
-            BuildStatus::PermanentFailure
-        } else {
-            BuildStatus::TransientFailure
-        };
-        let (status, what) = match end {
-            End::Exited(0) => return None,
-            End::Exited(code) => (failed, format!("builder for '{full}' failed with exit code {code}")),
-            End::Signalled(signal) => (failed, format!("builder for '{full}' failed due to signal {signal}")),
-            End::NotExecuted(why) => (failed, format!("builder for '{full}' failed: {why}")),
-            End::TimedOut(limit) => (
-                BuildStatus::TimedOut,
-                format!("building of '{full}' timed out after {} seconds", limit.as_secs()),
-            ),
-            End::Silent(limit) => (
-                BuildStatus::TimedOut,
-                format!("building of '{full}' timed out after {} seconds of silence", limit.as_secs()),
-            ),
-            End::LogLimit(limit) => (
-                BuildStatus::LogLimitExceeded,
-                format!("'{full}' was killed after writing more than {limit} bytes of log"),
-            ),
-            End::Cancelled => {
-                return Some(Error::gone());
-            }
-            End::SetUp(why) => return Some(Error::Sandbox { why: format!("{why}. {}", rungs::advice(why)) }),
-        };
-        let mut message = what;
-        if !tail.is_empty() {
-            message.push_str(&format!(";\nlast {} log lines:", tail.len()));
-            tail.iter().for_each(|line| message.push_str(&format!("\n> {line}")));
-        }
-        Some(Error::Verdict { status, message })
-    }
-
-    fn disk_is_low(&self) -> bool {
-        let layout = self.store.layout();
-        [&layout.real_store_dir, &layout.state_dir].into_iter().any(|dir| {
-            rustix::fs::statvfs(dir)
-                .is_ok_and(|stat| stat.f_bavail.saturating_mul(stat.f_frsize) < LOW_DISK_BYTES)
-        })
+        joined.log().flush(&|| request.cancel.is_cancelled());
+        Ok(joined.result())
     }
 }
 
-impl Known for LocalStore {
-    fn info(&self, path: &StorePath) -> Result<PathInfo, Error> {
-        let info = self.path_info(path)?;
-        info.ok_or_else(|| drover_store::Error::NotValid { path: path.clone() }.into())
-    }
-
-    fn outputs(&self, drv: &StorePath) -> Result<Vec<StorePath>, Error> {
-        Ok(self.derivation_outputs(drv)?.into_values().collect())
-    }
-}
-
-fn pause(cancel: &Cancel) -> Result<(), Error> {
-    if cancel.wait(RETRY) {
-        return Err(Error::gone());
-    }
-    Ok(())
-}
-
-/// The certificates that this machine trusts, for builds that fetch.
-fn certificates() -> Option<PathBuf> {
-    let named =
-        ["NIX_SSL_CERT_FILE", "SSL_CERT_FILE"].into_iter().filter_map(std::env::var_os).map(PathBuf::from);
-    let usual = [PathBuf::from("/etc/ssl/certs/ca-certificates.crt")];
-    named.chain(usual).find_map(|path| std::fs::canonicalize(path).ok().filter(|path| path.is_file()))
+/// A success, with all outputs.
+fn finished(status: BuildStatus, outputs: &BTreeMap<OutputName, StorePath>) -> BuildResult {
+    let built = |(name, path): (&OutputName, &StorePath)| {
+        (name.clone(), BuiltOutput { path: path.clone(), signatures: Vec::new() })
+    };
+    BuildResult { built_outputs: outputs.iter().map(built).collect(), ..BuildResult::new(status) }
 }
 
 fn now() -> u64 {

@@ -20,6 +20,7 @@ use drover_store::{LocalStore, TempDir, ValidPath};
 use serde_json::Value;
 
 use super::attrs::Attributes;
+use super::cancel::Interest;
 use super::checks;
 use super::ids::BuildIds;
 use super::scratch::Scratch;
@@ -40,6 +41,8 @@ pub(crate) struct Finished<'a> {
     pub outputs: &'a BTreeMap<OutputName, StorePath>,
     /// The closure of the derivation's inputs: what outputs may refer to, beside each other.
     pub inputs: &'a BTreeSet<StorePath>,
+    /// Large outputs take a while, and nobody may want them any more.
+    pub interest: &'a Interest<'a>,
 }
 
 /// An output that is ready to be moved to where it belongs.
@@ -79,11 +82,16 @@ impl Finished<'_> {
         };
         checks::Outputs { dir: self.store.store_dir(), infos: &infos, known: &known }
             .check(self.attributes)?;
-        for output in collected.values() {
-            self.place(output)?;
-        }
+        let placed = collected.values().try_for_each(|output| self.place(output));
         let valid = infos.into_values().map(|info| ValidPath { info, ultimate: true, registration_time: 0 });
-        Ok(self.store.register(&valid.collect::<Vec<_>>())?)
+        let registered = placed.and_then(|()| Ok(self.store.register(&valid.collect::<Vec<_>>())?));
+        if registered.is_err() {
+            for output in collected.values() {
+                // Not valid, so that what is left behind is deleted by the next build or the next collection.
+                let _left_behind = drover_store::fs::delete(&self.store.real_path(&output.info.path));
+            }
+        }
+        registered
     }
 
     fn full(&self, path: &StorePath) -> String {
@@ -122,7 +130,7 @@ impl Finished<'_> {
             scanner: RefScanner::new(candidates),
             hasher: Sha256Hasher::new(),
             size: 0,
-            copy: io::sink(),
+            interest: self.interest,
         };
         let fixed = match &self.drv.outputs[name] {
             DerivationOutput::CaFixed(ca) => Some(ca),
@@ -131,10 +139,12 @@ impl Finished<'_> {
         let (from, copied_into, nar_hash, nar_size, references) = if fixed.is_some() {
             let dir = self.store.temp_dir()?;
             let copy = dir.path().join("x");
-            let (restored, references) = copy_tree(&place, &copy, tee.scanner)?;
+            let (restored, references) = copy_tree(&place, &copy, tee.scanner, self.interest)?;
             (copy, Some(dir), restored.nar_hash, restored.nar_size, references)
         } else {
-            drover_store::fs::dump(&place, &mut tee)?;
+            let dumped = drover_store::fs::dump(&place, &mut tee);
+            self.interest.check()?;
+            dumped?;
             (place, None, tee.hasher.finish(), tee.size, tee.scanner.found())
         };
         let references = if self.discards_references(name) { BTreeSet::new() } else { references };
@@ -240,17 +250,17 @@ pub(crate) fn supported(ca: &ContentAddress) -> Result<(), Error> {
     Ok(())
 }
 
-/// Scans, hashes, counts and passes on.
-struct Tee<W> {
+/// Scans, hashes and counts, as long as somebody wants the result.
+struct Tee<'a> {
     scanner: RefScanner,
     hasher: Sha256Hasher,
     size: u64,
-    copy: W,
+    interest: &'a Interest<'a>,
 }
 
-impl<W: Write> Write for Tee<W> {
+impl Write for Tee<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.copy.write_all(bytes)?;
+        wanted(self.interest)?;
         self.scanner.feed(bytes);
         self.hasher.update(bytes);
         self.size += bytes.len() as u64;
@@ -258,8 +268,13 @@ impl<W: Write> Write for Tee<W> {
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        self.copy.flush()
+        Ok(())
     }
+}
+
+/// Stops a stream of which nobody wants the end any more.
+fn wanted(interest: &Interest<'_>) -> io::Result<()> {
+    if interest.is_over() { Err(io::Error::other("nobody wants this any more")) } else { Ok(()) }
 }
 
 /// Copies a tree into inodes that nobody else can have open. What is hashed is what is written.
@@ -267,6 +282,7 @@ fn copy_tree(
     from: &Path,
     to: &Path,
     mut scanner: RefScanner,
+    interest: &Interest<'_>,
 ) -> Result<(drover_store::fs::Restored, BTreeSet<StorePath>), Error> {
     let (reader, writer) = io::pipe().map_err(Error::system("make a pipe"))?;
     std::thread::scope(|scope| {
@@ -275,13 +291,15 @@ fn copy_tree(
             let dumped = drover_store::fs::dump(from, &mut writer).map_err(Error::from);
             dumped.and_then(|_| writer.flush().map_err(Error::system("copy an output")))
         });
-        let mut reader = Scanned { inner: BufReader::with_capacity(CHUNK, reader), scanner: &mut scanner };
+        let mut reader =
+            Scanned { inner: BufReader::with_capacity(CHUNK, reader), scanner: &mut scanner, interest };
         let restored = drover_store::fs::restore(&mut reader, to);
         // A dump that waits for a reader shall not wait for ever.
         drop(reader);
         let dumped = dumper
             .join()
             .map_err(|_| Error::system("copy an output")(io::Error::other("the copy panicked")))?;
+        interest.check()?;
         match (restored, dumped) {
             (Ok(restored), Ok(())) => Ok(restored),
             (Err(error), Ok(())) => Err(error.into()),
@@ -296,10 +314,12 @@ fn copy_tree(
 struct Scanned<'a, R> {
     inner: R,
     scanner: &'a mut RefScanner,
+    interest: &'a Interest<'a>,
 }
 
 impl<R: io::Read> io::Read for Scanned<'_, R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        wanted(self.interest)?;
         let count = self.inner.read(buffer)?;
         self.scanner.feed(&buffer[..count]);
         Ok(count)

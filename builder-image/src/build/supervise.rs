@@ -2,19 +2,16 @@
 //! derivation-building-goal.cc). It decides when a build has ended and how; it may not look at outputs.
 
 use std::io;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::os::fd::AsFd as _;
 use std::time::{Duration, Instant};
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
-use rustix::fd::OwnedFd;
-
-use super::log::{Log, Tail};
+pub(crate) use super::cancel::Cancel;
+use super::cancel::{Interest, wait};
+use super::log::{BuildLog, Tail};
 use crate::error::Error;
 use crate::sandbox::launch::{Report, Running};
 
-/// Longest sleep: how late a limit can be noticed, and how soon a slow log reader is looked at again.
-const MAX_SLEEP: Duration = Duration::from_millis(1000);
+/// How soon a slow log reader is looked at again.
 const LOG_RETRY: Duration = Duration::from_millis(20);
 /// How much output is taken at once.
 const CHUNK: usize = 64 << 10;
@@ -44,46 +41,17 @@ pub(crate) enum End {
     SetUp(String),
 }
 
-/// Tells builds to stop. Clones are one.
-#[derive(Clone)]
-pub(crate) struct Cancel {
-    inner: Arc<(AtomicBool, OwnedFd)>,
-}
-
-impl Cancel {
-    pub(crate) fn new() -> io::Result<Self> {
-        let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        Ok(Self { inner: Arc::new((AtomicBool::new(false), event)) })
-    }
-
-    pub(crate) fn cancel(&self) {
-        self.inner.0.store(true, Ordering::SeqCst);
-        // Stays readable: nobody reads it. It can only overflow, which leaves it readable too.
-        let _overflow = rustix::io::write(&self.inner.1, &1_u64.to_ne_bytes());
-    }
-
-    pub(crate) fn is_cancelled(&self) -> bool {
-        self.inner.0.load(Ordering::SeqCst)
-    }
-
-    /// Sleeps for `time` at most. True if builds are to stop.
-    pub(crate) fn wait(&self, time: Duration) -> bool {
-        let _woken = poll(&mut [PollFd::new(&self.inner.1, PollFlags::IN)], Some(&timespec(time)));
-        self.is_cancelled()
-    }
-}
-
 /// Sees a build to its end. Everything that ran in it is gone when this returns.
 pub(crate) fn supervise(
     mut running: Running,
     limits: &Limits,
-    log: &Log,
-    cancel: &Cancel,
+    log: &BuildLog,
+    interest: &Interest<'_>,
 ) -> Result<(End, Vec<String>), Error> {
     let mut watch =
-        Watch { started: Instant::now(), last_output: Instant::now(), logged: 0, tail: Tail::default() };
+        Watch { started: Instant::now(), silent_since: Instant::now(), logged: 0, tail: Tail::default() };
     let verdict = loop {
-        if cancel.is_cancelled() {
+        if interest.is_over() {
             break Some(End::Cancelled);
         }
         if let Some(end) = watch.exceeded(limits) {
@@ -91,7 +59,7 @@ pub(crate) fn supervise(
         }
         // A terminal that is not read holds the build up, which is what a slow reader of its log shall do.
         let room = log.has_room();
-        let ready = watch.wait(&running, cancel, limits, room)?;
+        let ready = watch.wait(&running, interest, limits, room)?;
         if ready.control
             && let Some(end) = next_end(&mut running)?
         {
@@ -116,7 +84,8 @@ pub(crate) fn supervise(
 
 struct Watch {
     started: Instant,
-    last_output: Instant,
+    /// Of the builder's own doing: the time that it was not read from does not count.
+    silent_since: Instant,
     logged: u64,
     tail: Tail,
 }
@@ -135,7 +104,7 @@ impl Watch {
         if let Some(limit) = over(limits.timeout, self.started) {
             return Some(End::TimedOut(limit));
         }
-        over(limits.max_silent, self.last_output).map(End::Silent)
+        over(limits.max_silent, self.silent_since).map(End::Silent)
     }
 
     fn over_log_limit(&self, limits: &Limits) -> Option<End> {
@@ -146,48 +115,42 @@ impl Watch {
     fn wait(
         &mut self,
         running: &Running,
-        cancel: &Cancel,
+        interest: &Interest<'_>,
         limits: &Limits,
         room: bool,
     ) -> Result<Ready, Error> {
         let until = |limit: Option<Duration>, since: Instant| {
             limit.map(|limit| limit.saturating_sub(since.elapsed()))
         };
-        let mut sleep = MAX_SLEEP;
-        for left in [until(limits.timeout, self.started), until(limits.max_silent, self.last_output)]
-            .into_iter()
-            .flatten()
-        {
-            sleep = sleep.min(left + Duration::from_millis(1));
-        }
+        let timeout = until(limits.timeout, self.started);
+        let begin = Instant::now();
         if !room {
-            sleep = sleep.min(LOG_RETRY);
-            // Silence of a build that we hold up ourselves is not its own.
-            self.last_output = Instant::now();
+            let sleep = timeout.unwrap_or(LOG_RETRY).min(LOG_RETRY);
+            let ready = interest.wait(&[running.control().as_fd()], Some(sleep))?;
+            self.silent_since += begin.elapsed();
+            return Ok(Ready { control: ready.first() == Some(&true), terminal: false });
         }
-        let mut fds =
-            vec![PollFd::new(&cancel.inner.1, PollFlags::IN), PollFd::new(running.control(), PollFlags::IN)];
-        if room {
-            fds.push(PollFd::new(running.terminal(), PollFlags::IN));
-        }
-        match poll(&mut fds, Some(&timespec(sleep))) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
-            Err(errno) => return Err(Error::system("wait for the build")(errno.into())),
-        }
-        let ready = |index: usize| fds.get(index).is_some_and(|fd| !fd.revents().is_empty());
-        Ok(Ready { control: ready(1), terminal: ready(2) })
+        let sleep = timeout.into_iter().chain(until(limits.max_silent, self.silent_since)).min();
+        let ready = interest.wait(&[running.control().as_fd(), running.terminal().as_fd()], sleep)?;
+        Ok(Ready { control: ready.first() == Some(&true), terminal: ready.get(1) == Some(&true) })
     }
 
     /// Takes what the build has written; unless it is all that will `ever` come, at most so much that limits are looked
     /// at in time. True at its end.
-    fn drain(&mut self, running: &Running, limits: &Limits, log: &Log, ever: bool) -> Result<bool, Error> {
+    fn drain(
+        &mut self,
+        running: &Running,
+        limits: &Limits,
+        log: &BuildLog,
+        ever: bool,
+    ) -> Result<bool, Error> {
         let mut chunk = vec![0; CHUNK];
         loop {
             match rustix::io::read(running.terminal(), &mut chunk[..]) {
                 // EIO: every process that had the terminal's other end is gone.
                 Ok(0) | Err(rustix::io::Errno::IO) => return Ok(true),
                 Ok(count) => {
-                    self.last_output = Instant::now();
+                    self.silent_since = Instant::now();
                     self.logged += count as u64;
                     self.tail.write(&chunk[..count]);
                     log.write(&chunk[..count]);
@@ -226,15 +189,8 @@ fn last_end(running: &mut Running) -> Result<End, Error> {
             let source = io::Error::from(io::ErrorKind::TimedOut);
             return Err(Error::system("kill the build: it is still there after a minute")(source));
         }
-        let timeout = Timespec { tv_sec: 1, tv_nsec: 0 };
-        let _again = poll(&mut [PollFd::new(running.control(), PollFlags::IN)], Some(&timeout));
-    }
-}
-
-fn timespec(time: Duration) -> Timespec {
-    Timespec {
-        tv_sec: i64::try_from(time.as_secs()).unwrap_or(i64::MAX),
-        tv_nsec: i64::from(time.subsec_nanos()),
+        wait(&[running.control().as_fd()], Some(deadline.saturating_duration_since(Instant::now())))
+            .map_err(Error::system("wait for a killed build"))?;
     }
 }
 
@@ -245,7 +201,7 @@ mod tests {
     #[test]
     fn which_limit_is_exceeded() {
         let ago = |seconds| Instant::now().checked_sub(Duration::from_secs(seconds)).unwrap();
-        let watch = Watch { started: ago(10), last_output: ago(3), logged: 100, tail: Tail::default() };
+        let watch = Watch { started: ago(10), silent_since: ago(3), logged: 100, tail: Tail::default() };
         let seconds = |seconds| Some(Duration::from_secs(seconds));
         assert_eq!(watch.exceeded(&Limits::default()), None);
         let limits = Limits { timeout: seconds(11), max_silent: seconds(4), max_log_bytes: Some(100) };
@@ -256,14 +212,5 @@ mod tests {
         assert_eq!(watch.exceeded(&silent), Some(End::Silent(Duration::from_secs(2))));
         let log = Limits { max_log_bytes: Some(99), ..limits };
         assert_eq!(watch.exceeded(&log), Some(End::LogLimit(99)));
-    }
-
-    #[test]
-    fn cancelling_is_for_all_clones() {
-        let cancel = Cancel::new().unwrap();
-        let clone = cancel.clone();
-        cancel.cancel();
-        cancel.cancel();
-        assert!(clone.is_cancelled());
     }
 }

@@ -1,20 +1,28 @@
 //! Where a build's output goes: to a reader that may be slow, stalled or gone, none of which may hold up a build for
 //! ever (NixOS/nix#16437). A slow reader slows the build down; one that takes nothing for [`STALL`] loses log, with a
-//! note of how much. Also the last lines, for messages.
+//! note of how much. [`BuildLog`] is one build's, with any number of readers; [`Tail`] is the last lines of it.
+
+mod broadcast;
+mod tail;
 
 use std::collections::VecDeque;
 use std::io::Write;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+pub(crate) use self::broadcast::BuildLog;
+pub(crate) use self::tail::Tail;
+
 /// How much log may wait for its reader.
 const MAX_PENDING: usize = 1 << 20;
+/// Pieces that wait are joined up to this: so much has to be taken for a reader to count as alive.
+const MAX_PIECE: usize = 64 << 10;
 /// How long a reader may take nothing before log is dropped.
 const STALL: Duration = Duration::from_secs(10);
-/// How many last lines a failure's message has (Nix: `log-lines`).
-const TAIL_LINES: usize = 25;
-/// Longest line that the tail keeps whole.
-const MAX_TAIL_LINE: usize = 2000;
+/// How long the end of a session waits for its log's reader, who was given time during every build.
+const END_FLUSH: Duration = Duration::from_millis(500);
+/// How soon it is noticed that nobody waits for the log any more.
+const GIVE_UP_INTERVAL: Duration = Duration::from_millis(20);
 
 /// A handle on the log. Clones write to the same places.
 #[derive(Clone)]
@@ -65,27 +73,41 @@ impl Log {
         self
     }
 
-    /// Whether more may be written without waiting. False only while a reader is slow, never for long.
-    pub(crate) fn has_room(&self) -> bool {
-        self.outlets.iter().all(|outlet| {
-            let state = outlet.shared.lock();
-            state.bytes < MAX_PENDING || state.broken || state.is_stalled()
-        })
-    }
-
     /// Takes the bytes, or drops them for a reader that is gone or stalled. Never blocks.
-    pub(crate) fn write(&self, bytes: &[u8]) {
+    fn write(&self, bytes: &[u8]) {
         self.outlets.iter().for_each(|outlet| outlet.shared.write(bytes));
     }
 
     /// A line of our own.
     pub(crate) fn note(&self, line: &str) {
-        self.write(format!("drover-builder: {line}\n").as_bytes());
+        self.write(note(line).as_bytes());
     }
 
-    /// Waits until everything is written, or the readers have taken nothing for a while.
+    /// Waits until everything is written, but not for long: the session is over.
     pub(crate) fn flush(&self) {
-        self.outlets.iter().for_each(|outlet| outlet.shared.flush());
+        let begin = Instant::now();
+        self.outlets.iter().for_each(|outlet| outlet.flush(&|| begin.elapsed() >= END_FLUSH));
+    }
+}
+
+fn note(line: &str) -> String {
+    format!("drover-builder: {line}\n")
+}
+
+impl Outlet {
+    /// Whether more may be written without waiting. False only while a reader is slow, never for long.
+    fn has_room(&self) -> bool {
+        let state = self.shared.lock();
+        state.bytes < MAX_PENDING || state.broken || state.is_stalled()
+    }
+
+    /// Waits until everything is written, the reader has taken nothing for a while, or `given_up`.
+    fn flush(&self, given_up: &dyn Fn() -> bool) {
+        let mut state = self.shared.lock();
+        while !(state.is_settled() || given_up()) {
+            let waited = self.shared.changed.wait_timeout(state, GIVE_UP_INTERVAL);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
     }
 }
 
@@ -123,14 +145,6 @@ impl Shared {
         self.changed.notify_all();
     }
 
-    fn flush(&self) {
-        let mut state = self.lock();
-        while !(state.broken || state.is_stalled() || (state.pending.is_empty() && !state.writing)) {
-            let waited = self.changed.wait_timeout(state, Duration::from_millis(200));
-            state = waited.unwrap_or_else(PoisonError::into_inner).0;
-        }
-    }
-
     /// What to write next; None once there will be nothing any more.
     fn next(&self) -> Option<Vec<u8>> {
         let mut state = self.lock();
@@ -163,58 +177,19 @@ impl State {
     fn push(&mut self, bytes: Vec<u8>) {
         self.waiting_since.get_or_insert_with(Instant::now);
         self.bytes += bytes.len();
-        self.pending.push_back(bytes);
+        match self.pending.back_mut() {
+            // Builders write byte by byte if they like; what waits shall not be made of crumbs.
+            Some(last) if last.len() + bytes.len() <= MAX_PIECE => last.extend(bytes),
+            _ => self.pending.push_back(bytes),
+        }
+    }
+
+    fn is_settled(&self) -> bool {
+        self.broken || self.is_stalled() || (self.pending.is_empty() && !self.writing)
     }
 
     fn is_stalled(&self) -> bool {
         self.waiting_since.is_some_and(|since| since.elapsed() >= STALL)
-    }
-}
-
-/// The last lines of a log, as a terminal would leave them: a carriage return starts its line over. Lines that are
-/// messages to Nix (`@nix {…}`) are left out.
-#[derive(Default)]
-pub(crate) struct Tail {
-    lines: VecDeque<Vec<u8>>,
-    current: Vec<u8>,
-    return_pending: bool,
-}
-
-impl Tail {
-    pub(crate) fn write(&mut self, bytes: &[u8]) {
-        for byte in bytes {
-            if *byte == b'\n' {
-                self.return_pending = false;
-                self.end_line();
-                continue;
-            }
-            if std::mem::take(&mut self.return_pending) {
-                self.current.clear();
-            }
-            match byte {
-                b'\r' => self.return_pending = true,
-                _ if self.current.len() < MAX_TAIL_LINE => self.current.push(*byte),
-                _ => {}
-            }
-        }
-    }
-
-    pub(crate) fn finish(mut self) -> Vec<String> {
-        if !self.current.is_empty() {
-            self.end_line();
-        }
-        self.lines.iter().map(|line| String::from_utf8_lossy(line).into_owned()).collect()
-    }
-
-    fn end_line(&mut self) {
-        let line = std::mem::take(&mut self.current);
-        if line.starts_with(b"@nix {") {
-            return;
-        }
-        if self.lines.len() == TAIL_LINES {
-            self.lines.pop_front();
-        }
-        self.lines.push_back(line);
     }
 }
 
@@ -250,12 +225,12 @@ mod tests {
         log.write(b"first");
         assert_eq!(arrivals.recv().unwrap(), 5);
         log.write(&vec![0; MAX_PENDING]);
-        assert!(!log.has_room());
+        assert!(!log.outlets[0].has_room());
         open.send(()).unwrap();
         assert_eq!(arrivals.recv().unwrap(), MAX_PENDING);
         open.send(()).unwrap();
         log.flush();
-        assert!(log.has_room());
+        assert!(log.outlets[0].has_room());
     }
 
     #[test]
@@ -267,7 +242,7 @@ mod tests {
         drop(open);
         log.flush();
         log.write(&vec![0; MAX_PENDING]);
-        assert!(log.has_room());
+        assert!(log.outlets[0].has_room());
     }
 
     #[test]
@@ -278,20 +253,9 @@ mod tests {
         arrivals.recv().unwrap();
         log.write(&vec![0; MAX_PENDING]);
         log.outlets[0].shared.lock().waiting_since = Some(Instant::now().checked_sub(STALL).unwrap());
-        assert!(log.has_room());
+        assert!(log.outlets[0].has_room());
         log.write(b"lost");
         assert_eq!(log.outlets[0].shared.lock().dropped, 4);
         log.flush();
-    }
-
-    #[test]
-    fn the_tail_is_what_a_terminal_shows() {
-        let mut tail = Tail::default();
-        tail.write(b"a\r\nprogress 1\rprogress 2\n@nix {\"action\":\"msg\"}\nend");
-        assert_eq!(tail.finish(), ["a", "progress 2", "end"]);
-        let mut tail = Tail::default();
-        (0..100).for_each(|i| tail.write(format!("{i}\n").as_bytes()));
-        let lines = tail.finish();
-        assert_eq!((lines.len(), lines[0].as_str(), lines[24].as_str()), (25, "75", "99"));
     }
 }
