@@ -26,6 +26,7 @@ Options:
   --extra-platforms LIST    what else it builds for
   --system-features LIST    what derivations may require (default: nixos-test benchmark big-parallel, and kvm)
   --max-sessions NUMBER     how many sessions `listen` serves at once (default: 64)
+  --login-grace SECONDS     how long a connection to `listen` may take to log in (default: 20)
 Options of gc:
   --dry-run, --print-dead   only print the paths that would be deleted
   --max-freed SIZE          stop after so many bytes; with K, M, G or T behind it, so many times 1024
@@ -62,10 +63,21 @@ const IGNORED: [(&str, usize); 19] = [
 
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) enum Command {
-    Serve { write: bool },
-    Listen { address: String, authorized_keys: Vec<String>, host_key: Option<PathBuf>, max_sessions: usize },
+    Serve {
+        write: bool,
+    },
+    Listen {
+        address: String,
+        authorized_keys: Vec<String>,
+        host_key: Option<PathBuf>,
+        max_sessions: usize,
+        login_grace_seconds: u64,
+    },
     Gc(GcOptions),
-    Verify { contents: bool, repair: bool },
+    Verify {
+        contents: bool,
+        repair: bool,
+    },
     Help,
     Version,
 }
@@ -90,7 +102,8 @@ pub(crate) fn parse(words: impl IntoIterator<Item = String>) -> Result<Cli, Stri
     let mut command = None;
     let (mut write, mut contents, mut repair) = (false, false, false);
     let mut gc = GcOptions::default();
-    let (mut address, mut authorized_keys, mut host_key, mut max_sessions) = (None, Vec::new(), None, 64);
+    let (mut address, mut authorized_keys, mut host_key) = (None, Vec::new(), None);
+    let (mut max_sessions, mut login_grace_seconds) = (64, 20);
     let mut cli = Cli {
         command: Command::Help,
         store: "local".into(),
@@ -144,6 +157,7 @@ pub(crate) fn parse(words: impl IntoIterator<Item = String>) -> Result<Cli, Stri
             "--linger" => cli.linger_seconds = number(&name, &value()?)?,
             "--cores" => cli.cores = number(&name, &value()?)?,
             "--max-sessions" => max_sessions = number(&name, &value()?)?,
+            "--login-grace" => login_grace_seconds = number(&name, &value()?)?,
             "--system" => cli.system = Some(value()?),
             "--extra-platforms" => cli.extra_platforms = Some(list(&value()?)),
             "--system-features" => cli.system_features = Some(list(&value()?)),
@@ -162,7 +176,7 @@ pub(crate) fn parse(words: impl IntoIterator<Item = String>) -> Result<Cli, Stri
             if authorized_keys.is_empty() {
                 return Err("listen needs --authorized-key: without one nobody could log in".into());
             }
-            Command::Listen { address, authorized_keys, host_key, max_sessions }
+            Command::Listen { address, authorized_keys, host_key, max_sessions, login_grace_seconds }
         }
         Some("gc") => Command::Gc(gc),
         Some("verify") => Command::Verify { contents, repair },
@@ -229,13 +243,16 @@ mod tests {
 
     #[test]
     fn listen() {
-        let cli =
-            parse("listen --listen 127.0.0.1:0 --authorized-key a --authorized-key b --host-key k").unwrap();
-        let keys = vec!["a".into(), "b".into()];
-        let address = "127.0.0.1:0".into();
-        let expected =
-            Command::Listen { address, authorized_keys: keys, host_key: Some("k".into()), max_sessions: 64 };
-        assert_eq!(cli.command, expected);
+        let line =
+            "listen --listen 127.0.0.1:0 --authorized-key a --authorized-key b --host-key k --login-grace 3";
+        let expected = Command::Listen {
+            address: "127.0.0.1:0".into(),
+            authorized_keys: vec!["a".into(), "b".into()],
+            host_key: Some("k".into()),
+            max_sessions: 64,
+            login_grace_seconds: 3,
+        };
+        assert_eq!(parse(line).unwrap().command, expected);
         assert!(parse("listen --listen 127.0.0.1:0").unwrap_err().contains("--authorized-key"));
         assert!(parse("listen --authorized-key a").unwrap_err().contains("--listen"));
     }

@@ -51,12 +51,13 @@ fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
         Command::Help => print!("{}", cli::USAGE),
         Command::Version => println!("drover-builder {}", env!("CARGO_PKG_VERSION")),
         Command::Serve { write } => stdio::serve(builder(cli, *write)?, *write)?,
-        Command::Listen { address, authorized_keys, host_key, max_sessions } => {
+        Command::Listen { address, authorized_keys, host_key, max_sessions, login_grace_seconds } => {
             let options = listen::Options {
                 address,
                 authorized_keys,
                 host_key: host_key.as_deref(),
                 max_sessions: *max_sessions,
+                login_grace: std::time::Duration::from_secs(*login_grace_seconds),
             };
             listen::run(&options, builder(cli, true)?)?;
         }

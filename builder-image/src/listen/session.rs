@@ -1,0 +1,72 @@
+//! One serve session over one channel, in a thread of its own: it begins with a request to execute something, and ends
+//! with an exit status.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use tokio::sync::OwnedSemaphorePermit;
+
+use super::Shared;
+use super::authorized::Access;
+use super::bridge::{Client, Incoming, Input};
+use crate::backend;
+use crate::build::log::Log;
+
+/// All that a session starts with.
+pub(super) struct Session {
+    pub shared: Arc<Shared>,
+    pub peer: SocketAddr,
+    pub access: Access,
+    pub input: Arc<Input>,
+    pub client: Client,
+}
+
+impl Session {
+    /// Starts the session, or tells the client why not. The error is that of making a thread.
+    pub(super) fn start(self) -> io::Result<()> {
+        let permit = Arc::clone(&self.shared.sessions).try_acquire_owned().ok();
+        let name = if permit.is_some() { "session" } else { "refusal" };
+        let run = move || match permit {
+            Some(permit) => self.run(permit),
+            None => self.refuse("too many sessions; try again later"),
+        };
+        std::thread::Builder::new().name(name.into()).spawn(run).map(drop)
+    }
+
+    fn run(self, permit: OwnedSemaphorePermit) {
+        let running = self.shared.enter(&self.input);
+        let client_log = Log::to(self.client.error_output());
+        let result = self.serve(client_log.clone().and(&self.shared.log));
+        if let Err(error) = &result {
+            client_log.note(&format!("{error:#}"));
+            self.note(&format!("{error:#}"));
+        }
+        client_log.flush();
+        // A client that has read the status may come back at once.
+        drop(permit);
+        self.client.finish(u32::from(result.is_err()));
+        drop(running);
+    }
+
+    fn serve(&self, log: Log) -> anyhow::Result<()> {
+        let builder = self.shared.builder.clone();
+        let (dir, write) = (builder.store.store_dir().clone(), self.access.write);
+        let mut session = backend::Session::new(builder, write, log.clone(), self.input.cancel())?;
+        let (input, output) = (Incoming::new(Arc::clone(&self.input)), self.client.output());
+        let result = drover_serve::serve(input, output, &mut session, &dir, write);
+        log.flush();
+        Ok(result?)
+    }
+
+    fn refuse(self, why: &str) {
+        let line = format!("drover-builder: {why}\n");
+        let _gone = io::Write::write_all(&mut self.client.error_output(), line.as_bytes());
+        self.note(why);
+        self.client.finish(1);
+    }
+
+    fn note(&self, line: &str) {
+        self.shared.log.note(&format!("session of {} ({}): {line}", self.peer, self.access.who));
+    }
+}
