@@ -21,7 +21,7 @@ use super::supervise::Limits;
 use super::{Builder, env, graph, outputs, scratch, supervise};
 use crate::error::Error;
 use crate::sandbox::launch;
-use crate::sandbox::plan::{self, INSIDE_GID, INSIDE_UID, IdMap, Layout, Plan};
+use crate::sandbox::plan::{self, INSIDE_GID, INSIDE_UID, IdMap, Layout, Namespaces, Plan};
 
 /// How often a uid is looked for when all are in use, which no lock tells.
 const RETRY: Duration = Duration::from_millis(200);
@@ -140,13 +140,12 @@ impl Attempt<'_> {
         let made: BTreeSet<&StorePath> = outputs.values().collect();
         let visible = inputs.iter().filter(|path| !made.contains(path));
         let layout = self.layout(&scratch, visible)?;
-        let plan = Plan {
-            steps: plan::build_steps(&layout),
+        let namespaces = Namespaces {
             private_network: layout.private_network,
             uid: IdMap { inside: INSIDE_UID, outside: ids.uid },
             gid: IdMap { inside: INSIDE_GID, outside: ids.gid },
-            command: prepared.command,
         };
+        let plan = Plan { namespaces, steps: plan::build_steps(&layout), command: prepared.command };
         let seconds = |seconds: u64| (seconds > 0).then(|| Duration::from_secs(seconds));
         let limits = Limits {
             timeout: seconds(options.timeout_seconds),

@@ -1,45 +1,181 @@
-//! The helper process: this program again, with one thread, started for one build. It reads a plan, clones the
-//! process that becomes the builder, maps its ids, waits for it, and kills it when the other end of the socket goes
-//! away or says so. Its reports are lines; see [`Report`].
+//! The helper process: this program again, with one thread, which clones the processes that become builders. It maps
+//! their ids, waits for them, reports how they ended, and kills each as soon as this program lets go of its socket or says
+//! so; when this program itself goes, so do all. Reports are lines; see [`Report`].
 //!
-//! It may not touch the store and reads nothing but its plan.
+//! It may not touch the store. It never reads what a sandbox is to do: the cloned process does that itself.
 
 use std::fs::File;
-use std::io::{self, Read as _, Write as _};
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::io::{self, IoSliceMut, Read as _, Write as _};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
 
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 use rustix::process::{self, Pid, PidfdFlags, Signal, WaitOptions};
 
 use super::kernel::Kernel;
 use super::launch::{self, Report};
-use super::linux::Linux;
-use super::plan::{IdMap, Plan, Step};
+use super::linux::{self, Linux};
+use super::plan::{Command, IdMap, Namespaces, Step};
 
-/// The helper's main function: its standard input is the socket, its standard output the build's terminal.
+/// Most bytes of a request, which is a few numbers in JSON.
+const MAX_REQUEST_LEN: usize = 1024;
+
+/// The helper's main function: its standard input is the socket that requests come by.
 pub(crate) fn main() -> ExitCode {
-    let control = match rustix::io::fcntl_dupfd_cloexec(io::stdin(), 3) {
-        Ok(fd) => UnixStream::from(fd),
-        Err(error) => {
-            eprintln!("drover-builder: sandbox-child is started by drover-builder itself: {error}");
-            return ExitCode::from(2);
+    // Supplementary groups would be rights that builds keep. An ordinary user may not drop them (Nix tolerates it too).
+    let _ordinary_user = rustix::thread::set_thread_groups(&[]);
+    match serve() {
+        Ok(()) => ExitCode::SUCCESS,
+        // Nobody reads what this process writes, and its builds end with it and are reported as lost.
+        Err(_) => ExitCode::FAILURE,
+    }
+}
+
+/// A request: what to clone, and the two ends that the new process gets.
+struct Request {
+    namespaces: Namespaces,
+    control: UnixStream,
+    terminal: OwnedFd,
+}
+
+/// A build's process.
+struct Build {
+    pid: Pid,
+    pidfd: OwnedFd,
+    control: UnixStream,
+    killed: bool,
+}
+
+/// Serves requests until there can be no more. What runs then dies with this process.
+fn serve() -> io::Result<()> {
+    let requests = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3)?;
+    let mut builds: Vec<Build> = Vec::new();
+    loop {
+        let mut fds = vec![PollFd::new(&requests, PollFlags::IN)];
+        for build in &builds {
+            fds.push(PollFd::new(&build.pidfd, PollFlags::IN));
+            // Not readability: what there is to read belongs to the build's process.
+            let hang_up = if build.killed { PollFlags::empty() } else { PollFlags::RDHUP };
+            fds.push(PollFd::new(&build.control, hang_up));
+        }
+        match poll(&mut fds, None) {
+            Err(rustix::io::Errno::INTR) => continue,
+            other => other?,
+        };
+        let ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
+        let mut ready = ready.into_iter();
+        let requested = ready.next() == Some(true);
+        let mut left = Vec::with_capacity(builds.len() + 1);
+        for mut build in builds {
+            let (ended, let_go) = (ready.next() == Some(true), ready.next() == Some(true));
+            if ended {
+                build.reap();
+                continue;
+            }
+            if let_go && !build.killed {
+                process::pidfd_send_signal(&build.pidfd, Signal::KILL)?;
+                build.killed = true;
+            }
+            left.push(build);
+        }
+        builds = left;
+        if requested {
+            let Some(request) = receive(&requests)? else { return Ok(()) };
+            match spawn(request.namespaces, &request.control, request.terminal) {
+                Ok((pid, pidfd)) => {
+                    builds.push(Build { pid, pidfd, control: request.control, killed: false });
+                }
+                Err(why) => Report::Failed(why).send(&request.control),
+            }
+        }
+    }
+}
+
+/// The next request; None when the other end is closed.
+fn receive(requests: &OwnedFd) -> io::Result<Option<Request>> {
+    let mut bytes = [0; MAX_REQUEST_LEN];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let mut slices = [IoSliceMut::new(&mut bytes)];
+    let message = rustix::io::retry_on_intr(|| {
+        rustix::net::recvmsg(requests, &mut slices, &mut ancillary, RecvFlags::CMSG_CLOEXEC)
+    })?;
+    let mut descriptors = Vec::new();
+    for message in ancillary.drain() {
+        if let RecvAncillaryMessage::ScmRights(passed) = message {
+            descriptors.extend(passed);
+        }
+    }
+    if message.bytes == 0 {
+        return Ok(None);
+    }
+    let namespaces = serde_json::from_slice(bytes.get(..message.bytes).unwrap_or_default())?;
+    let mut descriptors = descriptors.into_iter();
+    match (descriptors.next(), descriptors.next()) {
+        (Some(control), Some(terminal)) => {
+            Ok(Some(Request { namespaces, control: control.into(), terminal }))
+        }
+        _ => Err(io::Error::other("a request without its descriptors")),
+    }
+}
+
+/// Clones the process that becomes a builder.
+fn spawn(namespaces: Namespaces, control: &UnixStream, terminal: OwnedFd) -> Result<(Pid, OwnedFd), String> {
+    let text = |what: &str| {
+        let what = what.to_owned();
+        move |error: io::Error| format!("cannot {what}: {error}")
+    };
+    let (go_reader, go_writer) = io::pipe().map_err(text("make a pipe"))?;
+    let child = clone(namespaces).map_err(text("clone the builder's process into namespaces of its own"))?;
+    let Some(child) = child else {
+        become_builder(control, &terminal, go_reader);
+    };
+    // The terminal must end when the build's processes do, so this process lets go of it.
+    drop((terminal, go_reader));
+    let pidfd = match process::pidfd_open(child, PidfdFlags::empty()) {
+        Ok(pidfd) => pidfd,
+        Err(errno) => {
+            let _gone = process::kill_process(child, Signal::KILL);
+            let _reaped = process::waitpid(Some(child), WaitOptions::empty());
+            return Err(text("watch the builder")(errno.into()));
         }
     };
-    match supervise(&control) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(why) => {
-            Report::Failed(why).send(&control);
-            ExitCode::FAILURE
-        }
+    if let Err(error) = map_ids(child, namespaces) {
+        let _gone = process::pidfd_send_signal(&pidfd, Signal::KILL);
+        let _reaped = process::waitpid(Some(child), WaitOptions::empty());
+        return Err(format!("cannot map the ids of the builder's user namespace: {error}"));
+    }
+    let _gone = (&go_writer).write_all(b"g");
+    Ok((child, pidfd))
+}
+
+impl Build {
+    /// Reports the end of a process that has ended.
+    fn reap(self) {
+        // It is process 1 of its namespace: once it is reaped, the kernel has killed and reaped everything in there.
+        let status = rustix::io::retry_on_intr(|| process::waitpid(Some(self.pid), WaitOptions::empty()));
+        let status = status.ok().flatten();
+        let report = match status.map(|(_, status)| (status.exit_status(), status.terminating_signal())) {
+            Some((Some(code), _)) => Report::Exited(code),
+            Some((_, Some(signal))) => Report::Signalled(signal),
+            _ => Report::Failed("the builder ended in an unknown way".into()),
+        };
+        report.send(&self.control);
     }
 }
 
 /// Takes the steps in order and stops at the first that fails, which the error names. Otherwise returns only after
 /// [`Step::Exit`].
-pub(crate) fn run(plan: &Plan, kernel: &mut dyn Kernel, before_exec: &mut dyn FnMut()) -> Result<(), Report> {
-    for step in &plan.steps {
+pub(crate) fn run(
+    steps: &[Step],
+    command: &Command,
+    kernel: &mut dyn Kernel,
+    before_exec: &mut dyn FnMut(),
+) -> Result<(), Report> {
+    for step in steps {
         let result = match step {
             Step::Session => kernel.session(),
             Step::DieWithParent => kernel.die_with_parent(),
@@ -62,8 +198,8 @@ pub(crate) fn run(plan: &Plan, kernel: &mut dyn Kernel, before_exec: &mut dyn Fn
             Step::Exit => return Ok(()),
             Step::Exec => {
                 before_exec();
-                let error = kernel.exec(&plan.command);
-                let program = plan.command.program.to_string_lossy();
+                let error = kernel.exec(command);
+                let program = command.program.to_string_lossy();
                 return Err(Report::NotExecuted(format!("cannot execute {program}: {error}")));
             }
         };
@@ -73,95 +209,55 @@ pub(crate) fn run(plan: &Plan, kernel: &mut dyn Kernel, before_exec: &mut dyn Fn
     Ok(())
 }
 
-fn supervise(control: &UnixStream) -> Result<(), String> {
-    let text = |what: &str| {
-        let what = what.to_owned();
-        move |error: io::Error| format!("cannot {what}: {error}")
-    };
-    let plan = launch::receive(control).map_err(text("read the sandbox's plan"))?;
-    // Supplementary groups would be rights that the build keeps. An ordinary user may not drop them (Nix tolerates it too).
-    let _ordinary_user = rustix::thread::set_thread_groups(&[]);
-    let (mut go_reader, go_writer) = io::pipe().map_err(text("make a pipe"))?;
-    let child = clone(&plan).map_err(text("clone the builder's process into namespaces of its own"))?;
-    let Some(child) = child else {
-        drop(go_writer);
-        become_builder(&plan, control, &mut go_reader);
-    };
-    drop(go_reader);
-    let pidfd =
-        process::pidfd_open(child, PidfdFlags::empty()).map_err(|e| text("watch the builder")(e.into()))?;
-    if let Err(error) = map_ids(child, &plan) {
-        let _gone = process::pidfd_send_signal(&pidfd, Signal::KILL);
-        return Err(format!("cannot map the ids of the builder's user namespace: {error}"));
-    }
-    // The terminal must end when the build's processes do, so this process lets go of it.
-    release_terminal().map_err(text("open /dev/null"))?;
-    let _gone = (&go_writer).write_all(b"g");
-    drop(go_writer);
-    wait(control, &pidfd, child).map_err(text("wait for the builder"))
-}
-
-/// Ends with the build, or ends the build as soon as the socket says or has anything.
-fn wait(control: &UnixStream, pidfd: &OwnedFd, child: Pid) -> io::Result<()> {
-    let mut fds = [PollFd::new(pidfd, PollFlags::IN), PollFd::new(control, PollFlags::IN)];
-    loop {
-        match poll(&mut fds, None) {
-            Err(rustix::io::Errno::INTR) => continue,
-            other => other?,
-        };
-        if !fds[0].revents().is_empty() {
-            break;
-        }
-        if !fds[1].revents().is_empty() {
-            process::pidfd_send_signal(pidfd, Signal::KILL)?;
-            break;
-        }
-    }
-    // It is process 1 of its namespace: once it is reaped, the kernel has killed and reaped everything in there.
-    let status = loop {
-        match process::waitpid(Some(child), WaitOptions::empty()) {
-            Err(rustix::io::Errno::INTR) => {}
-            other => break other?,
-        }
-    };
-    let status = status.map(|(_, status)| (status.exit_status(), status.terminating_signal()));
-    match status {
-        Some((Some(code), _)) => Report::Exited(code).send(control),
-        Some((_, Some(signal))) => Report::Signalled(signal).send(control),
-        _ => Report::Failed("the builder ended in an unknown way".into()).send(control),
-    }
-    Ok(())
-}
-
 /// Runs in the cloned process and does not return.
 #[allow(unsafe_code)]
-fn become_builder(plan: &Plan, control: &UnixStream, go: &mut io::PipeReader) -> ! {
-    let mut byte = [0];
-    let code = match go.read(&mut byte) {
-        Ok(1) => match run(plan, &mut Linux, &mut || Report::Ready.send(control)) {
-            Ok(()) => 0,
-            Err(report) => {
-                report.send(control);
-                1
+fn become_builder(control: &UnixStream, terminal: &OwnedFd, go: io::PipeReader) -> ! {
+    let code = match prepare(control, terminal, go) {
+        Ok((steps, command)) => {
+            match run(&steps, &command, &mut Linux, &mut || Report::Ready.send(control)) {
+                Ok(()) => 0,
+                Err(report) => {
+                    report.send(control);
+                    1
+                }
             }
-        },
-        // The parent is gone or failed, and reports itself.
-        _ => 1,
+        }
+        Err(error) => {
+            Report::Failed(format!("cannot read the sandbox's plan: {error}")).send(control);
+            1
+        }
     };
     // SAFETY: ends this process without running destructors that belong to the process it was cloned from.
     unsafe { libc::_exit(code) }
 }
 
+/// Lets go of everything that belongs to other builds, waits until its ids are mapped, and reads what to do.
+fn prepare(
+    control: &UnixStream,
+    terminal: &OwnedFd,
+    mut go: io::PipeReader,
+) -> io::Result<(Vec<Step>, Command)> {
+    rustix::stdio::dup2_stdout(terminal)?;
+    rustix::stdio::dup2_stderr(terminal)?;
+    let mut kept = [control.as_raw_fd(), go.as_raw_fd()];
+    kept.sort_unstable();
+    linux::close_all_but(kept)?;
+    let mut byte = [0];
+    // Without that byte the helper is gone or failed, and reports itself.
+    go.read_exact(&mut byte)?;
+    launch::receive(control)
+}
+
 /// Like fork, into new namespaces. None in the child.
 #[allow(unsafe_code)]
-fn clone(plan: &Plan) -> io::Result<Option<Pid>> {
+fn clone(namespaces: Namespaces) -> io::Result<Option<Pid>> {
     let mut flags = libc::CLONE_NEWUSER
         | libc::CLONE_NEWPID
         | libc::CLONE_NEWNS
         | libc::CLONE_NEWIPC
         | libc::CLONE_NEWUTS
         | libc::SIGCHLD;
-    if plan.private_network {
+    if namespaces.private_network {
         flags |= libc::CLONE_NEWNET;
     }
     // SAFETY: no CLONE_VM and no stack: the child goes on with a copy of this memory, as after fork. This process has one
@@ -174,7 +270,7 @@ fn clone(plan: &Plan) -> io::Result<Option<Pid>> {
     }
 }
 
-fn map_ids(child: Pid, plan: &Plan) -> io::Result<()> {
+fn map_ids(child: Pid, namespaces: Namespaces) -> io::Result<()> {
     let dir = format!("/proc/{}", child.as_raw_nonzero());
     let line = |map: IdMap| format!("{} {} 1", map.inside, map.outside);
     let write = |name: &str, text: &str| {
@@ -182,17 +278,10 @@ fn map_ids(child: Pid, plan: &Plan) -> io::Result<()> {
         file.and_then(|mut file| file.write_all(text.as_bytes()))
             .map_err(|error| io::Error::new(error.kind(), format!("{name} {text:?}: {error}")))
     };
-    write("uid_map", &line(plan.uid))?;
+    write("uid_map", &line(namespaces.uid))?;
     // With it a build could leave groups, and so gain what a group is denied; required of ordinary users.
     write("setgroups", "deny")?;
-    write("gid_map", &line(plan.gid))
-}
-
-fn release_terminal() -> io::Result<()> {
-    let null = File::options().read(true).write(true).open("/dev/null")?;
-    rustix::stdio::dup2_stdout(null.as_fd())?;
-    rustix::stdio::dup2_stderr(null.as_fd())?;
-    Ok(())
+    write("gid_map", &line(namespaces.gid))
 }
 
 #[cfg(test)]
@@ -200,7 +289,7 @@ mod tests {
     use std::path::Path;
 
     use super::*;
-    use crate::sandbox::plan::{Command, Layout, build_steps};
+    use crate::sandbox::plan::{Layout, build_steps};
 
     /// Records what it is asked to do, and fails at one act if told to.
     #[derive(Default)]
@@ -279,7 +368,7 @@ mod tests {
         }
     }
 
-    fn plan() -> Plan {
+    fn steps() -> Vec<Step> {
         let layout = Layout {
             root: "/r".into(),
             store_dir: "/nix/store".into(),
@@ -289,16 +378,14 @@ mod tests {
             linux32: false,
             shm: true,
         };
-        let id = IdMap { inside: 1000, outside: 30001 };
-        let steps = build_steps(&layout);
-        Plan { steps, private_network: true, uid: id, gid: id, command: Command::default() }
+        build_steps(&layout)
     }
 
     #[test]
     fn acts_in_the_order_of_nix() {
         let mut kernel = Recorder::default();
         let mut ready = 0;
-        let end = run(&plan(), &mut kernel, &mut || ready += 1).unwrap_err();
+        let end = run(&steps(), &Command::default(), &mut kernel, &mut || ready += 1).unwrap_err();
         assert!(matches!(end, Report::NotExecuted(_)), "{end:?}");
         assert_eq!(ready, 1);
         assert_eq!(
@@ -335,7 +422,7 @@ mod tests {
         for fail_at in ["bind", "proc", "pivot", "no new", "filter", "ids"] {
             let mut kernel = Recorder { fail_at: Some(fail_at), ..Recorder::default() };
             let mut ready = 0;
-            let end = run(&plan(), &mut kernel, &mut || ready += 1).unwrap_err();
+            let end = run(&steps(), &Command::default(), &mut kernel, &mut || ready += 1).unwrap_err();
             assert!(matches!(end, Report::Failed(_)), "{end:?}");
             assert!(kernel.acts.last().unwrap().starts_with(fail_at));
             assert_eq!(ready, 0);

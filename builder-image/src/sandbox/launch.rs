@@ -1,21 +1,27 @@
-//! The parent's end of a sandbox: makes the terminal that carries the log, starts the helper, sends it the plan and
-//! reads its reports. It waits for nothing; who supervises does.
+//! This program's end of a sandbox: makes the terminal that carries the log, asks the helper process for a sandbox, sends
+//! the plan into it and reads its reports. It waits for nothing; who supervises does.
+//!
+//! There is one helper for all builds, started with the first: a program that starts anew is loaded and linked anew,
+//! which takes longer than all of the rest of a sandbox.
 
-use std::collections::BTreeSet;
 use std::ffi::CString;
-use std::io::{self, Read, Write};
+use std::io::{self, IoSlice, Read, Write};
+use std::mem::MaybeUninit;
 use std::net::Shutdown;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command as Process, Stdio};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use rustix::net::{
+    AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType,
+};
 use rustix::process::{WaitOptions, waitpid};
 use rustix::pty::OpenptFlags;
 use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
 
 use super::linux::dead_child;
-use super::plan::{Command, Plan};
+use super::plan::{Command, Plan, Step};
 
 /// The word that makes this program the helper.
 pub(crate) const HELPER_COMMAND: &str = "sandbox-child";
@@ -65,46 +71,95 @@ impl Report {
 
 /// A sandbox with its build. Dropping it kills the build and waits for it to be gone.
 pub(crate) struct Running {
-    helper: Child,
     control: UnixStream,
     terminal: OwnedFd,
     line: Vec<u8>,
 }
 
-/// Helpers that have not been reaped, by pid: whoever reaps orphans leaves them alone.
-static HELPERS: Mutex<BTreeSet<u32>> = Mutex::new(BTreeSet::new());
+/// The helper process.
+struct Helper {
+    process: Child,
+    /// Requests for sandboxes, a message each. The helper ends when this does.
+    requests: OwnedFd,
+}
 
-/// Reaps every dead child that is no helper. Process 1 of a container inherits them.
+static HELPER: Mutex<Option<Helper>> = Mutex::new(None);
+
+/// Reaps every dead child but the helper. Process 1 of a container inherits them.
 pub(crate) fn reap_orphans() {
-    // Held across starting and reaping helpers, so that what is not in the set is nobody's.
-    let helpers = HELPERS.lock().unwrap_or_else(PoisonError::into_inner);
+    // Held, so that what has the helper's pid is the helper.
+    let helper = helper();
     while let Some(pid) = dead_child() {
-        if helpers.contains(&pid.as_raw_nonzero().get().unsigned_abs()) {
-            // Its own thread is about to.
+        let pid_number = pid.as_raw_nonzero().get().unsigned_abs();
+        if helper.as_ref().is_some_and(|helper| helper.process.id() == pid_number) {
+            // Whoever asks it for a sandbox next reaps it and starts another.
             return;
         }
         let _reaped = waitpid(Some(pid), WaitOptions::NOHANG);
     }
 }
 
-/// Starts the helper with `plan`. `owner` is who the terminal belongs to, if not the caller.
+/// Starts a sandbox by `plan`. `owner` is who the terminal belongs to, if not the caller.
 pub(crate) fn start(plan: &Plan, owner: Option<(u32, u32)>) -> io::Result<Running> {
     let (terminal, peer) = terminal(owner)?;
     let (control, theirs) = UnixStream::pair()?;
-    let mut helpers = HELPERS.lock().unwrap_or_else(PoisonError::into_inner);
-    let helper = Process::new("/proc/self/exe")
-        .arg(HELPER_COMMAND)
-        .env_clear()
-        .stdin(Stdio::from(OwnedFd::from(theirs)))
-        .stdout(Stdio::from(peer.try_clone()?))
-        .stderr(Stdio::from(peer))
-        .spawn()?;
-    helpers.insert(helper.id());
-    drop(helpers);
-    let running = Running { helper, control, terminal, line: Vec::new() };
+    request(&serde_json::to_vec(&plan.namespaces)?, &theirs.into(), &peer)?;
+    let running = Running { control, terminal, line: Vec::new() };
     send(&running.control, plan)?;
     running.control.set_nonblocking(true)?;
     Ok(running)
+}
+
+/// Hands the helper a sandbox's ends of the socket and of the terminal. A helper that has died is replaced.
+fn request(message: &[u8], control: &OwnedFd, terminal: &OwnedFd) -> io::Result<()> {
+    let mut helper = helper();
+    for _ in 0..2 {
+        let current = match helper.take() {
+            Some(running) => running,
+            None => Helper::start()?,
+        };
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
+        let mut descriptors = SendAncillaryBuffer::new(&mut space);
+        let passed = [control.as_fd(), terminal.as_fd()];
+        descriptors.push(SendAncillaryMessage::ScmRights(&passed));
+        let message = [IoSlice::new(message)];
+        match rustix::net::sendmsg(&current.requests, &message, &mut descriptors, SendFlags::NOSIGNAL) {
+            Ok(_) => {
+                *helper = Some(current);
+                return Ok(());
+            }
+            // Its builds have died with it and say so themselves.
+            Err(rustix::io::Errno::PIPE | rustix::io::Errno::CONNRESET) => current.end(),
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+    Err(io::Error::other("the sandbox's helper process dies as soon as it is started"))
+}
+
+fn helper() -> MutexGuard<'static, Option<Helper>> {
+    // Whole between any two statements.
+    HELPER.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Helper {
+    fn start() -> io::Result<Self> {
+        let (ours, theirs) =
+            rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
+        let process = Process::new("/proc/self/exe")
+            .arg(HELPER_COMMAND)
+            .env_clear()
+            .stdin(Stdio::from(theirs))
+            // Nothing of ours stays open in it: who reads our output waits for its end.
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()?;
+        Ok(Self { process, requests: ours })
+    }
+
+    fn end(mut self) {
+        drop(self.requests);
+        let _reaped = self.process.wait();
+    }
 }
 
 impl Running {
@@ -152,14 +207,14 @@ impl Running {
 impl Drop for Running {
     fn drop(&mut self) {
         self.kill();
-        let _reaped = self.helper.wait();
-        // Between the two lines the pid may have been given to an orphan, which then waits for the next round.
-        HELPERS.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.helper.id());
+        // The helper lets go of its end when it has reaped the build.
+        let _ended =
+            self.control.set_nonblocking(false).and_then(|()| io::copy(&mut self.control, &mut io::sink()));
     }
 }
 
-/// Reads what [`start`] sent.
-pub(crate) fn receive(mut control: &UnixStream) -> io::Result<Plan> {
+/// Reads what [`start`] sent into the sandbox: what to do there.
+pub(crate) fn receive(mut control: &UnixStream) -> io::Result<(Vec<Step>, Command)> {
     let mut part = || {
         let mut len = [0; 4];
         control.read_exact(&mut len)?;
@@ -171,14 +226,13 @@ pub(crate) fn receive(mut control: &UnixStream) -> io::Result<Plan> {
         control.read_exact(&mut bytes)?;
         Ok(bytes)
     };
-    let mut plan: Plan = serde_json::from_slice(&part()?)?;
+    let steps = serde_json::from_slice(&part()?)?;
     let mut argv = strings(&part()?)?;
     if argv.is_empty() {
         return Err(io::Error::other("the plan has no program"));
     }
     let program = argv.remove(0);
-    plan.command = Command { program, argv, env: strings(&part()?)? };
-    Ok(plan)
+    Ok((steps, Command { program, argv, env: strings(&part()?)? }))
 }
 
 fn send(mut control: &UnixStream, plan: &Plan) -> io::Result<()> {
@@ -187,7 +241,7 @@ fn send(mut control: &UnixStream, plan: &Plan) -> io::Result<()> {
     };
     let command = &plan.command;
     let parts = [
-        serde_json::to_vec(plan)?,
+        serde_json::to_vec(&plan.steps)?,
         block(&mut std::iter::once(&command.program).chain(&command.argv)),
         block(&mut command.env.iter()),
     ];
@@ -229,7 +283,7 @@ fn terminal(owner: Option<(u32, u32)>) -> io::Result<(OwnedFd, OwnedFd)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sandbox::plan::{IdMap, Step};
+    use crate::sandbox::plan::{IdMap, Namespaces};
 
     #[test]
     fn plans_arrive_as_they_were() {
@@ -241,10 +295,11 @@ mod tests {
         };
         let id = IdMap { inside: 1000, outside: 0 };
         let steps = vec![Step::Session, Step::Bind { source: "/a".into(), target: "/b".into() }, Step::Exec];
-        let plan = Plan { steps, private_network: true, uid: id, gid: id, command };
+        let namespaces = Namespaces { private_network: true, uid: id, gid: id };
+        let plan = Plan { namespaces, steps, command };
         let (ours, theirs) = UnixStream::pair().unwrap();
         send(&ours, &plan).unwrap();
-        assert_eq!(receive(&theirs).unwrap(), plan);
+        assert_eq!(receive(&theirs).unwrap(), (plan.steps, plan.command));
     }
 
     #[test]

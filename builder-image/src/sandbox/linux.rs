@@ -239,6 +239,23 @@ fn close_on_exec_from(first: libc::c_uint) -> io::Result<()> {
         .map(drop)
 }
 
+/// Closes every descriptor beyond the standard three but for these, in ascending order.
+#[allow(unsafe_code)]
+pub(super) fn close_all_but(kept: [libc::c_int; 2]) -> io::Result<()> {
+    let mut first: libc::c_uint = 3;
+    for next in kept.into_iter().map(Some).chain([None]) {
+        let next = next.and_then(|next| libc::c_uint::try_from(next).ok());
+        let last = next.map_or(libc::c_uint::MAX, |next| next.saturating_sub(1));
+        if first <= last {
+            // SAFETY: called by a process that is a copy of another, whose objects own these descriptors: nothing of them
+            // is used or dropped in the copy. Takes numbers only.
+            check(unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) })?;
+        }
+        first = next.map_or(first, |next| next + 1);
+    }
+    Ok(())
+}
+
 #[allow(unsafe_code)]
 fn exec(command: &Command) -> io::Error {
     let pointers = |strings: &[CString]| {

@@ -77,17 +77,22 @@ pub(crate) struct IdMap {
     pub outside: u32,
 }
 
-/// Everything that the helper process needs.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+/// Everything that a sandbox is made by.
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) struct Plan {
+    pub namespaces: Namespaces,
     pub steps: Vec<Step>,
-    /// A network namespace of its own.
+    pub command: Command,
+}
+
+/// What has to be known when the build's process is cloned. User, process, mount, host name and IPC namespaces are
+/// always its own.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub(crate) struct Namespaces {
+    /// A network namespace of its own, too.
     pub private_network: bool,
     pub uid: IdMap,
     pub gid: IdMap,
-    /// Travels next to the rest, as the kernel takes it.
-    #[serde(skip)]
-    pub command: Command,
 }
 
 /// What is executed. The program is the first of `argv`'s neighbours, not its first member: Nix gives the builder its

@@ -7,7 +7,7 @@ use std::path::Path;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::launch::{self, Report};
-use super::plan::{Command, INSIDE_GID, INSIDE_UID, IdMap, Plan, Step, probe_steps};
+use super::plan::{Command, INSIDE_GID, INSIDE_UID, IdMap, Namespaces, Plan, Step, probe_steps};
 
 /// First of the ids that builds run under, and how many there are: those that Nix's installers give their build users,
 /// so that a store's `userpool` locks keep both apart.
@@ -76,13 +76,12 @@ fn try_steps(steps: Vec<Step>, ids: Ids) -> Result<(), String> {
         Ids::Own { uid, gid } => (uid, gid),
         Ids::Pool { first_uid, gid, .. } => (first_uid, gid),
     };
-    let plan = Plan {
-        steps,
+    let namespaces = Namespaces {
         private_network: true,
         uid: IdMap { inside: INSIDE_UID, outside: uid },
         gid: IdMap { inside: INSIDE_GID, outside: gid },
-        command: Command::default(),
     };
+    let plan = Plan { namespaces, steps, command: Command::default() };
     let text = |error: io::Error| format!("cannot try the sandbox: {error}");
     let mut running = launch::start(&plan, None).map_err(text)?;
     loop {
