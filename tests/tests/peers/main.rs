@@ -9,4 +9,8 @@ mod remote_builds;
 mod serve;
 mod session;
 mod store;
+mod store_metadata;
+mod store_parts;
+mod store_schema;
+
 mod transcripts;

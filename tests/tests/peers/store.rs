@@ -1,109 +1,14 @@
 //! The local store against real Nix: each reads, verifies and collects what the other wrote.
 
 use std::collections::BTreeSet;
-use std::path::Path;
 
 use anyhow::{Context as _, Result, anyhow, ensure};
 use drover_nix::{PathInfo, Sha256, StorePath};
-use drover_store::{Access, Added, GcOptions, GcReport, LocalStore, StoreLayout, TempRoots};
+use drover_store::{Access, GcOptions, GcReport, LocalStore, TempRoots};
 use drover_tests::{Nix, Peer};
 use serde_json::Value;
 
-/// A derivation with two outputs and a source, one that uses it, and what only Nix's own tests would think of: names
-/// that are no UTF-8, a symlink to nowhere, an executable, an empty directory.
-const CHAIN: &str = r#"
-let
-  source = builtins.toFile "source" "some text\n";
-  make = attrs: derivation ({ system = "x86_64-linux"; builder = "/bin/sh"; } // attrs);
-  lib = make {
-    name = "lib";
-    outputs = [ "out" "dev" ];
-    args = [ "-c" ''
-      mkdir $out $dev $out/empty
-      echo ${source} $out > $out/text
-      echo $out > $dev/back
-      printf '#!/bin/sh\n' > $out/run
-      chmod 755 $out/run
-      ln -s /no/where $out/link
-      echo odd > $out/$(printf '\377')
-    '' ];
-    PATH = "/bin:/usr/bin";
-  };
-in make {
-  name = "user";
-  args = [ "-c" "echo ${lib} > $out" ];
-}
-"#;
-
-/// A directory that goes with its read-only trees.
-struct Root(tempfile::TempDir);
-
-impl Root {
-    fn new() -> Result<Self> {
-        Ok(Self(tempfile::tempdir()?))
-    }
-
-    fn path(&self) -> &Path {
-        self.0.path()
-    }
-
-    fn text(&self) -> String {
-        self.path().to_string_lossy().into_owned()
-    }
-
-    fn store(&self, access: Access) -> Result<LocalStore> {
-        Ok(LocalStore::open(StoreLayout::in_root(self.path()), access)?)
-    }
-}
-
-impl Drop for Root {
-    fn drop(&mut self) {
-        let _ = drover_store::fs::delete(&self.path().join("nix"));
-    }
-}
-
-/// A store that real Nix made and filled, and the path of what was built last.
-fn filled_by_nix(peer: &Peer) -> Result<(Root, StorePath)> {
-    let root = Root::new()?;
-    // As its own /nix: in a store elsewhere the builds would need a sandbox and a shell to put there.
-    std::fs::create_dir(root.path().join("nix"))?;
-    let out = with_nix(peer, &root).run("nix-build", &["--no-out-link", "-E", CHAIN])?;
-    let out = out.trim().rsplit('/').next().context("no output")?.parse()?;
-    Ok((root, out))
-}
-
-fn with_nix(peer: &Peer, root: &Root) -> Peer {
-    peer.clone().with_at(&root.path().join("nix"), "/nix")
-}
-
-/// Copies everything, references first.
-fn copy_all(from: &LocalStore, to: &LocalStore) -> Result<()> {
-    let mut left = from.all_valid_paths()?;
-    while !left.is_empty() {
-        let ready: Vec<StorePath> = left
-            .iter()
-            .filter(|path| {
-                from.path_info(path).is_ok_and(|info| {
-                    info.is_some_and(|info| {
-                        info.other_references().all(|reference| !left.contains(reference))
-                    })
-                })
-            })
-            .cloned()
-            .collect();
-        ensure!(!ready.is_empty(), "the references run in a circle: {left:?}");
-        for path in ready {
-            let registration = from.registration(&path)?.context("it was valid")?;
-            let mut nar = Vec::new();
-            from.dump(&path, &mut nar)?;
-            let time = registration.registration_time;
-            let added = to.add_nar(&registration.info, registration.ultimate, time, &mut &nar[..])?;
-            ensure!(added == Added::Imported);
-            left.remove(&path);
-        }
-    }
-    Ok(())
-}
+use crate::store_parts::{Root, copy_all, filled_by_nix, with_nix};
 
 /// What `nix path-info` says of every path, without what may differ between equal stores.
 fn all_infos(peer: &Peer, root: &Root) -> Result<Value> {
@@ -140,7 +45,7 @@ fn nix_is_content_with_a_store_that_drover_wrote() -> Result<()> {
         };
         ensure!(outputs(&ours)? == outputs(&theirs)?, "{nix:?}");
         // And Nix goes on working in it: nothing is left to build.
-        let again = with_nix(&peer, &ours).run("nix-build", &["--no-out-link", "-E", CHAIN])?;
+        let again = with_nix(&peer, &ours).run("nix-build", &["--no-out-link", "-E", &theirs.chain()])?;
         ensure!(again.trim() == full, "{again}");
         ensure!(ours.store(Access::ReadOnly)?.verify(true)?.problems.is_empty());
     }
@@ -273,8 +178,8 @@ fn nix_builds_while_drover_collects() -> Result<()> {
             let collector = scope.spawn(|| store.collect_garbage(&GcOptions::default()));
             // Nix finds the collector's lock taken, tells its socket, and is answered. One collection, not several: Nix
             // notes a path in its own file only after the answer, so a next collector could come too early to see it.
-            let out =
-                with_nix(&peer, &root).run("nix-build", &["-o", &link.to_string_lossy(), "-E", CHAIN])?;
+            let out = with_nix(&peer, &root)
+                .run("nix-build", &["-o", &link.to_string_lossy(), "-E", &root.chain()])?;
             let report = collector.join().map_err(|_| anyhow!("the collector panicked"))??;
             Ok((report, out))
         })?;

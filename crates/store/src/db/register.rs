@@ -65,7 +65,10 @@ impl Database {
 
     fn upsert(&self, connection: &Connection, path: &ValidPath) -> Result<i64, Error> {
         let info = &path.info;
-        let signatures: Vec<String> = info.signatures.iter().map(ToString::to_string).collect();
+        let mut signatures: Vec<String> = info.signatures.iter().map(ToString::to_string).collect();
+        // As the set that Nix keeps them in.
+        signatures.sort_unstable();
+        signatures.dedup();
         let signatures = signatures.join(" ");
         let number = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
         connection
