@@ -3,10 +3,11 @@
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{Read, Write};
+use std::os::fd::BorrowedFd;
 
 use drover_nix::{BasicDerivation, PathInfo, StorePath};
 use drover_serve::{Backend, BoxError, BuildOptions, BuildResult, BuildStatus, BuildTarget, ReceivedPath};
-use drover_store::TempRoots;
+use drover_store::{Batch, TempRoots};
 
 use crate::build::cancel::Cancel;
 use crate::build::goals::Goal;
@@ -14,6 +15,9 @@ use crate::build::log::Log;
 
 use crate::build::{Builder, Request};
 use crate::error::Error;
+
+/// Paths that become valid together, at most: each holds a lock and its file meanwhile.
+const MAX_BATCH: usize = 128;
 
 /// The end of a session whose client went away during a build.
 const NOBODY_TO_TELL: &str = "the build was cancelled, and there is nobody to tell";
@@ -23,6 +27,10 @@ pub(crate) struct Session {
     builder: Builder,
     /// None in a session that may not write.
     roots: Option<TempRoots>,
+    /// What was added and is not valid yet.
+    batch: Option<Batch>,
+    /// Where answers go in the end, if the kernel can move files there.
+    output: Option<BorrowedFd<'static>>,
     log: Log,
     cancel: Cancel,
 }
@@ -30,7 +38,14 @@ pub(crate) struct Session {
 impl Session {
     pub(crate) fn new(builder: Builder, write: bool, log: Log, cancel: Cancel) -> Result<Self, Error> {
         let roots = if write { Some(builder.store.temp_roots()?) } else { None };
-        Ok(Self { builder, roots, log, cancel })
+        Ok(Self { builder, roots, batch: None, output: None, log, cancel })
+    }
+
+    /// Lets archives go to `output` directly, past the buffer that is flushed before. It has to be where the session's
+    /// writer writes to.
+    pub(crate) fn with_output(mut self, output: BorrowedFd<'static>) -> Self {
+        self.output = Some(output);
+        self
     }
 
     fn roots(&self) -> Result<&TempRoots, BoxError> {
@@ -66,13 +81,33 @@ impl Backend for Session {
     }
 
     fn dump(&mut self, path: &StorePath, nar: &mut dyn Write) -> Result<(), BoxError> {
-        self.builder.store.dump(path, nar)?;
+        match self.output {
+            Some(output) => {
+                nar.flush()?;
+                self.builder.store.dump_to(path, output)?;
+            }
+            None => {
+                self.builder.store.dump(path, nar)?;
+            }
+        }
         Ok(())
     }
 
     fn add_nar(&mut self, path: ReceivedPath, nar: &mut dyn Read) -> Result<(), BoxError> {
-        self.roots()?.add(&path.info.path)?;
-        self.builder.store.add_nar(&path.info, path.ultimate, path.registration_time, nar)?;
+        self.roots()?;
+        let batch = match &mut self.batch {
+            Some(batch) => batch,
+            none => none.insert(self.builder.store.batch()?),
+        };
+        if batch.len() == MAX_BATCH {
+            batch.commit()?;
+        }
+        batch.add_nar(&path.info, path.ultimate, path.registration_time, nar)?;
+        Ok(())
+    }
+
+    fn settle(&mut self) -> Result<(), BoxError> {
+        self.batch.as_mut().map_or(Ok(()), Batch::commit)?;
         Ok(())
     }
 

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
 
 use anyhow::Context as _;
 use rustix::event::{PollFd, PollFlags, poll};
@@ -11,6 +11,9 @@ use crate::backend::Session;
 use crate::build::Builder;
 use crate::build::log::Log;
 use crate::build::supervise::Cancel;
+
+/// Bytes that a pipe from or to the client should hold: what is read at a time. A user has 64 MiB for all of its pipes.
+const PIPE_SIZE: usize = 256 << 10;
 
 /// Serves until the client closes its side.
 pub(crate) fn serve(builder: Builder, write: bool) -> anyhow::Result<()> {
@@ -24,10 +27,16 @@ pub(crate) fn serve(builder: Builder, write: bool) -> anyhow::Result<()> {
     watch(input.try_clone().context("cannot open standard input")?, cancel.clone(), let_go);
     let dir = builder.store.store_dir().clone();
     let log = Log::to(File::from(error));
-    let mut session = Session::new(builder, write, log.clone(), cancel)?;
+    [rustix::stdio::stdin(), rustix::stdio::stdout()].into_iter().for_each(widen);
+    let mut session = Session::new(builder, write, log.clone(), cancel)?.with_output(rustix::stdio::stdout());
     let result = drover_serve::serve(File::from(input), File::from(output), &mut session, &dir, write);
     log.flush();
     Ok(result?)
+}
+
+/// Makes room in a pipe: fewer turns for each side. What is no pipe, or may not grow, works as it is.
+fn widen(pipe: BorrowedFd<'_>) {
+    let _ = rustix::pipe::fcntl_setpipe_size(pipe, PIPE_SIZE);
 }
 
 /// Cancels builds as soon as nobody can send anything any more: the client is gone. Then lets go of these descriptors,

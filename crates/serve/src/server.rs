@@ -17,6 +17,9 @@ use crate::{BoxError, BuildOptions, BuildResult, BuildStatus, BuildTarget, Error
 
 const READ_BUFFER: usize = 256 << 10;
 const WRITE_BUFFER: usize = 64 << 10;
+/// Additions whose answers may wait for each other. Their answers always fit the buffer for writing, so none leaves
+/// before [`Backend::settle`].
+const MAX_UNSETTLED: usize = 1024;
 
 /// The store behind a session. An error ends the session, so that a build's failure is not one: it is a result.
 pub trait Backend {
@@ -91,7 +94,7 @@ pub fn serve<R: Read, W: Write>(
     let mut input = BufReader::with_capacity(READ_BUFFER, reader);
     let mut output = BufWriter::with_capacity(WRITE_BUFFER, writer);
     let version = greeting::answer(&mut input, &mut output)?;
-    let mut session = Session { input, output, backend, dir, version, write };
+    let mut session = Session { input, output, backend, dir, version, write, unsettled: 0 };
     let result = session.run();
     // What was answered before an error is still true, and the client may be waiting for it.
     let flushed = session.settle();
@@ -107,15 +110,16 @@ struct Session<'a, R: Read, W: Write> {
     dir: &'a StoreDir,
     version: Version,
     write: bool,
+    /// Additions that were answered into the buffer since it was flushed.
+    unsettled: usize,
 }
 
 impl<R: Read, W: Write> Session<'_, R, W> {
     fn run(&mut self) -> Result<(), Error> {
-        let mut pipelining = false;
         loop {
-            // Requests that are here already may share a flush, as long as they are of the kind that clients send
-            // without waiting.
-            if !pipelining || self.input.buffer().is_empty() {
+            // Additions that are here already may share what makes them valid, and a flush. Nothing that was answered
+            // waits for what the client has yet to send.
+            if self.unsettled == 0 || self.unsettled == MAX_UNSETTLED || self.input.buffer().is_empty() {
                 self.settle()?;
             }
             let Some(command) = Command::read(&mut self.input)? else {
@@ -124,10 +128,9 @@ impl<R: Read, W: Write> Session<'_, R, W> {
             if command.writes() && !self.write {
                 return Err(Error::NotWritable { command: command.name() });
             }
-            if pipelining && command != Command::AddToStoreNar {
+            if self.unsettled > 0 && command != Command::AddToStoreNar {
                 self.settle()?;
             }
-            pipelining = command == Command::AddToStoreNar;
             self.execute(command)?;
         }
     }
@@ -177,6 +180,9 @@ impl<R: Read, W: Write> Session<'_, R, W> {
         if nar_size == 0 {
             return Err(Error::NarSize { path, expected: 0, got: 0 });
         }
+        if self.unsettled > 0 && (self.input.buffer().len() as u64) < nar_size {
+            self.settle()?;
+        }
         let mut nar = self.input.by_ref().take(nar_size);
         self.backend.add_nar(received, &mut nar).map_err(backend_on("add", &path))?;
         match nar.limit() {
@@ -187,6 +193,7 @@ impl<R: Read, W: Write> Session<'_, R, W> {
                 return Err(Error::NarSize { path, expected: nar_size, got });
             }
         }
+        self.unsettled += 1;
         self.output.put_u64(DONE)
     }
 
@@ -263,6 +270,7 @@ impl<R: Read, W: Write> Session<'_, R, W> {
     }
 
     fn settle(&mut self) -> Result<(), Error> {
+        self.unsettled = 0;
         self.backend.settle().map_err(backend("complete additions"))?;
         self.output.flush().map_err(Error::io("sending an answer"))
     }

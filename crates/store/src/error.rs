@@ -37,6 +37,9 @@ pub enum Error {
     /// Paths that were to be registered together refer to each other in a circle.
     #[error("cannot register {path}: it refers to itself by way of {via}")]
     Cycle { path: StorePath, via: StorePath },
+    /// A batch of imports of which one could not be registered.
+    #[error("cannot add to the batch: one of its paths could not be registered, so those after it are gone")]
+    BrokenBatch,
     /// The archive is not a NAR.
     #[error("cannot unpack {path}: {source}")]
     Nar { path: StorePath, source: drover_nix::Error },
@@ -67,7 +70,10 @@ impl Error {
             Self::Database { .. } | Self::BadDatabase { .. } => "database",
             Self::ReadOnly { .. } => "read-only",
             Self::NotValid { .. } => "not-valid",
-            Self::ReferenceNotValid { .. } | Self::Referenced { .. } | Self::Cycle { .. } => "references",
+            Self::ReferenceNotValid { .. }
+            | Self::Referenced { .. }
+            | Self::Cycle { .. }
+            | Self::BrokenBatch => "references",
             Self::Nar { .. } | Self::Archive { .. } => "nar",
             Self::HashMismatch { .. } | Self::SizeMismatch { .. } => "hash",
             Self::ContentAddress { .. } => "content-address",

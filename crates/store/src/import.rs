@@ -5,6 +5,8 @@ use std::ffi::OsStr;
 use std::io::Read;
 
 use drover_nix::{PathInfo, StorePath};
+use rustix::fs::AtFlags;
+use rustix::io::Errno;
 
 use crate::db::DrvOutputs;
 use crate::fs::Destination;
@@ -27,6 +29,8 @@ pub struct Batch {
     store: LocalStore,
     roots: TempRoots,
     pending: Vec<(ValidPath, PathLock)>,
+    /// A commit failed, so that some path for which an import was reported is not there.
+    broken: bool,
 }
 
 impl LocalStore {
@@ -51,7 +55,12 @@ impl LocalStore {
     /// An empty batch. It protects its paths from collectors while this store is open.
     pub fn batch(&self) -> Result<Batch, Error> {
         self.must_write("import archives")?;
-        Ok(Batch { store: self.clone(), roots: self.own_temp_roots()?.clone(), pending: Vec::new() })
+        Ok(Batch {
+            store: self.clone(),
+            roots: self.own_temp_roots()?.clone(),
+            pending: Vec::new(),
+            broken: false,
+        })
     }
 
     /// Registers paths whose objects are in place, in one transaction. Whatever one refers to must be valid already
@@ -70,6 +79,16 @@ impl LocalStore {
             outputs.insert(path.info.path.clone(), self.verify_derivation(&path.info.path, &together)?);
         }
         self.database().register(paths, &outputs)
+    }
+
+    /// Whether the path is valid and its object is in place, which costs next to nothing where nothing is in its place.
+    /// Objects are put in place before they are registered, and deleted after.
+    fn is_there_and_valid(&self, path: &StorePath) -> Result<bool, Error> {
+        match rustix::fs::statat(self.directory()?, path.as_str(), AtFlags::SYMLINK_NOFOLLOW) {
+            Err(Errno::NOENT) => Ok(false),
+            Err(errno) => Err(Error::sys("examine", self.real_path(path))(errno)),
+            Ok(_) => self.is_valid(path),
+        }
     }
 
     fn unpack(&self, info: &PathInfo, nar: &mut dyn Read) -> Result<(), Error> {
@@ -109,6 +128,9 @@ impl Batch {
         registration_time: u64,
         nar: &mut dyn Read,
     ) -> Result<Added, Error> {
+        if self.broken {
+            return Err(Error::BrokenBatch);
+        }
         self.roots.add(&info.path)?;
         if self.contains(&info.path) {
             return Ok(Added::AlreadyValid);
@@ -129,7 +151,7 @@ impl Batch {
             }
         };
         // Asked under the lock, since whoever had it may have made the path valid.
-        let result = match self.store.is_valid(&info.path) {
+        let result = match self.store.is_there_and_valid(&info.path) {
             Ok(true) => Ok(Added::AlreadyValid),
             Ok(false) => content::check_address(self.store.store_dir(), info).and_then(|()| {
                 let unpacked = self.store.unpack(info, nar);
@@ -164,21 +186,32 @@ impl Batch {
         self.pending.is_empty()
     }
 
-    /// Makes all paths valid, or, on failure, none of them; then all are gone from disk.
+    /// Makes all paths valid, in one transaction. If one cannot be registered, those before it become valid, as if each
+    /// had been added alone; it and those after it are gone from disk, and every further commit fails.
     pub fn commit(&mut self) -> Result<(), Error> {
+        if self.broken {
+            return Err(Error::BrokenBatch);
+        }
         if self.pending.is_empty() {
             return Ok(());
         }
         let (paths, locks): (Vec<ValidPath>, Vec<PathLock>) = self.pending.drain(..).unzip();
-        let result = self.store.register(&paths);
+        let mut result = self.store.register(&paths);
         if result.is_err() {
-            for path in &paths {
-                self.discard(&path.info.path);
-            }
+            let mut alone = paths.iter();
+            result = loop {
+                let Some(path) = alone.next() else { break Ok(()) };
+                if let Err(error) = self.store.register(std::slice::from_ref(path)) {
+                    self.discard(&path.info.path);
+                    break Err(error);
+                }
+            };
+            alone.for_each(|path| self.discard(&path.info.path));
         }
         for lock in locks {
             lock.release_deleting();
         }
+        self.broken = result.is_err();
         result
     }
 
@@ -431,16 +464,19 @@ mod tests {
         batch.commit().unwrap();
         assert!(store.is_valid(&a.path).unwrap() && store.is_valid(&b.path).unwrap());
         assert_eq!(entries(&store).len(), 2);
-        // Dropped without a commit, or with one that fails: nothing stays.
+        // Dropped without a commit: nothing stays. With one that fails, what comes before the path that is wrong.
         let mut batch = store.batch().unwrap();
         batch.add_nar(&info("d", &nar, &[]), false, 0, &mut &nar[..]).unwrap();
         drop(batch);
         let mut batch = store.batch().unwrap();
         batch.add_nar(&info("d", &nar, &[]), false, 0, &mut &nar[..]).unwrap();
         batch.add_nar(&info("e", &nar, &[&store_path("missing")]), false, 0, &mut &nar[..]).unwrap();
+        batch.add_nar(&info("f", &nar, &[]), false, 0, &mut &nar[..]).unwrap();
         assert!(matches!(batch.commit(), Err(Error::ReferenceNotValid { .. })));
-        assert!(batch.is_empty());
-        assert_eq!(entries(&store).len(), 2);
+        assert!(matches!(batch.commit(), Err(Error::BrokenBatch)) && batch.is_empty());
+        assert!(store.is_valid(&store_path("d")).unwrap());
+        assert!(!store.is_valid(&store_path("e")).unwrap() && !store.is_valid(&store_path("f")).unwrap());
+        assert_eq!(entries(&store).len(), 3);
     }
 
     #[test]

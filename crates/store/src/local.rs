@@ -139,10 +139,14 @@ impl LocalStore {
 
     /// Writes the NAR of a valid path. Returns its size.
     pub fn dump(&self, path: &StorePath, output: &mut dyn Write) -> Result<u64, Error> {
-        if !self.is_valid(path)? {
-            return Err(Error::NotValid { path: path.clone() });
-        }
-        crate::fs::dump(&self.real_path(path), output)
+        self.must_be_valid(path)?;
+        crate::fs::dump_in(self.directory()?, path.as_str(), &self.real_path(path), output)
+    }
+
+    /// [`Self::dump`] to a pipe, a socket or a file, without moving large contents through this process.
+    pub fn dump_to(&self, path: &StorePath, output: BorrowedFd<'_>) -> Result<u64, Error> {
+        self.must_be_valid(path)?;
+        crate::fs::dump_to(self.directory()?, path.as_str(), &self.real_path(path), output)
     }
 
     /// A session's temporary roots.
@@ -175,6 +179,10 @@ impl LocalStore {
             Access::ReadWrite => Ok(()),
             Access::ReadOnly => Err(Error::ReadOnly { act }),
         }
+    }
+
+    fn must_be_valid(&self, path: &StorePath) -> Result<(), Error> {
+        if self.is_valid(path)? { Ok(()) } else { Err(Error::NotValid { path: path.clone() }) }
     }
 
     /// The roots that this store holds itself, for as long as it is open.

@@ -1,15 +1,15 @@
 //! Path locks: one process at a time makes a store object (Nix: pathlocks.cc).
 //!
 //! The lock of path P is an exclusive `flock` of the whole file `P.lock`. Whoever removes a lock file first unlinks it
-//! and then writes a byte to it: a waiter that gets the lock of a file that is not empty knows that the name belongs
-//! to another file by now, and starts over.
+//! and then gives it a size: a waiter that gets the lock of a file that is not empty knows that the name belongs to
+//! another file by now, and starts over.
 
 use std::fs::File;
 use std::os::fd::AsFd;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use drover_nix::StorePath;
-use rustix::fs::{FlockOperation, Mode, OFlags};
+use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
 
 use crate::{Error, LocalStore};
@@ -25,7 +25,9 @@ pub enum Wait {
 /// paths that did not become valid; see [`PathLock::release_deleting`].
 #[derive(Debug)]
 pub struct PathLock {
-    locks: Vec<(PathBuf, File)>,
+    store: LocalStore,
+    /// Names in the store's directory, and the files.
+    locks: Vec<(String, File)>,
 }
 
 impl PathLock {
@@ -50,11 +52,11 @@ impl PathLock {
         // The one order that everybody keeps, so that two who lock the same paths cannot wait for each other.
         names.sort();
         names.dedup();
-        let mut held = Self { locks: Vec::with_capacity(names.len()) };
-        for name in names {
-            let path = store.layout().real_store_dir.join(format!("{name}.lock"));
-            match lock_file(&path, wait)? {
-                Some(file) => held.locks.push((path, file)),
+        let mut held = Self { store: store.clone(), locks: Vec::with_capacity(names.len()) };
+        for mut name in names {
+            name.push_str(".lock");
+            match lock_file(store, &name, wait)? {
+                Some(file) => held.locks.push((name, file)),
                 None => return Ok(None),
             }
         }
@@ -64,8 +66,12 @@ impl PathLock {
     /// Releases and removes the lock files. Whoever waits for them starts over and looks again whether the paths are
     /// valid.
     pub fn release_deleting(mut self) {
-        for (path, file) in self.locks.drain(..) {
-            retire(&path, &file);
+        // It was open when the locks were taken.
+        let Ok(directory) = self.store.directory() else { return };
+        for (name, file) in self.locks.drain(..) {
+            if rustix::fs::unlinkat(directory, &name, AtFlags::empty()).is_ok() {
+                mark_retired(&file);
+            }
         }
     }
 }
@@ -74,25 +80,33 @@ impl PathLock {
 /// file that stays is an ordinary lock file.
 pub(crate) fn retire(path: &Path, file: &File) {
     if rustix::fs::unlink(path).is_ok() {
-        let _ = rustix::io::write(file, b"d");
+        mark_retired(file);
     }
 }
 
-/// Opens and locks; None if it would have to wait.
-fn lock_file(path: &Path, wait: Wait) -> Result<Option<File>, Error> {
+/// Nix writes a byte; everybody looks at the size only, and a hole needs no block of the disk.
+fn mark_retired(file: &File) {
+    let _ = rustix::fs::ftruncate(file, 1);
+}
+
+/// Opens and locks a file in the store's directory; None if it would have to wait.
+fn lock_file(store: &LocalStore, name: &str, wait: Wait) -> Result<Option<File>, Error> {
+    let directory = store.directory()?;
+    let path = || store.real_store_dir().join(name);
     loop {
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NOFOLLOW;
-        let file: File = rustix::fs::open(path, flags, Mode::RUSR | Mode::WUSR)
-            .map_err(Error::sys("open the lock file", path))?
+        let file: File = rustix::fs::openat(directory, name, flags, Mode::RUSR | Mode::WUSR)
+            .map_err(|errno| Error::sys("open the lock file", path())(errno))?
             .into();
         let operation = match wait {
             Wait::Block => FlockOperation::LockExclusive,
             Wait::Try => FlockOperation::NonBlockingLockExclusive,
         };
-        if !flock(&file, operation).map_err(Error::sys("lock", path))? {
+        if !flock(&file, operation).map_err(|errno| Error::sys("lock", path())(errno))? {
             return Ok(None);
         }
-        let stat = rustix::fs::fstat(&file).map_err(Error::sys("examine the lock file", path))?;
+        let stat =
+            rustix::fs::fstat(&file).map_err(|errno| Error::sys("examine the lock file", path())(errno))?;
         if stat.st_size == 0 {
             return Ok(Some(file));
         }

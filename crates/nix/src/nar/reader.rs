@@ -142,6 +142,31 @@ impl<R: Read> Reader<R> {
         Ok(count)
     }
 
+    /// Has `take` take some of the current file's contents from the stream itself, in a better way than
+    /// [`Self::read_contents`] has. It is told how many bytes are left, and says how many it took: no more than that,
+    /// and none only where the stream has ended. None at the contents' end.
+    pub fn take_contents<T>(
+        &mut self,
+        take: impl FnOnce(&mut R, u64) -> io::Result<(T, u64)>,
+    ) -> Result<Option<T>, Error> {
+        let (left, padding) = match self.state {
+            State::Contents { left, padding } if left > 0 => (left, padding),
+            _ => return Ok(None),
+        };
+        self.state = State::Failed;
+        let (taken, count) =
+            take(&mut self.input, left).map_err(|source| Error::NarIo { act: "read", source })?;
+        if count == 0 {
+            return Err(self.ended());
+        }
+        if count > left {
+            return Err(self.fail("more was taken than the file has".into()));
+        }
+        self.offset += count;
+        self.state = State::Contents { left: left - count, padding };
+        Ok(Some(taken))
+    }
+
     /// Copies what is left of the current file's contents to `output` and says how much it was.
     pub fn copy_contents(&mut self, output: &mut (impl Write + ?Sized)) -> Result<u64, Error> {
         let mut buffer = std::mem::take(&mut self.discard);

@@ -1,9 +1,12 @@
 //! The writer. Tokens gather in one buffer, together with the contents of small files, and go out in large writes.
 
-use std::io::{ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, Read, Write};
 
 use super::{CHUNK, MAX_DEPTH, MAX_NAME_LEN, check_name, check_target, padding, token};
 use crate::Error;
+
+/// Room for what is pending at first: a small archive needs no more.
+const FIRST: usize = 8 << 10;
 
 /// Writes an archive node by node. The caller gives entries in byte order of their names; the writer checks it.
 ///
@@ -34,7 +37,7 @@ impl<W: Write> Writer<W> {
     pub fn new(output: W) -> Self {
         Self {
             output,
-            pending: Vec::with_capacity(2 * CHUNK),
+            pending: Vec::with_capacity(FIRST),
             offset: 0,
             state: State::Node,
             names: Vec::new(),
@@ -123,6 +126,29 @@ impl<W: Write> Writer<W> {
             }
         }
         self.end_file(size)
+    }
+
+    /// A regular file whose `size` bytes `contents` writes to the output itself, because it has a better way. It says how
+    /// many bytes it wrote; another number than `size` is an error.
+    pub fn file_through(
+        &mut self,
+        executable: bool,
+        size: u64,
+        contents: impl FnOnce(&mut W) -> io::Result<u64>,
+    ) -> Result<(), Error> {
+        self.begin_file(executable, size)?;
+        self.flush()?;
+        match contents(&mut self.output) {
+            Ok(written) if written == size => {
+                self.offset += size;
+                self.end_file(size)
+            }
+            Ok(_) => Err(self.fail("a file has fewer or more bytes than were announced")),
+            Err(source) => {
+                self.state = State::Failed;
+                Err(Error::NarIo { act: "write", source })
+            }
+        }
     }
 
     /// A regular file whose contents are at hand.

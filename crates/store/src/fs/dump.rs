@@ -2,35 +2,82 @@
 
 use std::ffi::OsStr;
 use std::fs::File;
-use std::io::Write;
+use std::io::{self, Read, Write};
 use std::os::fd::{AsFd as _, BorrowedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 
 use drover_nix::nar::Writer;
 use rustix::fs::{AtFlags, FileType, Mode, OFlags};
+use rustix::io::Errno;
 
 use super::{OPEN_DIRECTORY, below, list, open_parent};
 use crate::Error;
+
+/// From which size on the kernel moves a file's contents. Smaller ones are cheaper to gather with what is around them.
+const SEND_FROM: u64 = 64 << 10;
+/// Most bytes that the kernel is asked to move at a time.
+const SEND_STEP: usize = 16 << 20;
 
 /// Writes the NAR of the file, directory or symlink at `path`. Returns the archive's size. A file counts as executable
 /// if its owner may execute it.
 pub fn dump(path: &Path, output: &mut dyn Write) -> Result<u64, Error> {
     let (parent, name) = open_parent(path)?;
+    dump_in(parent.as_fd(), name, path, output)
+}
+
+/// [`dump`] of what is named `name` in an open directory; `path` is for messages.
+pub(crate) fn dump_in(
+    parent: BorrowedFd<'_>,
+    name: impl AsRef<OsStr>,
+    path: &Path,
+    output: &mut dyn Write,
+) -> Result<u64, Error> {
+    pack(output, parent, name.as_ref(), path, |writer, file, executable, size| {
+        writer.file(executable, size, Regular { file, left: size, ended: false })
+    })
+}
+
+/// [`dump_in`] to a descriptor, to which the kernel moves large contents by itself.
+pub(crate) fn dump_to(
+    parent: BorrowedFd<'_>,
+    name: impl AsRef<OsStr>,
+    path: &Path,
+    output: BorrowedFd<'_>,
+) -> Result<u64, Error> {
+    pack(Descriptor(output), parent, name.as_ref(), path, |writer, file, executable, size| match size {
+        SEND_FROM.. => writer.file_through(executable, size, |output| send(file, output.0, size)),
+        _ => writer.file(executable, size, Regular { file, left: size, ended: false }),
+    })
+}
+
+/// Writes one regular file of a known size.
+trait Contents<W>: FnMut(&mut Writer<W>, &File, bool, u64) -> Result<(), drover_nix::Error> {}
+
+impl<W, F: FnMut(&mut Writer<W>, &File, bool, u64) -> Result<(), drover_nix::Error>> Contents<W> for F {}
+
+fn pack<W: Write>(
+    output: W,
+    parent: BorrowedFd<'_>,
+    name: &OsStr,
+    path: &Path,
+    mut contents: impl Contents<W>,
+) -> Result<u64, Error> {
     let mut writer = Writer::new(output);
-    node(&mut writer, parent.as_fd(), name, FileType::Unknown, path)?;
+    node(&mut writer, parent, name, FileType::Unknown, path, &mut contents)?;
     let size = writer.offset();
     writer.finish().map_err(failed)?;
     Ok(size)
 }
 
 /// The writer refuses what nests too deeply, which bounds the recursion.
-fn node(
-    writer: &mut Writer<&mut dyn Write>,
+fn node<W: Write>(
+    writer: &mut Writer<W>,
     parent: BorrowedFd<'_>,
     name: &OsStr,
     kind: FileType,
     path: &Path,
+    contents: &mut impl Contents<W>,
 ) -> Result<(), Error> {
     let kind = match kind {
         FileType::Unknown => {
@@ -49,7 +96,7 @@ fn node(
             let stat = rustix::fs::fstat(&file).map_err(Error::sys("examine", path))?;
             let size = u64::try_from(stat.st_size).unwrap_or(0);
             let executable = Mode::from_raw_mode(stat.st_mode).contains(Mode::XUSR);
-            writer.file(executable, size, &file).map_err(failed)
+            contents(writer, &file, executable, size).map_err(failed)
         }
         FileType::Symlink => {
             let target = rustix::fs::readlinkat(parent, name, Vec::new())
@@ -64,7 +111,8 @@ fn node(
             writer.directory().map_err(failed)?;
             for (name, kind) in entries {
                 writer.entry(name.as_bytes()).map_err(failed)?;
-                node(writer, directory.as_fd(), &name, kind, &below(path, name.as_bytes()))?;
+                let path = below(path, name.as_bytes());
+                node(writer, directory.as_fd(), &name, kind, &path, contents)?;
             }
             writer.end_directory().map_err(failed)
         }
@@ -73,6 +121,58 @@ fn node(
             Err(Error::BadFile { path: path.into(), why })
         }
     }
+}
+
+/// A regular file, which is known to end where its size says and a read gives less than was asked for: one call fewer
+/// for each small file.
+struct Regular<'a> {
+    file: &'a File,
+    left: u64,
+    ended: bool,
+}
+
+impl Read for Regular<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if self.ended {
+            return Ok(0);
+        }
+        let count = self.file.read(buffer)?;
+        self.left = self.left.saturating_sub(count as u64);
+        self.ended = self.left == 0 && count < buffer.len();
+        Ok(count)
+    }
+}
+
+/// An open pipe, socket or file of someone else's.
+struct Descriptor<'a>(BorrowedFd<'a>);
+
+impl Write for Descriptor<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        Ok(rustix::io::write(self.0, bytes)?)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Has the kernel move `size` bytes, or moves them where it cannot. Says how many there were, if there were fewer.
+fn send(file: &File, output: BorrowedFd<'_>, size: u64) -> io::Result<u64> {
+    let mut sent = 0;
+    while sent < size {
+        let step = usize::try_from(size - sent).unwrap_or(SEND_STEP).min(SEND_STEP);
+        match rustix::fs::sendfile(output, file, None, step) {
+            Ok(0) => break,
+            Ok(count) => sent += count as u64,
+            Err(Errno::INTR) => {}
+            Err(Errno::INVAL | Errno::NOSYS) => {
+                sent += io::copy(&mut Read::take(file, size - sent), &mut Descriptor(output))?;
+                break;
+            }
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+    Ok(sent)
 }
 
 fn failed(source: drover_nix::Error) -> Error {

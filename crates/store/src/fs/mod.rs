@@ -5,8 +5,10 @@
 //! knows of the database or of locks.
 
 mod canonicalise;
+mod crew;
 mod delete;
 mod dump;
+mod feed;
 mod restore;
 
 use std::ffi::{OsStr, OsString};
@@ -23,6 +25,7 @@ pub use canonicalise::{SeenInodes, canonicalise};
 pub use delete::delete;
 pub(crate) use delete::{Freed, delete_counting};
 pub use dump::dump;
+pub(crate) use dump::{dump_in, dump_to};
 pub(crate) use restore::{Destination, restore_exactly};
 pub use restore::{Restored, restore};
 

@@ -1,30 +1,24 @@
 //! Unpacking a NAR.
 
 use std::ffi::OsStr;
-use std::fs::File;
-use std::io::{self, Read, Write as _};
-use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::io::{Read, Write as _};
+use std::os::fd::{AsFd as _, BorrowedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{self, Receiver, SyncSender};
-use std::thread::{self, JoinHandle};
+use std::sync::Arc;
 
 use drover_nix::Sha256;
-use drover_nix::hash::Sha256Hasher;
 use drover_nix::nar::{Event, Reader};
-use rustix::fs::{AtFlags, Mode, OFlags};
+use rustix::fs::{AtFlags, Mode};
 use rustix::io::Errno;
 
-use super::{CANONICAL_TIMES, EXECUTABLE, OPEN_DIRECTORY, PLAIN, open_parent};
+use super::crew::{self, Crew, Directory, Failed, Job};
+use super::feed::{Feed, Piece};
+use super::{CANONICAL_TIMES, OPEN_DIRECTORY, open_parent};
 use crate::Error;
 
-/// Bytes of contents written at a time.
-const CHUNK: usize = 256 << 10;
-/// Bytes of an archive of known size that are read ahead of the parser.
-const READ_AHEAD: usize = 64 << 10;
-
-/// From which size on an archive is hashed by a thread of its own. Below it, starting one costs more than it saves.
-const HASH_APART_FROM: u64 = 4 << 20;
+/// From which size on an archive's files are made by several threads. Below it, starting them costs more than it saves.
+const CREW_FROM: u64 = 1 << 20;
 
 /// What [`restore`] read.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -39,7 +33,7 @@ pub fn restore(nar: &mut dyn Read, destination: &Path) -> Result<Restored, Error
     let (parent, name) = open_parent(destination)?;
     let to =
         Destination { directory: parent.as_fd(), name, path: destination, replace: false, modes_hold: false };
-    unpack(Source::new(nar, None), &to)
+    unpack(Feed::new(nar, None), None, &to)
 }
 
 /// Where an archive goes.
@@ -62,29 +56,30 @@ pub(crate) fn restore_exactly(
     size: u64,
     to: &Destination<'_>,
 ) -> Result<Restored, Error> {
-    unpack(Source::new(nar, Some(size)), to)
+    let crew = (size >= CREW_FROM).then(Crew::start);
+    unpack(Feed::new(nar, Some(size)), crew, to)
 }
 
-fn unpack(source: Source<'_>, to: &Destination<'_>) -> Result<Restored, Error> {
-    let mut unpacker =
-        Unpacker { to, name: to.name.as_bytes().to_vec(), open: Vec::new(), buffer: Vec::new() };
-    let mut reader = Reader::new(source);
-    let broken = |source| Error::Archive { act: "unpack", source };
-    loop {
-        match reader.next().map_err(broken)? {
-            None => break,
-            Some(Event::Entry(name)) => {
-                unpacker.name.clear();
-                unpacker.name.extend_from_slice(name);
-            }
-            Some(Event::Directory) => unpacker.directory()?,
-            Some(Event::EndDirectory) => unpacker.end_directory()?,
-            Some(Event::Symlink(target)) => unpacker.symlink(OsStr::from_bytes(target))?,
-            Some(Event::File { executable, size }) => unpacker.file(executable, size, &mut reader)?,
-        }
+fn unpack(feed: Feed<'_>, crew: Option<Crew>, to: &Destination<'_>) -> Result<Restored, Error> {
+    let failed = Arc::<Failed>::default();
+    let mut unpacker = Unpacker {
+        to,
+        name: to.name.as_bytes().to_vec(),
+        open: Vec::new(),
+        path: to.path.into(),
+        failed: Arc::clone(&failed),
+        crew,
+    };
+    let mut reader = Reader::new(feed);
+    let unpacked = unpacker.run(&mut reader);
+    // Nobody is at work any more when this returns, whatever the outcome: the caller may delete everything.
+    drop(unpacker);
+    unpacked?;
+    if let Some(error) = failed.take() {
+        return Err(error);
     }
     let nar_size = reader.offset();
-    Ok(Restored { nar_hash: reader.into_inner().hasher.finish(), nar_size })
+    Ok(Restored { nar_hash: reader.into_inner().finish(), nar_size })
 }
 
 /// Makes files, each by its name in an open directory, so that no symlink is ever followed: neither one that the
@@ -94,26 +89,36 @@ struct Unpacker<'a> {
     /// Of the next node.
     name: Vec<u8>,
     /// Directories that are being filled, outermost first. A NAR may not nest deeper than `nar::MAX_DEPTH`.
-    open: Vec<OwnedFd>,
-    buffer: Vec<u8>,
+    open: Vec<Arc<Directory>>,
+    path: Arc<Path>,
+    /// What went wrong elsewhere than in this thread.
+    failed: Arc<Failed>,
+    crew: Option<Crew>,
 }
 
 impl Unpacker<'_> {
+    fn run(&mut self, reader: &mut Reader<Feed<'_>>) -> Result<(), Error> {
+        while let Some(event) = reader.next().map_err(broken)? {
+            match event {
+                Event::Entry(name) => {
+                    self.name.clear();
+                    self.name.extend_from_slice(name);
+                }
+                Event::Directory => self.directory()?,
+                Event::EndDirectory => drop(self.open.pop()),
+                Event::Symlink(target) => self.symlink(OsStr::from_bytes(target))?,
+                Event::File { executable, size } => self.file(executable, size, reader)?,
+            }
+        }
+        Ok(())
+    }
+
     fn directory(&mut self) -> Result<(), Error> {
         let made = self
             .make(|| rustix::fs::mkdirat(self.here(), self.name(), Mode::RWXU))?
             .and_then(|()| rustix::fs::openat(self.here(), self.name(), OPEN_DIRECTORY, Mode::empty()));
         let fd = made.map_err(Error::sys("make the directory", self.path()))?;
-        self.open.push(fd);
-        Ok(())
-    }
-
-    fn end_directory(&mut self) -> Result<(), Error> {
-        if let Some(fd) = self.open.pop() {
-            rustix::fs::fchmod(&fd, EXECUTABLE)
-                .and_then(|()| rustix::fs::futimens(&fd, &CANONICAL_TIMES))
-                .map_err(Error::sys("set mode and time of a directory in", self.to.path))?;
-        }
+        self.open.push(Arc::new(Directory::new(fd, Arc::clone(&self.path), Arc::clone(&self.failed))));
         Ok(())
     }
 
@@ -126,30 +131,37 @@ impl Unpacker<'_> {
             .map_err(Error::sys("make the symlink", self.path()))
     }
 
-    fn file(&mut self, executable: bool, size: u64, reader: &mut Reader<Source<'_>>) -> Result<(), Error> {
-        let mode = if executable { EXECUTABLE } else { PLAIN };
-        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        // The mode says nothing of this descriptor, which may write.
-        let mut file: File = self
-            .make(|| rustix::fs::openat(self.here(), self.name(), flags, mode))?
-            .map_err(Error::sys("make the file", self.path()))?
-            .into();
-        let want = usize::try_from(size).unwrap_or(CHUNK).min(CHUNK);
-        if self.buffer.len() < want {
-            self.buffer.resize(want, 0);
+    fn file(&mut self, executable: bool, size: u64, reader: &mut Reader<Feed<'_>>) -> Result<(), Error> {
+        let next = |reader: &mut Reader<Feed<'_>>| -> Result<Option<Piece>, Error> {
+            reader.take_contents(Feed::piece).map_err(broken)
+        };
+        let first = next(reader)?.unwrap_or_default();
+        if first.len() as u64 == size
+            && let (Some(crew), Some(directory)) = (&self.crew, self.open.last())
+        {
+            crew.give(Job {
+                directory: Arc::clone(directory),
+                name: self.name.as_slice().into(),
+                executable,
+                modes_hold: self.to.modes_hold,
+                contents: first,
+            });
+            return Ok(());
         }
+        let mut file = self
+            .make(|| crew::create(self.here(), self.name(), executable))?
+            .map_err(Error::sys("make the file", self.path()))?;
+        let mut piece = first;
         loop {
-            let count = reader
-                .read_contents(&mut self.buffer)
-                .map_err(|source| Error::Archive { act: "unpack", source })?;
-            if count == 0 {
-                break;
+            file.write_all(piece.bytes()).map_err(Error::io("write", self.path()))?;
+            // Let go of it first: the next may need its place.
+            drop(piece);
+            match next(reader)? {
+                Some(next) => piece = next,
+                None => break,
             }
-            file.write_all(&self.buffer[..count]).map_err(Error::io("write", self.path()))?;
         }
-        let chmod = if self.to.modes_hold { Ok(()) } else { rustix::fs::fchmod(&file, mode) };
-        chmod
-            .and_then(|()| rustix::fs::futimens(&file, &CANONICAL_TIMES))
+        crew::seal(&file, executable, self.to.modes_hold)
             .map_err(Error::sys("set mode and time of", self.path()))
     }
 
@@ -166,7 +178,7 @@ impl Unpacker<'_> {
     }
 
     fn here(&self) -> BorrowedFd<'_> {
-        self.open.last().map_or(self.to.directory, |fd| fd.as_fd())
+        self.open.last().map_or(self.to.directory, |directory| directory.fd.as_fd())
     }
 
     fn name(&self) -> &OsStr {
@@ -183,155 +195,8 @@ impl Unpacker<'_> {
     }
 }
 
-/// The archive's bytes, hashed as they come. With a known size it reads ahead, in large pieces.
-struct Source<'a> {
-    input: &'a mut dyn Read,
-    hasher: Hasher,
-    /// Bytes of the archive that were not read from `input` yet; None if that is not known.
-    left: Option<u64>,
-    ahead: Vec<u8>,
-    /// Where in `ahead` the bytes begin that nobody took yet, and where they end.
-    start: usize,
-    end: usize,
-}
-
-impl<'a> Source<'a> {
-    fn new(input: &'a mut dyn Read, size: Option<u64>) -> Self {
-        let room = size.map_or(0, |size| usize::try_from(size).unwrap_or(READ_AHEAD).min(READ_AHEAD));
-        let hasher = match size {
-            Some(HASH_APART_FROM..) => Hasher::Apart(HashThread::start()),
-            _ => Hasher::Here(Sha256Hasher::new()),
-        };
-        Self { input, hasher, left: size, ahead: vec![0; room], start: 0, end: 0 }
-    }
-}
-
-impl Read for Source<'_> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let Some(left) = self.left else {
-            let count = self.input.read(buffer)?;
-            self.hasher.update(&buffer[..count]);
-            return Ok(count);
-        };
-        if self.start == self.end && buffer.len() >= self.ahead.len() {
-            let want = buffer.len().min(usize::try_from(left).unwrap_or(usize::MAX));
-            let count = self.input.read(&mut buffer[..want])?;
-            self.hasher.update(&buffer[..count]);
-            self.left = Some(left - count as u64);
-            return Ok(count);
-        }
-        if self.start == self.end {
-            let want = self.ahead.len().min(usize::try_from(left).unwrap_or(usize::MAX));
-            let count = self.input.read(&mut self.ahead[..want])?;
-            self.hasher.update(&self.ahead[..count]);
-            self.left = Some(left - count as u64);
-            (self.start, self.end) = (0, count);
-        }
-        let count = buffer.len().min(self.end - self.start);
-        buffer[..count].copy_from_slice(&self.ahead[self.start..self.start + count]);
-        self.start += count;
-        Ok(count)
-    }
-
-    fn read_exact(&mut self, buffer: &mut [u8]) -> io::Result<()> {
-        // The parser's tokens, nearly always at hand.
-        if let Some(bytes) = self.ahead[..self.end].get(self.start..self.start + buffer.len()) {
-            buffer.copy_from_slice(bytes);
-            self.start += buffer.len();
-            return Ok(());
-        }
-        let mut filled = 0;
-        while filled < buffer.len() {
-            match self.read(&mut buffer[filled..]) {
-                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(count) => filled += count,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(())
-    }
-}
-
-enum Hasher {
-    Here(Sha256Hasher),
-    Apart(HashThread),
-}
-
-impl Hasher {
-    fn update(&mut self, bytes: &[u8]) {
-        match self {
-            Self::Here(hasher) => hasher.update(bytes),
-            Self::Apart(thread) => thread.update(bytes),
-        }
-    }
-
-    fn finish(self) -> Sha256 {
-        match self {
-            Self::Here(hasher) => hasher.finish(),
-            Self::Apart(thread) => thread.finish(),
-        }
-    }
-}
-
-/// Hashes while its owner reads and writes files. It ends with its owner, finished or not.
-struct HashThread {
-    filling: Vec<u8>,
-    full: SyncSender<Vec<u8>>,
-    /// Buffers that were hashed and can be filled again.
-    empty: Receiver<Vec<u8>>,
-    thread: JoinHandle<Sha256>,
-}
-
-impl HashThread {
-    /// Buffers on their way to the thread, beyond the one that is filled and the one that is hashed.
-    const WAITING: usize = 2;
-
-    fn start() -> Self {
-        let (full, to_hash) = mpsc::sync_channel::<Vec<u8>>(Self::WAITING);
-        let (give_back, empty) = mpsc::channel();
-        for _ in 0..=Self::WAITING {
-            // The receiver is right here.
-            let _ = give_back.send(Vec::with_capacity(CHUNK));
-        }
-        let thread = thread::spawn(move || {
-            let mut hasher = Sha256Hasher::new();
-            for mut bytes in to_hash {
-                hasher.update(&bytes);
-                bytes.clear();
-                // Nobody wants it any more once the owner has finished.
-                let _ = give_back.send(bytes);
-            }
-            hasher.finish()
-        });
-        Self { filling: Vec::with_capacity(CHUNK), full, empty, thread }
-    }
-
-    fn update(&mut self, mut bytes: &[u8]) {
-        while !bytes.is_empty() {
-            let count = bytes.len().min(CHUNK - self.filling.len());
-            self.filling.extend_from_slice(&bytes[..count]);
-            bytes = &bytes[count..];
-            if self.filling.len() == CHUNK {
-                self.pass_on();
-            }
-        }
-    }
-
-    /// Both ends live as long as the thread, which ends by itself only if hashing panics; `finish` passes that on.
-    fn pass_on(&mut self) {
-        let next = self.empty.recv().unwrap_or_default();
-        let _ = self.full.send(std::mem::replace(&mut self.filling, next));
-    }
-
-    fn finish(mut self) -> Sha256 {
-        self.pass_on();
-        drop(self.full);
-        match self.thread.join() {
-            Ok(hash) => hash,
-            Err(panic) => std::panic::resume_unwind(panic),
-        }
-    }
+fn broken(source: drover_nix::Error) -> Error {
+    Error::Archive { act: "unpack", source }
 }
 
 #[cfg(test)]
@@ -390,7 +255,7 @@ mod tests {
 
     #[test]
     fn a_large_archive_is_hashed_apart() {
-        let size = usize::try_from(HASH_APART_FROM).unwrap() + 12_345;
+        let size = usize::try_from(crate::fs::feed::HASH_APART_FROM).unwrap() + 12_345;
         let contents: Vec<u8> = (0..size).map(|i| (i % 253) as u8).collect();
         let nar = crate::testing::file_nar(&contents);
         let dir = tempfile::tempdir().unwrap();
