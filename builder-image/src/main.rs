@@ -37,7 +37,9 @@ fn main() -> ExitCode {
     };
     // What a store holds is not secret, and Nix's programs all have this mask.
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
-    match run(&cli) {
+    let result = run(&cli);
+    sandbox::launch::shut_down();
+    match result {
         Ok(code) => code,
         Err(error) => {
             eprintln!("drover-builder: {error:#}");

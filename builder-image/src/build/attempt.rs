@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::AsFd as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::mpsc;
 use std::time::Duration;
 
@@ -18,16 +18,13 @@ use super::ids::BuildIds;
 use super::log::BuildLog;
 use super::scratch::{BUILD_DIR, Scratch};
 use super::supervise::Limits;
-use super::{Builder, env, graph, outputs, scratch, supervise};
+use super::{Builder, env, graph, outputs, supervise};
 use crate::error::Error;
 use crate::sandbox::launch;
 use crate::sandbox::plan::{self, INSIDE_GID, INSIDE_UID, IdMap, Layout, Namespaces, Plan};
 
 /// How often a uid is looked for when all are in use, which no lock tells.
 const RETRY: Duration = Duration::from_millis(200);
-/// Host files that builds with network access need, where they exist.
-const NETWORK_FILES: [&str; 3] = ["/etc/resolv.conf", "/etc/services", "/etc/hosts"];
-const DEVICES: [&str; 6] = ["full", "null", "random", "tty", "urandom", "zero"];
 
 pub(super) struct Attempt<'a> {
     pub builder: &'a Builder,
@@ -139,7 +136,7 @@ impl Attempt<'_> {
         }
         let made: BTreeSet<&StorePath> = outputs.values().collect();
         let visible = inputs.iter().filter(|path| !made.contains(path));
-        let layout = self.layout(&scratch, visible)?;
+        let layout = self.layout(&scratch, &ids, visible)?;
         let namespaces = Namespaces {
             private_network: layout.private_network,
             uid: IdMap { inside: INSIDE_UID, outside: ids.uid },
@@ -197,63 +194,27 @@ impl Attempt<'_> {
         Ok(self.builder.store.closure(named)?)
     }
 
-    /// Makes every mount point and says what goes where.
+    /// Makes the mount points of the inputs and says what goes where.
     fn layout<'a>(
         &self,
         scratch: &Scratch,
+        ids: &BuildIds,
         inputs: impl Iterator<Item = &'a StorePath>,
     ) -> Result<Layout, Error> {
         let store = &self.builder.store;
-        let mut binds = Vec::new();
-        let mut add = |source: &Path, inside: &Path| {
-            binds.extend(scratch.mount_point(source, inside)?);
-            Ok::<_, Error>(())
-        };
-        let etc = |name: &str, text: &str| {
-            let path = scratch.outside(Path::new("/etc")).join(name);
-            scratch::fixed_file(&path, text.as_bytes())
-        };
-        etc("passwd", &scratch::passwd(INSIDE_UID, INSIDE_GID))?;
-        etc("group", &scratch::group(INSIDE_GID))?;
-        if self.kind.is_sandboxed() {
-            etc("hosts", scratch::HOSTS)?;
-        } else {
-            etc("nsswitch.conf", scratch::NSSWITCH)?;
-            for file in NETWORK_FILES.map(Path::new) {
-                // Often a symlink to where a resolver's daemon writes: bind what it leads to.
-                if let Ok(real) = std::fs::canonicalize(file) {
-                    add(&real, file)?;
-                }
-            }
-            if let Some(bundle) = certificates() {
-                add(&bundle, Path::new("/etc/ssl/certs/ca-certificates.crt"))?;
-            }
-        }
-        if let Some(shell) = &self.builder.settings.sandbox_shell {
-            add(shell, Path::new("/bin/sh"))?;
-        }
-        for device in DEVICES {
-            let path = Path::new("/dev").join(device);
-            if path.exists() {
-                add(&path, &path)?;
-            }
-        }
-        if self.builder.settings.features.contains("kvm") && Path::new("/dev/kvm").exists() {
-            add(Path::new("/dev/kvm"), Path::new("/dev/kvm"))?;
-        }
-        // A terminal file system of the build's own would need an id 0 in its user namespace, which it has not.
-        for path in ["/dev/pts", "/dev/ptmx"].map(Path::new) {
-            if path.exists() {
-                add(path, path)?;
-            }
-        }
-        add(&scratch.build_dir(), Path::new(BUILD_DIR))?;
+        let skeleton = self.builder.skeleton(self.kind, ids)?;
+        let mut binds = skeleton.binds;
+        binds.push((scratch.tmp(), "/tmp".into()));
+        binds.push((scratch.build_dir(), BUILD_DIR.into()));
         for path in inputs {
-            add(&store.real_path(path), Path::new(&store.store_dir().full(path)))?;
+            let source = store.real_path(path);
+            if scratch.input(&source, path)? {
+                binds.push((source, store.store_dir().full(path).into()));
+            }
         }
-        scratch.seal()?;
         Ok(Layout {
-            root: scratch.root().to_owned(),
+            root: skeleton.root,
+            store: scratch.store(),
             store_dir: store.store_dir().as_str().into(),
             binds,
             build_dir: BUILD_DIR.into(),
@@ -273,12 +234,4 @@ impl Known for LocalStore {
     fn outputs(&self, drv: &StorePath) -> Result<Vec<StorePath>, Error> {
         Ok(self.derivation_outputs(drv)?.into_values().collect())
     }
-}
-
-/// The certificates that this machine trusts, for builds that fetch.
-fn certificates() -> Option<PathBuf> {
-    let named =
-        ["NIX_SSL_CERT_FILE", "SSL_CERT_FILE"].into_iter().filter_map(std::env::var_os).map(PathBuf::from);
-    let usual = [PathBuf::from("/etc/ssl/certs/ca-certificates.crt")];
-    named.chain(usual).find_map(|path| std::fs::canonicalize(path).ok().filter(|path| path.is_file()))
 }

@@ -2,7 +2,7 @@
 //!
 //! In the order of its story: what has to be built first ([`goals`]), who else in this process builds it ([`shared`]) and
 //! who wants it ([`cancel`]), whether it can be built here ([`accept`]), the one attempt ([`attempt`]): locks, ids ([`ids`]),
-//! directories ([`scratch`]), what the builder sees ([`attrs`], [`graph`], [`env`]), the sandbox (`crate::sandbox`), the
+//! directories ([`scratch`], [`root`], [`skeleton`]), what the builder sees ([`attrs`], [`graph`], [`env`]), the sandbox (`crate::sandbox`), the
 //! watch over it ([`supervise`], [`log`]); how it ended ([`verdict`]) and what becomes of its outputs ([`outputs`],
 //! [`checks`]). Nothing here speaks a protocol.
 
@@ -17,13 +17,16 @@ mod graph;
 mod ids;
 pub(crate) mod log;
 mod outputs;
+mod root;
 mod scratch;
 mod shared;
+mod skeleton;
 pub(crate) mod supervise;
 mod verdict;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use drover_nix::{BasicDerivation, OutputName, StorePath};
@@ -35,6 +38,7 @@ use self::attrs::Attributes;
 use self::cancel::{Cancel, Interest};
 use self::log::Log;
 use self::shared::{Entry, Identity, Joined, Own, Registry};
+use self::skeleton::Placed;
 use crate::error::Error;
 use crate::sandbox::rungs::Ids;
 
@@ -59,6 +63,8 @@ pub(crate) struct Builder {
     pub store: LocalStore,
     pub settings: Settings,
     running: Registry,
+    /// Of builds without network access.
+    skeleton: Arc<Mutex<Option<Placed>>>,
 }
 
 /// One request.
@@ -74,7 +80,7 @@ pub(crate) struct Request<'a> {
 
 impl Builder {
     pub(crate) fn new(store: LocalStore, settings: Settings) -> Self {
-        Self { store, settings, running: Registry::default() }
+        Self { store, settings, running: Registry::default(), skeleton: Arc::default() }
     }
 
     /// Builds, waits for who builds it already, or finds that there is nothing to build. Every failure is a result.

@@ -59,7 +59,7 @@ impl Finished<'_> {
         let mut seen = SeenInodes::default();
         let mut places = BTreeMap::new();
         for (name, path) in self.outputs {
-            let place = self.scratch.outside(Path::new(&self.store.store_dir().full(path)));
+            let place = self.scratch.outside(path);
             self.examine(name, path, &place)?;
             let uids = self.ids.foreign().map(|(uid, _)| uid..=uid);
             drover_store::fs::canonicalise(&place, uids, &mut seen).map_err(|error| match error {

@@ -183,6 +183,7 @@ pub(crate) fn run(
             Step::HostNames { host, domain } => kernel.host_names(host, domain),
             Step::PrivateMounts => kernel.private_mounts(),
             Step::Bind { source, target } => kernel.bind(source, target),
+            Step::ReadOnly { target } => kernel.read_only(target),
             Step::ReadOnlyBelow { target } => kernel.read_only_below(target),
             Step::MountProc { target } => kernel.mount_proc(target),
             Step::MountShm { target } => kernel.mount_shm(target),
@@ -326,6 +327,9 @@ mod tests {
         fn bind(&mut self, source: &Path, target: &Path) -> io::Result<()> {
             self.act(format!("bind {} {}", source.display(), target.display()))
         }
+        fn read_only(&mut self, target: &Path) -> io::Result<()> {
+            self.act(format!("read-only {}", target.display()))
+        }
         fn read_only_below(&mut self, target: &Path) -> io::Result<()> {
             self.act(format!("read-only below {}", target.display()))
         }
@@ -371,8 +375,9 @@ mod tests {
     fn steps() -> Vec<Step> {
         let layout = Layout {
             root: "/r".into(),
+            store: "/s/x.drv.chroot/store".into(),
             store_dir: "/nix/store".into(),
-            binds: vec![("/s/in".into(), "/r/nix/store/in".into())],
+            binds: vec![("/s/in".into(), "/nix/store/in".into())],
             build_dir: "/build".into(),
             private_network: true,
             linux32: false,
@@ -397,7 +402,8 @@ mod tests {
                 "names localhost (none)",
                 "private mounts",
                 "bind /r /r",
-                "bind /r/nix/store /r/nix/store",
+                "read-only /r",
+                "bind /s/x.drv.chroot/store /r/nix/store",
                 "bind /s/in /r/nix/store/in",
                 "read-only below /r/nix/store",
                 "proc /r/proc",

@@ -14,6 +14,7 @@ pub(crate) trait Kernel {
     fn host_names(&mut self, host: &str, domain: &str) -> io::Result<()>;
     fn private_mounts(&mut self) -> io::Result<()>;
     fn bind(&mut self, source: &Path, target: &Path) -> io::Result<()>;
+    fn read_only(&mut self, target: &Path) -> io::Result<()>;
     fn read_only_below(&mut self, target: &Path) -> io::Result<()>;
     fn mount_proc(&mut self, target: &Path) -> io::Result<()>;
     fn mount_shm(&mut self, target: &Path) -> io::Result<()>;

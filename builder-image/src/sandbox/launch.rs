@@ -73,7 +73,8 @@ impl Report {
 pub(crate) struct Running {
     control: UnixStream,
     terminal: OwnedFd,
-    line: Vec<u8>,
+    /// What was read of reports and not given out.
+    pending: Vec<u8>,
 }
 
 /// The helper process.
@@ -99,12 +100,19 @@ pub(crate) fn reap_orphans() {
     }
 }
 
+/// Ends the helper, and with it everything that still runs. For the end of this program.
+pub(crate) fn shut_down() {
+    if let Some(running) = helper().take() {
+        running.end();
+    }
+}
+
 /// Starts a sandbox by `plan`. `owner` is who the terminal belongs to, if not the caller.
 pub(crate) fn start(plan: &Plan, owner: Option<(u32, u32)>) -> io::Result<Running> {
     let (terminal, peer) = terminal(owner)?;
     let (control, theirs) = UnixStream::pair()?;
     request(&serde_json::to_vec(&plan.namespaces)?, &theirs.into(), &peer)?;
-    let running = Running { control, terminal, line: Vec::new() };
+    let running = Running { control, terminal, pending: Vec::new() };
     send(&running.control, plan)?;
     running.control.set_nonblocking(true)?;
     Ok(running)
@@ -175,24 +183,24 @@ impl Running {
 
     /// The next report, or None if there is none yet. A helper that is gone without a word has failed.
     pub(crate) fn report(&mut self) -> io::Result<Option<Report>> {
-        let mut byte = [0];
+        let died = || Report::Failed("the sandbox's helper process died".into());
+        let mut chunk = [0; 256];
         loop {
-            match self.control.read(&mut byte) {
-                Ok(0) => return Ok(Some(Report::Failed("the sandbox's helper process died".into()))),
-                Ok(_) if byte[0] == b'\n' => {
-                    let line = String::from_utf8_lossy(&std::mem::take(&mut self.line)).into_owned();
-                    return Report::parse(&line).map(Some).ok_or_else(|| {
-                        io::Error::other(format!("unknown report {line:?} from the sandbox's helper"))
-                    });
-                }
-                Ok(_) if self.line.len() >= MAX_REPORT_LEN => {}
-                Ok(_) => self.line.push(byte[0]),
+            if let Some(end) = self.pending.iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = self.pending.drain(..=end).collect();
+                let line = String::from_utf8_lossy(line.trim_ascii_end()).into_owned();
+                return Report::parse(&line).map(Some).ok_or_else(|| {
+                    io::Error::other(format!("unknown report {line:?} from the sandbox's helper"))
+                });
+            }
+            match self.control.read(&mut chunk) {
+                Ok(0) => return Ok(Some(died())),
+                Ok(_) if self.pending.len() >= MAX_REPORT_LEN => {}
+                Ok(count) => self.pending.extend(chunk.get(..count).unwrap_or_default()),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
                 // The helper ended with words of ours unread.
-                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {
-                    return Ok(Some(Report::Failed("the sandbox's helper process died".into())));
-                }
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(Some(died())),
                 Err(error) => return Err(error),
             }
         }

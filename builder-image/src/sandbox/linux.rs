@@ -50,9 +50,17 @@ impl Kernel for Linux {
         Ok(mount::mount_bind_recursive(source, target)?)
     }
 
+    fn read_only(&mut self, target: &Path) -> io::Result<()> {
+        set_read_only(target, true, false)
+    }
+
     fn read_only_below(&mut self, target: &Path) -> io::Result<()> {
-        set_read_only(target, true, true)?;
-        set_read_only(target, false, false)
+        let result = set_read_only(target, true, true).and_then(|()| set_read_only(target, false, false));
+        match result {
+            // Linux before 5.12. There the inputs rest on their owner and modes alone, as they do under Nix.
+            Err(error) if error.raw_os_error() == Some(libc::ENOSYS) => Ok(()),
+            other => other,
+        }
     }
 
     fn mount_proc(&mut self, target: &Path) -> io::Result<()> {
@@ -199,11 +207,7 @@ fn set_read_only(path: &Path, read_only: bool, recursive: bool) -> io::Result<()
             size_of::<MountAttr>(),
         )
     };
-    match check(result) {
-        // Linux before 5.12. There the inputs rest on their owner and modes alone, as they do under Nix.
-        Err(error) if error.raw_os_error() == Some(libc::ENOSYS) => Ok(()),
-        other => other.map(drop),
-    }
+    check(result).map(drop)
 }
 
 #[allow(unsafe_code)]

@@ -31,6 +31,10 @@ pub(crate) enum Step {
         source: PathBuf,
         target: PathBuf,
     },
+    /// Makes the mount at `target` read-only, and none below it.
+    ReadOnly {
+        target: PathBuf,
+    },
     /// Makes everything mounted at and below `target` read-only, then `target` itself writable again.
     ReadOnlyBelow {
         target: PathBuf,
@@ -108,11 +112,13 @@ pub(crate) struct Command {
 /// What a build's steps depend on.
 #[derive(Clone, Debug)]
 pub(crate) struct Layout {
-    /// The tree that becomes the root directory, mount points included.
+    /// The tree that becomes the root directory, read-only, with all mount points but those of inputs.
     pub root: PathBuf,
+    /// The directory outside that becomes `store_dir`, with the mount points of inputs.
+    pub store: PathBuf,
     /// The store directory as the build sees it, absolute.
     pub store_dir: PathBuf,
-    /// Source outside, target below `root`. Inputs below `store_dir` end up read-only.
+    /// Source outside, target inside. Inputs below `store_dir` end up read-only.
     pub binds: Vec<(PathBuf, PathBuf)>,
     /// The build directory as the build sees it.
     pub build_dir: PathBuf,
@@ -131,12 +137,14 @@ pub(crate) fn build_steps(layout: &Layout) -> Vec<Step> {
     }
     steps.push(Step::HostNames { host: "localhost".into(), domain: "(none)".into() });
     steps.push(Step::PrivateMounts);
-    // pivot_root takes a mount point; the store's own mount is what stays writable among its read-only inputs.
+    // pivot_root takes a mount point.
     steps.push(Step::Bind { source: layout.root.clone(), target: layout.root.clone() });
+    // Other builds have the same tree for their root. What is mounted on it from here on is each build's own.
+    steps.push(Step::ReadOnly { target: layout.root.clone() });
     let store = inside(&layout.store_dir);
-    steps.push(Step::Bind { source: store.clone(), target: store.clone() });
+    steps.push(Step::Bind { source: layout.store.clone(), target: store.clone() });
     let binds = layout.binds.iter();
-    steps.extend(binds.map(|(source, target)| Step::Bind { source: source.clone(), target: target.clone() }));
+    steps.extend(binds.map(|(source, target)| Step::Bind { source: source.clone(), target: inside(target) }));
     steps.push(Step::ReadOnlyBelow { target: store });
     steps.push(Step::MountProc { target: inside(Path::new("/proc")) });
     if layout.shm {
@@ -179,9 +187,10 @@ mod tests {
 
     fn layout() -> Layout {
         Layout {
-            root: "/s/x.drv.chroot/root".into(),
+            root: "/r".into(),
+            store: "/s/x.drv.chroot/store".into(),
             store_dir: "/nix/store".into(),
-            binds: vec![("/s/in".into(), "/s/x.drv.chroot/root/nix/store/in".into())],
+            binds: vec![("/s/in".into(), "/nix/store/in".into())],
             build_dir: "/build".into(),
             private_network: true,
             linux32: false,
@@ -230,6 +239,16 @@ mod tests {
             |s| matches!(s, Step::ReadOnlyBelow { target } if target.ends_with("nix/store")),
         );
         assert!(input < seal);
+    }
+
+    #[test]
+    fn what_builds_share_is_read_only_before_anything_is_mounted_on_it() {
+        let steps = build_steps(&layout());
+        let root = position(&steps, |s| matches!(s, Step::Bind { target, .. } if target == Path::new("/r")));
+        assert_eq!(steps[root + 1], Step::ReadOnly { target: "/r".into() });
+        assert!(
+            root < position(&steps, |s| matches!(s, Step::Bind { target, .. } if target != Path::new("/r")))
+        );
     }
 
     #[test]

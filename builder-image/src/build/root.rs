@@ -1,0 +1,87 @@
+//! What every build finds beside its inputs: which devices, which shell, which files of `/etc` (Nix: chroot.cc,
+//! linux-derivation-builder.cc).
+
+use std::path::{Path, PathBuf};
+use std::sync::PoisonError;
+
+use drover_nix::derivation::DerivationType;
+
+use super::Builder;
+use super::ids::BuildIds;
+use super::scratch::{self, BUILD_DIR};
+use super::skeleton::{Placed, Skeleton};
+use crate::error::Error;
+use crate::sandbox::plan::{INSIDE_GID, INSIDE_UID};
+
+/// Host files that builds with network access need, where they exist.
+const NETWORK_FILES: [&str; 3] = ["/etc/resolv.conf", "/etc/services", "/etc/hosts"];
+const DEVICES: [&str; 6] = ["full", "null", "random", "tty", "urandom", "zero"];
+
+impl Builder {
+    /// The skeleton of a build's root, on disk.
+    pub(super) fn skeleton(&self, kind: DerivationType, ids: &BuildIds) -> Result<Placed, Error> {
+        if !kind.is_sandboxed() {
+            // The machine's name servers and certificates may change while this program runs.
+            return self.describe(kind, ids)?.place(self.store.layout());
+        }
+        // Whole between any two statements.
+        let mut ready = self.skeleton.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(placed) = ready.as_ref().filter(|placed| placed.root.is_dir()) {
+            return Ok(placed.clone());
+        }
+        let placed = self.describe(kind, ids)?.place(self.store.layout())?;
+        *ready = Some(placed.clone());
+        Ok(placed)
+    }
+
+    fn describe(&self, kind: DerivationType, ids: &BuildIds) -> Result<Skeleton, Error> {
+        let mut skeleton = Skeleton::new(ids.foreign().map(|(_, gid)| gid));
+        for directory in ["/bin", "/proc", "/tmp", "/dev/shm", BUILD_DIR, self.store.store_dir().as_str()] {
+            skeleton.directory(directory);
+        }
+        for (name, target) in [
+            ("/dev/fd", "/proc/self/fd"),
+            ("/dev/stdin", "/proc/self/fd/0"),
+            ("/dev/stdout", "/proc/self/fd/1"),
+            ("/dev/stderr", "/proc/self/fd/2"),
+        ] {
+            skeleton.symlink(name, Path::new(target));
+        }
+        skeleton.file("/etc/passwd", scratch::passwd(INSIDE_UID, INSIDE_GID).as_bytes());
+        skeleton.file("/etc/group", scratch::group(INSIDE_GID).as_bytes());
+        if kind.is_sandboxed() {
+            skeleton.file("/etc/hosts", scratch::HOSTS.as_bytes());
+        } else {
+            skeleton.file("/etc/nsswitch.conf", scratch::NSSWITCH.as_bytes());
+            for file in NETWORK_FILES {
+                // Often a symlink to where a resolver's daemon writes: bind what it leads to.
+                if let Ok(real) = std::fs::canonicalize(file) {
+                    skeleton.bind(&real, file)?;
+                }
+            }
+            if let Some(bundle) = certificates() {
+                skeleton.bind(&bundle, "/etc/ssl/certs/ca-certificates.crt")?;
+            }
+        }
+        if let Some(shell) = &self.settings.sandbox_shell {
+            skeleton.bind(shell, "/bin/sh")?;
+        }
+        let kvm = self.settings.features.contains("kvm").then_some("kvm");
+        // A terminal file system of the build's own would need an id 0 in its user namespace, which it has not.
+        for device in DEVICES.into_iter().chain(kvm).chain(["pts", "ptmx"]) {
+            let path = format!("/dev/{device}");
+            if Path::new(&path).exists() {
+                skeleton.bind(Path::new(&path), &path)?;
+            }
+        }
+        Ok(skeleton)
+    }
+}
+
+/// The certificates that this machine trusts, for builds that fetch.
+fn certificates() -> Option<PathBuf> {
+    let named =
+        ["NIX_SSL_CERT_FILE", "SSL_CERT_FILE"].into_iter().filter_map(std::env::var_os).map(PathBuf::from);
+    let usual = [PathBuf::from("/etc/ssl/certs/ca-certificates.crt")];
+    named.chain(usual).find_map(|path| std::fs::canonicalize(path).ok().filter(|path| path.is_file()))
+}
