@@ -12,12 +12,14 @@ mod programs;
 pub mod record;
 mod remote;
 pub mod sqlite;
+pub mod sshd;
 
 pub use http_cache::HttpCache;
 pub use installation::Installation;
 pub use peer::Peer;
 pub use programs::{images, program};
 pub use remote::Remote;
+pub use sshd::Sshd;
 pub use xtask::cluster::{Cluster, NODE_ADDRESS};
 pub use xtask::control_plane::ControlPlane;
 pub use xtask::parts::rootfs::Nix;

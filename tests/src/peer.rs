@@ -34,6 +34,12 @@ impl Peer {
         self
     }
 
+    /// Shows `from` at another path inside, read-only.
+    pub fn with_read_only_at(mut self, from: &Path, to: &str) -> Self {
+        self.root = self.root.bind_ro(from, to);
+        self
+    }
+
     /// Starts its programs in this network namespace.
     pub fn in_netns(mut self, netns: &Path) -> Self {
         self.root = self.root.netns(netns);

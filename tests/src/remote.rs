@@ -7,8 +7,9 @@ use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
+use xtask::parts::rootfs;
 
-use crate::{Nix, Peer, program};
+use crate::{Nix, Peer, Sshd, program};
 
 /// How long a builder may take to end after its client.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -19,6 +20,8 @@ pub struct Remote {
     dir: tempfile::TempDir,
     builder: PathBuf,
     recordings: Option<PathBuf>,
+    /// NIX_SSHOPTS.
+    ssh_options: String,
 }
 
 impl Remote {
@@ -43,7 +46,7 @@ impl Remote {
         // Nix 2.8 starts programs on `localhost` by bash, which its root filesystem has not; any shell will do.
         std::fs::create_dir(dir.path().join("bin"))?;
         let peer = Peer::new(nix)?.with_at(&client, "/nix").with(&builder);
-        let this = Self { peer, dir, builder, recordings };
+        let this = Self { peer, dir, builder, recordings, ssh_options: String::new() };
         script(&this.path("bin/bash"), "exec /bin/sh \"$@\"\n")?;
         this.server("server", &[])?;
         Ok(this)
@@ -51,9 +54,8 @@ impl Remote {
 
     /// The URI of another builder, with a store in the directory of this name and these options.
     pub fn server(&self, name: &str, options: &[&str]) -> Result<String> {
-        let (root, builder) = (self.dir.path().display(), self.builder.display());
         let options = options.iter().map(|option| format!(" '{option}'")).collect::<String>();
-        let run = format!("{builder} \"$@\" --store {root}/{name} --sandbox-shell {root}/busybox{options}");
+        let run = self.builder_command(name, "\"$@\"") + &options;
         let text = match &self.recordings {
             None => format!("exec {run}\n"),
             Some(into) => {
@@ -78,6 +80,26 @@ impl Remote {
         let builder = self.path(name).with_extension("sh");
         let choose = format!("[ \"$1\" = --serve ] && exec {} \"$@\"\n{real}\n", builder.display());
         script(&self.path("bin/nix-store"), &choose)
+    }
+
+    /// What the builder of this name is started with, as one word for a shell after the other: the program, then options.
+    pub fn builder_command(&self, name: &str, arguments: &str) -> String {
+        let (root, builder) = (self.dir.path().display(), self.builder.display());
+        format!("{builder} {arguments} --store {root}/{name} --sandbox-shell {root}/busybox")
+    }
+
+    /// From here on the client has `ssh`, which knows this server and this key alone.
+    pub fn through_ssh(&mut self, sshd: &Sshd, key: usize) -> Result<()> {
+        // The program of another Debian, with the libraries that it was linked with.
+        let root = rootfs::sshd()?;
+        self.peer = self.peer.clone().with_read_only_at(&root, "/opt/ssh");
+        let (loader, libraries) = ("lib64/ld-linux-x86-64.so.2", "usr/lib/x86_64-linux-gnu");
+        let run = format!(
+            "exec /opt/ssh/usr/{loader} --library-path /opt/ssh/{libraries} /opt/ssh/usr/bin/ssh \"$@\"\n"
+        );
+        script(&self.path("bin/ssh"), &run)?;
+        self.ssh_options = sshd.options(key);
+        Ok(())
     }
 
     /// A directory or file beside the stores, at the same path for the client as for the test.
@@ -105,6 +127,7 @@ impl Remote {
         let mut command = self.peer.command("sh")?;
         let set_path = format!("PATH={}/bin:$PATH; exec \"$@\"", self.dir.path().display());
         command.args(["-c", &set_path, "sh", program]).args(args);
+        command.env("NIX_SSHOPTS", &self.ssh_options);
         Ok(command)
     }
 

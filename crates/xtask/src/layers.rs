@@ -61,7 +61,9 @@ impl Layer {
             Self::Peers => {
                 host::ensure(host::C_TOOLS)?;
                 host::ensure(host::SANDBOX_TOOLS)?;
+                host::ensure(host::SSH_TOOLS)?;
                 rootfs::nginx()?;
+                rootfs::sshd()?;
                 Nix::ALL.into_iter().try_for_each(|nix| rootfs::check_version(nix, &rootfs::nix(nix)?))
             }
             Self::Fuzz => {

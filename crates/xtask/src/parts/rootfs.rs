@@ -102,6 +102,11 @@ pub fn ssh() -> Result<PathBuf> {
     unpacked("ssh", "trixie", &["openssh-client", "ca-certificates"])
 }
 
+/// A whole OpenSSH server, and a client, for tests of what people have in front of a builder.
+pub fn sshd() -> Result<PathBuf> {
+    unpacked("sshd", "trixie", &["openssh-server", "openssh-client", "dash", "coreutils"])
+}
+
 /// Unpacks Debian packages and everything that they depend on, a static busybox (which [`Root`] needs), and adds what their scripts would have set up.
 fn unpacked(name: &str, suite: &str, packages: &[&str]) -> Result<PathBuf> {
     // The mirror is no part of the key: what a suite holds is the same everywhere.
