@@ -10,8 +10,9 @@ mod remote_builds;
 mod serve;
 mod session;
 mod store;
+mod store_collector;
 mod store_metadata;
 mod store_parts;
 mod store_schema;
-
+mod store_shared;
 mod transcripts;

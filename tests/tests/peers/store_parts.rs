@@ -21,6 +21,17 @@ impl Root {
         Ok(Self(tempfile::tempdir()?))
     }
 
+    /// One in memory, where there is memory for it: for tests that make very many files, or are about time.
+    pub(crate) fn in_memory() -> Result<Self> {
+        const ENOUGH: u64 = 1 << 30;
+        // Real Nix sees it, too, with all of `/dev`.
+        let memory = Path::new("/dev/shm");
+        match rustix::fs::statvfs(memory) {
+            Ok(stat) if stat.f_bavail * stat.f_frsize > ENOUGH => Ok(Self(tempfile::tempdir_in(memory)?)),
+            _ => Self::new(),
+        }
+    }
+
     pub(crate) fn path(&self) -> &Path {
         self.0.path()
     }
@@ -152,7 +163,7 @@ pub(crate) fn copy_all(from: &LocalStore, to: &LocalStore) -> Result<()> {
 /// A session with a server on a store: ours or Nix's.
 pub(crate) struct Session {
     pub(crate) client: Client<ChildStdout, ChildStdin>,
-    child: Child,
+    pub(crate) child: Child,
     log: JoinHandle<String>,
 }
 
@@ -185,6 +196,13 @@ impl Session {
         let status = child.wait()?;
         let log = log.join().map_err(|_| anyhow!("reading the log panicked"))?;
         ensure!(status.success(), "the session ends with {status}: {log}");
+        Ok(())
+    }
+
+    /// Ends its process with SIGKILL. What the client finds out then is its business.
+    pub(crate) fn kill(&mut self) -> Result<()> {
+        self.child.kill()?;
+        self.child.wait()?;
         Ok(())
     }
 }
@@ -262,5 +280,78 @@ pub(crate) fn no_leftovers(root: &Root) -> Result<()> {
         .collect();
     ensure!(stray.is_empty(), "left in the store: {stray:?}");
     ensure!(names(root.state("temproots"))?.is_empty(), "temporary roots are left");
+    Ok(())
+}
+
+/// A program that is killed with its guard, and can be held where it stands.
+pub(crate) struct Running {
+    child: Child,
+    /// Both standard output and standard error, which nobody reads until it has ended.
+    log: std::fs::File,
+}
+
+impl Running {
+    pub(crate) fn start(mut command: Command) -> Result<Self> {
+        let log = tempfile::tempfile()?;
+        let child = command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log.try_clone()?).spawn()?;
+        Ok(Self { child, log })
+    }
+
+    /// Holds it, all its threads, until [`Self::go_on`]. False if it has ended.
+    pub(crate) fn hold(&mut self) -> Result<bool> {
+        self.signal(rustix::process::Signal::STOP)?;
+        let stopped = || -> Result<bool> {
+            let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id()))?;
+            Ok(stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with(['T', 'Z'])))
+        };
+        wait_until("it is held", stopped)?;
+        Ok(self.child.try_wait()?.is_none())
+    }
+
+    pub(crate) fn go_on(&self) -> Result<()> {
+        self.signal(rustix::process::Signal::CONT)
+    }
+
+    pub(crate) fn kill(&mut self) -> Result<()> {
+        self.child.kill()?;
+        self.child.wait()?;
+        Ok(())
+    }
+
+    pub(crate) fn has_ended(&mut self) -> Result<bool> {
+        Ok(self.child.try_wait()?.is_some())
+    }
+
+    /// Waits for its end, which has to be a good one.
+    pub(crate) fn end(mut self) -> Result<String> {
+        use std::os::unix::fs::FileExt as _;
+        let status = self.child.wait()?;
+        let mut log = vec![0; usize::try_from(self.log.metadata()?.len())?];
+        self.log.read_exact_at(&mut log, 0)?;
+        let log = String::from_utf8_lossy(&log).into_owned();
+        ensure!(status.success(), "it ends with {status}: {log}");
+        Ok(log)
+    }
+
+    fn signal(&self, signal: rustix::process::Signal) -> Result<()> {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        Ok(rustix::process::kill_process(pid, signal)?)
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Looks again and again, for half a minute at most.
+pub(crate) fn wait_until(what: &str, mut ready: impl FnMut() -> Result<bool>) -> Result<()> {
+    let start = std::time::Instant::now();
+    while !ready()? {
+        ensure!(start.elapsed().as_secs() < 30, "waited in vain until {what}");
+        thread::sleep(std::time::Duration::from_millis(1));
+    }
     Ok(())
 }
