@@ -92,9 +92,32 @@ impl Error {
     }
 }
 
+/// An error and its causes in one line, for a log or a terminal: what an earlier part has said already is not repeated,
+/// and what a peer's bytes could do to a terminal is shown instead of done.
+pub(crate) fn one_line(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for part in error.chain().map(ToString::to_string) {
+        if text.is_empty() {
+            text = part;
+        } else if !text.ends_with(&part) {
+            text = format!("{text}: {part}");
+        }
+    }
+    let escape = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.to_string() };
+    text.chars().map(escape).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn one_line_says_everything_once() {
+        let error = Error::file("write", "/x")(io::ErrorKind::StorageFull.into());
+        let full = anyhow::Error::from(error).context("cannot serve");
+        assert_eq!(one_line(&full), "cannot serve: cannot write /x: no storage space");
+        assert_eq!(one_line(&anyhow::anyhow!("a\nb\x1b[31m")), "a\\nb\\u{1b}[31m");
+    }
 
     #[test]
     fn statuses() {

@@ -42,7 +42,7 @@ fn main() -> ExitCode {
     match result {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("drover-builder: {error:#}");
+            eprintln!("drover-builder: {}", error::one_line(&error));
             ExitCode::FAILURE
         }
     }

@@ -11,18 +11,18 @@ use crate::Error;
 
 /// Longest path string, in bytes: a store directory and a base name.
 pub const MAX_PATH_LEN: u64 = 4096;
-/// Most paths in one set.
-pub const MAX_PATHS: u64 = 4 << 20;
+/// Most paths in one set. Each takes some two hundred bytes of memory once it is there.
+pub const MAX_PATHS: u64 = 1 << 20;
 /// Longest signature, hash, content address or name, in bytes.
 pub const MAX_SHORT_LEN: u64 = 4096;
 /// Most signatures on one path.
 pub const MAX_SIGNATURES: u64 = 1024;
 /// Longest argument, environment value or builder of a derivation, in bytes.
-pub const MAX_VALUE_LEN: u64 = 64 << 20;
+pub const MAX_VALUE_LEN: u64 = 32 << 20;
 /// Most arguments, or environment entries, of a derivation.
 pub const MAX_VALUES: u64 = 1 << 20;
-/// All strings of a derivation together, in bytes.
-pub const MAX_DERIVATION_LEN: u64 = 128 << 20;
+/// All strings of a derivation together, in bytes: as much as a `.drv` file may have.
+pub const MAX_DERIVATION_LEN: u64 = 64 << 20;
 /// Most outputs of a derivation.
 pub const MAX_OUTPUTS: u64 = 4096;
 /// Longest error message that is kept, in bytes.
@@ -102,6 +102,10 @@ pub fn read_string_into(
 pub fn read_string(input: &mut impl Read, limit: u64, what: &'static str) -> Result<Vec<u8>, Error> {
     let mut buffer = Vec::new();
     read_string_into(input, &mut buffer, limit, what)?;
+    if buffer.len() as u64 > EAGER_LEN {
+        // It grew by doubling: what is kept should take what it has.
+        buffer.shrink_to_fit();
+    }
     Ok(buffer)
 }
 

@@ -5,6 +5,7 @@ mod cache;
 mod clients;
 mod command_line;
 mod fixtures;
+mod hostile;
 mod peer_sshd;
 mod remote_builds;
 mod serve;

@@ -11,8 +11,12 @@ use crate::wire::{self, WireWrite as _};
 use crate::{BuildOptions, BuildStatus, Error, Version};
 
 const WHAT: &str = "a BuildPaths request";
-/// Longest list of output names behind a path, in bytes.
+/// Longest target, a path and names of outputs, in bytes.
 const MAX_TARGET_LEN: u64 = wire::MAX_PATH_LEN + wire::MAX_VALUES;
+/// All targets together, in bytes of memory.
+const MAX_TARGETS_SIZE: u64 = 32 << 20;
+/// What a target, or the name of an output, takes beside its text.
+const OVERHEAD: u64 = 64;
 
 /// What to make valid: `path` or `path!out,dev`.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -29,9 +33,16 @@ pub(crate) struct Request {
 
 impl Request {
     pub(crate) fn read(input: &mut impl Read, dir: &StoreDir, version: Version) -> Result<Self, Error> {
-        let targets = (0..wire::read_count(input, wire::MAX_PATHS, WHAT)?)
-            .map(|_| BuildTarget::parse(dir, &wire::read_string(input, MAX_TARGET_LEN, WHAT)?))
-            .collect::<Result<_, _>>()?;
+        let (mut targets, mut text, mut size) = (Vec::new(), Vec::new(), 0);
+        for _ in 0..wire::read_count(input, wire::MAX_PATHS, WHAT)? {
+            wire::read_string_into(input, &mut text, MAX_TARGET_LEN, WHAT)?;
+            let names = text.iter().filter(|byte| matches!(byte, b'!' | b',')).count() as u64;
+            size += text.len() as u64 + OVERHEAD * (1 + names);
+            if size > MAX_TARGETS_SIZE {
+                return Err(Error::TooLong { what: WHAT, got: size, limit: MAX_TARGETS_SIZE });
+            }
+            targets.push(BuildTarget::parse(dir, &text)?);
+        }
         Ok(Self { targets, options: BuildOptions::read(input, version)? })
     }
 }
