@@ -44,6 +44,8 @@ struct State {
     bytes: Vec<u8>,
     end: Option<End>,
     reader_waits: bool,
+    /// The session has read what it ever will.
+    left: bool,
     /// The session did not keep up when it was last waited for, and has taken nothing since.
     stuck: bool,
 }
@@ -108,14 +110,25 @@ impl Input {
         self.end(End::Broken("the builder is told to stop"));
     }
 
+    /// The session reads no more. What its client still sends is of no interest.
+    pub(super) fn leave(&self) {
+        let mut state = self.lock();
+        (state.left, state.stuck, state.bytes) = (true, false, Vec::new());
+        self.taken.notify_one();
+    }
+
+    pub(super) fn is_left(&self) -> bool {
+        self.lock().left
+    }
+
     pub(super) fn is_stuck(&self) -> bool {
         self.lock().stuck
     }
 
     fn put(&self, bytes: &[u8]) -> Result<(), Flood> {
         let mut state = self.lock();
-        if state.end.is_some() {
-            return Ok(()); // Nobody reads it any more, or it comes after the end.
+        if state.left || state.end.is_some() {
+            return Ok(());
         }
         if state.bytes.len() + bytes.len() > MAX_HELD {
             return Err(Flood);

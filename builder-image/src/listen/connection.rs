@@ -47,6 +47,8 @@ pub(super) struct Connection {
     logged_in: Arc<AtomicBool>,
     access: Option<Access>,
     place: Option<OwnedSemaphorePermit>,
+    /// The client has begun to log in.
+    tried: bool,
     refusals: Vec<String>,
     channels: HashMap<ChannelId, Open>,
     wanted: Arc<Notify>,
@@ -59,6 +61,13 @@ struct Open {
     half: Option<ChannelWriteHalf<Msg>>,
     /// Tells the session by being dropped.
     gone: watch::Sender<()>,
+}
+
+impl Open {
+    /// Its session is over and its thread gone. russh tells of channels that the client closed first, and of no others.
+    fn is_over(&self) -> bool {
+        self.half.is_none() && Arc::strong_count(&self.input) == 1
+    }
 }
 
 impl Drop for Open {
@@ -76,6 +85,7 @@ impl Connection {
             logged_in: Arc::default(),
             access: None,
             place: None,
+            tried: false,
             refusals: Vec::new(),
             channels: HashMap::new(),
             wanted: Arc::default(),
@@ -137,9 +147,16 @@ impl Connection {
 
 impl Drop for Connection {
     fn drop(&mut self) {
-        if self.access.is_none() && !self.refusals.is_empty() {
-            let line = format!("{} did not log in: {}", self.peer, self.refusals.join("; "));
-            self.shared.note_refusal(&line);
+        if self.access.is_none() && self.tried {
+            let mut reasons = self.refusals.clone();
+            if self.shared.rules.iter().any(|rule| rule.authority) {
+                // russh looks at these by itself and does not tell.
+                let silent =
+                    "a certificate that expired, is not valid yet or is forged has no line of its own";
+                reasons.push(silent.into());
+            }
+            let why = if reasons.is_empty() { "it showed no key".into() } else { reasons.join("; ") };
+            self.shared.note_refusal(&format!("{} did not log in: {why}", self.peer));
         }
     }
 }
@@ -156,6 +173,12 @@ fn now() -> u64 {
 
 impl Handler for Connection {
     type Error = Broken;
+
+    /// Called before anything is tried. There is nothing to announce.
+    async fn authentication_banner(&mut self) -> Result<Option<String>, Self::Error> {
+        self.tried = true;
+        Ok(None)
+    }
 
     async fn auth_publickey_offered(
         &mut self,
@@ -211,8 +234,10 @@ impl Handler for Connection {
         reply: ChannelOpenHandle,
         _session: &mut Ssh,
     ) -> Result<(), Self::Error> {
+        self.channels.retain(|_, open| !open.is_over());
+        let in_use = self.channels.values().filter(|open| !open.input.is_left()).count();
         // Dropping the handle refuses the channel.
-        if self.channels.len() >= MAX_CHANNELS || self.place.is_none() {
+        if in_use >= MAX_CHANNELS || self.place.is_none() {
             self.shared.note_refusal(&format!("{} asked for too many channels", self.peer));
             return Ok(());
         }

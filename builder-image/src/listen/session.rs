@@ -44,6 +44,7 @@ impl Session {
         }
         client_log.flush();
         // A client that has read the status may come back at once.
+        self.input.leave();
         drop(permit);
         self.client.finish(u32::from(result.is_err()));
         drop(running);
@@ -63,6 +64,7 @@ impl Session {
         let line = format!("drover-builder: {why}\n");
         let _gone = io::Write::write_all(&mut self.client.error_output(), line.as_bytes());
         self.note(why);
+        self.input.leave();
         self.client.finish(1);
     }
 
