@@ -82,14 +82,9 @@ impl Backend for Session {
 
     fn dump(&mut self, path: &StorePath, nar: &mut dyn Write) -> Result<(), BoxError> {
         match self.output {
-            Some(output) => {
-                nar.flush()?;
-                self.builder.store.dump_to(path, output)?;
-            }
-            None => {
-                self.builder.store.dump(path, nar)?;
-            }
-        }
+            Some(end) => self.builder.store.dump_to(path, nar, end)?,
+            None => self.builder.store.dump(path, nar)?,
+        };
         Ok(())
     }
 

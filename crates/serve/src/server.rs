@@ -110,16 +110,16 @@ struct Session<'a, R: Read, W: Write> {
     dir: &'a StoreDir,
     version: Version,
     write: bool,
-    /// Additions that were answered into the buffer since it was flushed.
+    /// Requests that added something and were answered into the buffer since it was flushed.
     unsettled: usize,
 }
 
 impl<R: Read, W: Write> Session<'_, R, W> {
     fn run(&mut self) -> Result<(), Error> {
         loop {
-            // Additions that are here already may share what makes them valid, and a flush. Nothing that was answered
-            // waits for what the client has yet to send.
-            if self.unsettled == 0 || self.unsettled == MAX_UNSETTLED || self.input.buffer().is_empty() {
+            // Requests that are here already may share a flush, and additions what makes them valid. Nothing that was
+            // answered waits for what the client has yet to send.
+            if self.unsettled == MAX_UNSETTLED || self.input.buffer().is_empty() {
                 self.settle()?;
             }
             let Some(command) = Command::read(&mut self.input)? else {
@@ -128,7 +128,14 @@ impl<R: Read, W: Write> Session<'_, R, W> {
             if command.writes() && !self.write {
                 return Err(Error::NotWritable { command: command.name() });
             }
-            if self.unsettled > 0 && command != Command::AddToStoreNar {
+            if match command {
+                Command::AddToStoreNar => false,
+                Command::DumpStorePath | Command::QueryPathInfos | Command::QueryValidPaths => {
+                    self.unsettled > 0
+                }
+                // What may take long lets nobody wait for earlier answers.
+                _ => true,
+            } {
                 self.settle()?;
             }
             self.execute(command)?;
@@ -262,6 +269,7 @@ impl<R: Read, W: Write> Session<'_, R, W> {
             let received = ReceivedPath { info, registration_time: 0, ultimate: false };
             self.backend.add_nar(received, &mut file).map_err(backend_on("import", &trailer.path))?;
         }
+        self.unsettled += 1;
         self.output.put_u64(DONE)
     }
 

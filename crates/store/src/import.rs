@@ -10,7 +10,7 @@ use rustix::io::Errno;
 
 use crate::db::DrvOutputs;
 use crate::fs::Destination;
-use crate::{Error, LocalStore, PathLock, TempRoots, ValidPath, Wait, content, fs};
+use crate::{Error, LocalStore, PathLock, ValidPath, Wait, content, fs};
 
 /// What [`LocalStore::add_nar`] did.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -20,23 +20,10 @@ pub enum Added {
     Imported,
 }
 
-/// Imports whose paths become valid together: one transaction for many small paths. Paths may refer to earlier ones of
-/// the same batch. Dropping it without [`Batch::commit`] deletes what was unpacked.
-///
-/// It holds the lock of every path that is in it, so commit before waiting for anyone.
-#[derive(Debug)]
-pub struct Batch {
-    store: LocalStore,
-    roots: TempRoots,
-    pending: Vec<(ValidPath, PathLock)>,
-    /// A commit failed, so that some path for which an import was reported is not there.
-    broken: bool,
-}
-
 impl LocalStore {
     /// Imports an archive: protects the path from collectors while this store is open, locks it, unpacks and hashes,
     /// compares hash, size and content address with `info`, and registers it. Reads `info.nar_size` bytes at most. On
-    /// failure nothing is left on disk. Signatures are kept but not checked.
+    /// failure nothing is left on disk. Signatures are kept but not checked. Waits for whoever has the path's lock.
     ///
     /// `registration_time` is Unix seconds, 0 for now.
     pub fn add_nar(
@@ -46,21 +33,48 @@ impl LocalStore {
         registration_time: u64,
         nar: &mut dyn Read,
     ) -> Result<Added, Error> {
-        let mut batch = self.batch()?;
-        let added = batch.add_nar(info, ultimate, registration_time, nar)?;
-        batch.commit()?;
-        Ok(added)
+        self.must_write("import archives")?;
+        self.own_temp_roots()?.add(&info.path)?;
+        // Never None: who blocks gets the lock.
+        let Some(lock) = PathLock::acquire(self, [&info.path], Wait::Block)? else {
+            return Ok(Added::AlreadyValid);
+        };
+        let path = ValidPath { info: info.clone(), ultimate, registration_time };
+        let added = match self.unpack_locked(info, nar) {
+            Ok(Added::Imported) => match self.register(std::slice::from_ref(&path)) {
+                Ok(()) => {
+                    self.note_imported(std::slice::from_ref(&path));
+                    Ok(Added::Imported)
+                }
+                Err(error) => {
+                    self.discard(&info.path);
+                    Err(error)
+                }
+            },
+            other => other,
+        };
+        lock.release_deleting();
+        added
     }
 
-    /// An empty batch. It protects its paths from collectors while this store is open.
-    pub fn batch(&self) -> Result<Batch, Error> {
-        self.must_write("import archives")?;
-        Ok(Batch {
-            store: self.clone(),
-            roots: self.own_temp_roots()?.clone(),
-            pending: Vec::new(),
-            broken: false,
-        })
+    /// Unpacks the archive of a path that the caller has protected and locked, unless the path is valid. It is not
+    /// registered yet. On failure nothing is left on disk.
+    pub(crate) fn unpack_locked(&self, info: &PathInfo, nar: &mut dyn Read) -> Result<Added, Error> {
+        // Asked under the lock, since whoever had it may have made the path valid.
+        if self.is_there_and_valid(&info.path)? {
+            return Ok(Added::AlreadyValid);
+        }
+        content::check_address(self.store_dir(), info)?;
+        let unpacked = self.unpack(info, nar);
+        if unpacked.is_err() {
+            self.discard(&info.path);
+        }
+        unpacked.map(|()| Added::Imported)
+    }
+
+    /// Deletes an object that is not valid. What cannot be deleted now is replaced by the next import.
+    pub(crate) fn discard(&self, path: &StorePath) {
+        let _ = fs::delete(&self.real_path(path));
     }
 
     /// Registers paths whose objects are in place, in one transaction. Whatever one refers to must be valid already
@@ -117,119 +131,6 @@ impl LocalStore {
     }
 }
 
-impl Batch {
-    /// As [`LocalStore::add_nar`], but the path is valid only after [`Batch::commit`]. If it fails, this path is as if
-    /// it had not been asked for; the others stay pending. May commit what is pending, where someone else has the
-    /// path's lock and has to be waited for.
-    pub fn add_nar(
-        &mut self,
-        info: &PathInfo,
-        ultimate: bool,
-        registration_time: u64,
-        nar: &mut dyn Read,
-    ) -> Result<Added, Error> {
-        if self.broken {
-            return Err(Error::BrokenBatch);
-        }
-        self.roots.add(&info.path)?;
-        if self.contains(&info.path) {
-            return Ok(Added::AlreadyValid);
-        }
-        let lock = match PathLock::acquire(&self.store, [&info.path], Wait::Try)? {
-            Some(lock) => lock,
-            None => {
-                // Whoever has it may make it valid soon, and may be waiting for a path of ours.
-                if self.store.is_valid(&info.path)? {
-                    return Ok(Added::AlreadyValid);
-                }
-                self.commit()?;
-                match PathLock::acquire(&self.store, [&info.path], Wait::Block)? {
-                    Some(lock) => lock,
-                    // Never: who blocks gets the lock.
-                    None => return Ok(Added::AlreadyValid),
-                }
-            }
-        };
-        // Asked under the lock, since whoever had it may have made the path valid.
-        let result = match self.store.is_there_and_valid(&info.path) {
-            Ok(true) => Ok(Added::AlreadyValid),
-            Ok(false) => content::check_address(self.store.store_dir(), info).and_then(|()| {
-                let unpacked = self.store.unpack(info, nar);
-                if unpacked.is_err() {
-                    self.discard(&info.path);
-                }
-                unpacked.map(|()| Added::Imported)
-            }),
-            Err(error) => Err(error),
-        };
-        match result {
-            Ok(Added::Imported) => {
-                let path = ValidPath { info: info.clone(), ultimate, registration_time };
-                self.pending.push((path, lock));
-            }
-            _ => lock.release_deleting(),
-        }
-        result
-    }
-
-    /// Whether the path was imported but is not valid yet.
-    pub fn contains(&self, path: &StorePath) -> bool {
-        self.pending.iter().any(|(pending, _)| pending.info.path == *path)
-    }
-
-    /// How many paths wait to become valid.
-    pub fn len(&self) -> usize {
-        self.pending.len()
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.pending.is_empty()
-    }
-
-    /// Makes all paths valid, in one transaction. If one cannot be registered, those before it become valid, as if each
-    /// had been added alone; it and those after it are gone from disk, and every further commit fails.
-    pub fn commit(&mut self) -> Result<(), Error> {
-        if self.broken {
-            return Err(Error::BrokenBatch);
-        }
-        if self.pending.is_empty() {
-            return Ok(());
-        }
-        let (paths, locks): (Vec<ValidPath>, Vec<PathLock>) = self.pending.drain(..).unzip();
-        let mut result = self.store.register(&paths);
-        if result.is_err() {
-            let mut alone = paths.iter();
-            result = loop {
-                let Some(path) = alone.next() else { break Ok(()) };
-                if let Err(error) = self.store.register(std::slice::from_ref(path)) {
-                    self.discard(&path.info.path);
-                    break Err(error);
-                }
-            };
-            alone.for_each(|path| self.discard(&path.info.path));
-        }
-        for lock in locks {
-            lock.release_deleting();
-        }
-        self.broken = result.is_err();
-        result
-    }
-
-    /// What cannot be deleted now is replaced by the next import.
-    fn discard(&self, path: &StorePath) {
-        let _ = fs::delete(&self.store.real_path(path));
-    }
-}
-
-impl Drop for Batch {
-    fn drop(&mut self) {
-        for (path, lock) in std::mem::take(&mut self.pending) {
-            self.discard(&path.info.path);
-            lock.release_deleting();
-        }
-    }
-}
-
 /// A path may refer to itself, but no two to each other.
 fn refuse_cycles(paths: &[ValidPath]) -> Result<(), Error> {
     #[derive(Clone, Copy, PartialEq)]
@@ -283,17 +184,7 @@ mod tests {
     use drover_nix::{ContentAddress, Method, Sha256};
 
     use super::*;
-    use crate::testing::{add, file_nar, info, store, store_path};
-
-    fn entries(store: &LocalStore) -> Vec<String> {
-        let mut names: Vec<String> = std::fs::read_dir(&store.layout().real_store_dir)
-            .unwrap()
-            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-            .filter(|name| name != ".links")
-            .collect();
-        names.sort();
-        names
-    }
+    use crate::testing::{add, entries, file_nar, info, store, store_path};
 
     #[test]
     fn what_is_imported_is_valid_and_as_it_was_said() {
@@ -445,57 +336,5 @@ mod tests {
         assert_eq!(found.info.nar_hash, second.info.nar_hash);
         assert!(found.ultimate);
         assert_eq!((found.registration_time, found.info.deriver), (100, path.info.deriver));
-    }
-
-    #[test]
-    fn a_batch_becomes_valid_at_once() {
-        let (_dir, store) = store();
-        let (nar, other) = (file_nar(b"a"), file_nar(b"b"));
-        let mut batch = store.batch().unwrap();
-        let a = info("a", &nar, &[]);
-        let b = info("b", &other, &[&a.path]);
-        assert_eq!(batch.add_nar(&a, false, 0, &mut &nar[..]).unwrap(), Added::Imported);
-        // One that is wrong does not take the others with it.
-        assert!(batch.add_nar(&info("c", &nar, &[]), false, 0, &mut &other[..]).is_err());
-        assert_eq!(batch.add_nar(&b, false, 0, &mut &other[..]).unwrap(), Added::Imported);
-        assert_eq!(batch.add_nar(&a, false, 0, &mut &b""[..]).unwrap(), Added::AlreadyValid);
-        assert!(!store.is_valid(&a.path).unwrap() && batch.contains(&a.path));
-        assert!(PathLock::acquire(&store, [&a.path], Wait::Try).unwrap().is_none());
-        batch.commit().unwrap();
-        assert!(store.is_valid(&a.path).unwrap() && store.is_valid(&b.path).unwrap());
-        assert_eq!(entries(&store).len(), 2);
-        // Dropped without a commit: nothing stays. With one that fails, what comes before the path that is wrong.
-        let mut batch = store.batch().unwrap();
-        batch.add_nar(&info("d", &nar, &[]), false, 0, &mut &nar[..]).unwrap();
-        drop(batch);
-        let mut batch = store.batch().unwrap();
-        batch.add_nar(&info("d", &nar, &[]), false, 0, &mut &nar[..]).unwrap();
-        batch.add_nar(&info("e", &nar, &[&store_path("missing")]), false, 0, &mut &nar[..]).unwrap();
-        batch.add_nar(&info("f", &nar, &[]), false, 0, &mut &nar[..]).unwrap();
-        assert!(matches!(batch.commit(), Err(Error::ReferenceNotValid { .. })));
-        assert!(matches!(batch.commit(), Err(Error::BrokenBatch)) && batch.is_empty());
-        assert!(store.is_valid(&store_path("d")).unwrap());
-        assert!(!store.is_valid(&store_path("e")).unwrap() && !store.is_valid(&store_path("f")).unwrap());
-        assert_eq!(entries(&store).len(), 3);
-    }
-
-    #[test]
-    fn two_batches_over_the_same_paths_do_not_wait_for_each_other_for_ever() {
-        let (_dir, store) = store();
-        let names: Vec<String> = (0..50).map(|i| format!("p{i}")).collect();
-        let nar = file_nar(b"x");
-        let run = |names: Vec<&String>| {
-            let mut batch = store.batch().unwrap();
-            for name in names {
-                batch.add_nar(&info(name, &nar, &[]), false, 0, &mut &nar[..]).unwrap();
-            }
-            batch.commit().unwrap();
-        };
-        std::thread::scope(|scope| {
-            scope.spawn(|| run(names.iter().collect()));
-            scope.spawn(|| run(names.iter().rev().collect()));
-        });
-        assert_eq!(store.all_valid_paths().unwrap().len(), names.len());
-        assert_eq!(entries(&store).len(), names.len());
     }
 }

@@ -8,6 +8,7 @@
 //! In the order of its story: where a store lies ([`StoreUri`], [`StoreLayout`]), its objects as files ([`fs`]), who may
 //! touch them when ([`PathLock`], [`TempRoots`]), and the store itself ([`LocalStore`]).
 
+mod batch;
 mod content;
 mod db;
 mod derivations;
@@ -26,9 +27,10 @@ mod temp_roots;
 mod testing;
 mod verify;
 
+pub use batch::Batch;
 pub use error::Error;
 pub use gc::{GcOptions, GcReport};
-pub use import::{Added, Batch};
+pub use import::Added;
 pub use layout::{StoreLayout, StoreUri};
 pub use local::{Access, LocalStore, ValidPath};
 pub use path_lock::{PathLock, Wait};

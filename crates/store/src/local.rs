@@ -14,6 +14,11 @@ use rustix::fs::{Mode, OFlags};
 use crate::db::Database;
 use crate::{Error, StoreLayout, TempRoots, open};
 
+/// Imported paths that are known by heart, give or take one batch: beyond it the database is asked.
+const MAX_IMPORTED: usize = 1 << 16;
+/// From which size on an archive goes past its buffer, in bytes.
+const STRAIGHT_FROM: u64 = 64 << 10;
+
 /// What a store is opened for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Access {
@@ -41,6 +46,8 @@ struct Inner {
     directory: OnceLock<(OwnedFd, bool)>,
     /// What imports protect; see [`LocalStore::add_nar`].
     temp_roots: OnceLock<TempRoots>,
+    /// See [`LocalStore::imported`].
+    imported: Mutex<HashMap<StorePath, u64>>,
     /// Hashes of derivations that were read to verify others.
     input_hashes: Mutex<HashMap<StorePath, InputHash>>,
 }
@@ -67,6 +74,7 @@ impl LocalStore {
                 _big_lock: big_lock,
                 directory: OnceLock::new(),
                 temp_roots: OnceLock::new(),
+                imported: Mutex::default(),
                 input_hashes: Mutex::default(),
             }),
         })
@@ -139,14 +147,28 @@ impl LocalStore {
 
     /// Writes the NAR of a valid path. Returns its size.
     pub fn dump(&self, path: &StorePath, output: &mut dyn Write) -> Result<u64, Error> {
-        self.must_be_valid(path)?;
+        self.valid_size(path)?;
         crate::fs::dump_in(self.directory()?, path.as_str(), &self.real_path(path), output)
     }
 
-    /// [`Self::dump`] to a pipe, a socket or a file, without moving large contents through this process.
-    pub fn dump_to(&self, path: &StorePath, output: BorrowedFd<'_>) -> Result<u64, Error> {
-        self.must_be_valid(path)?;
-        crate::fs::dump_to(self.directory()?, path.as_str(), &self.real_path(path), output)
+    /// [`Self::dump`] where `output` is a buffer before the pipe, socket or file `end`: a large archive goes straight
+    /// there, its files without passing through this process, after `output` was flushed.
+    pub fn dump_to(
+        &self,
+        path: &StorePath,
+        output: &mut dyn Write,
+        end: BorrowedFd<'_>,
+    ) -> Result<u64, Error> {
+        let (directory, name, real) = (self.directory()?, path.as_str(), self.real_path(path));
+        // A size of 0 is one that is not known.
+        if (1..STRAIGHT_FROM).contains(&self.valid_size(path)?) {
+            return crate::fs::dump_in(directory, name, &real, output);
+        }
+        output.flush().map_err(|source| Error::Archive {
+            act: "write",
+            source: drover_nix::Error::NarIo { act: "write", source },
+        })?;
+        crate::fs::dump_to(directory, name, &real, end)
     }
 
     /// A session's temporary roots.
@@ -181,8 +203,25 @@ impl LocalStore {
         }
     }
 
-    fn must_be_valid(&self, path: &StorePath) -> Result<(), Error> {
-        if self.is_valid(path)? { Ok(()) } else { Err(Error::NotValid { path: path.clone() }) }
+    /// The size of a valid path's archive, 0 if it is not known.
+    fn valid_size(&self, path: &StorePath) -> Result<u64, Error> {
+        if let Some(size) = self.imported(|known| known.get(path).copied()) {
+            return Ok(size);
+        }
+        self.database().nar_size(path)?.ok_or_else(|| Error::NotValid { path: path.clone() })
+    }
+
+    /// What this process has imported. It protects these paths as long as the store is open, so they stay valid.
+    pub(crate) fn imported<T>(&self, f: impl FnOnce(&mut HashMap<StorePath, u64>) -> T) -> T {
+        f(&mut self.inner.imported.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    pub(crate) fn note_imported(&self, paths: &[ValidPath]) {
+        self.imported(|known| {
+            if known.len() < MAX_IMPORTED {
+                known.extend(paths.iter().map(|path| (path.info.path.clone(), path.info.nar_size)));
+            }
+        });
     }
 
     /// The roots that this store holds itself, for as long as it is open.

@@ -78,3 +78,14 @@ pub(crate) fn sample_tree(root: &Path) {
     let odd = <std::ffi::OsStr as std::os::unix::ffi::OsStrExt>::from_bytes(b"\xff not UTF-8 \n");
     std::fs::write(root.join(odd), "odd").unwrap();
 }
+
+/// What lies in the store's directory.
+pub(crate) fn entries(store: &LocalStore) -> Vec<String> {
+    let mut names: Vec<String> = std::fs::read_dir(&store.layout().real_store_dir)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .filter(|name| name != ".links")
+        .collect();
+    names.sort();
+    names
+}

@@ -19,6 +19,20 @@ impl Database {
         self.read("look up a path", |connection| Ok(self.id(connection, path)?.is_some()))
     }
 
+    /// The size of a path's archive, 0 if it is not known; None if the path is not valid.
+    pub(crate) fn nar_size(&self, path: &StorePath) -> Result<Option<u64>, Error> {
+        let act = "look up a path";
+        self.read(act, |connection| {
+            connection
+                .prepare_cached("SELECT coalesce(narSize, 0) FROM ValidPaths WHERE path = ?1")
+                .and_then(|mut statement| {
+                    statement.query_row([self.store_dir.full(path)], |row| row.get::<_, i64>(0)).optional()
+                })
+                .map(|found| found.map(|size| u64::try_from(size).unwrap_or(0)))
+                .map_err(Error::db(act))
+        })
+    }
+
     pub(crate) fn valid_paths(&self, paths: &BTreeSet<StorePath>) -> Result<BTreeSet<StorePath>, Error> {
         self.read("look up paths", |connection| {
             if paths.len() >= SCAN_FROM {
