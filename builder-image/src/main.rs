@@ -14,7 +14,6 @@ mod maintain;
 mod sandbox;
 mod stdio;
 
-use std::path::Path;
 use std::process::ExitCode;
 
 use drover_store::{Access, LocalStore, StoreLayout, StoreUri};
@@ -75,20 +74,23 @@ fn builder(cli: &Cli, write: bool) -> anyhow::Result<Builder> {
     Ok(Builder::new(open(&cli.store, access)?, settings))
 }
 
-fn layout(uri: &str) -> anyhow::Result<StoreLayout> {
-    Ok(StoreUri::parse(uri)?.with_environment()?.layout())
+/// Where a store lies that is there.
+fn existing(uri: &StoreUri) -> anyhow::Result<StoreLayout> {
+    let layout = uri.layout();
+    if !layout.state_dir.join("db/db.sqlite").exists() {
+        anyhow::bail!("there is no store at {}; serve --write makes one", layout.real_store_dir.display());
+    }
+    Ok(layout)
+}
+
+fn parse_uri(uri: &str) -> anyhow::Result<StoreUri> {
+    Ok(StoreUri::parse(uri)?.with_environment()?)
 }
 
 fn open(uri: &str, access: Access) -> anyhow::Result<LocalStore> {
-    let uri = StoreUri::parse(uri)?.with_environment()?;
+    let uri = parse_uri(uri)?;
     let access = if uri.read_only { Access::ReadOnly } else { access };
-    let layout = uri.layout();
-    if access == Access::ReadOnly && !Path::new(&layout.state_dir).join("db/db.sqlite").exists() {
-        // A reader may come before the first writer, and then there is nothing to read.
-        anyhow::bail!(
-            "there is no store at {}; start with --write to make one",
-            layout.real_store_dir.display()
-        );
-    }
+    // A reader may come before the first writer, and then there is nothing to read.
+    let layout = if access == Access::ReadOnly { existing(&uri)? } else { uri.layout() };
     Ok(LocalStore::open(layout, access)?)
 }

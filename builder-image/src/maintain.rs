@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use drover_store::{Access, GcOptions, LocalStore};
 
-use crate::open;
+use crate::{existing, open, parse_uri};
 
 /// Deletes what no root needs. Fails if something that should go is still there.
 pub(crate) fn gc(uri: &str, options: &GcOptions) -> Result<ExitCode> {
@@ -34,6 +34,7 @@ pub(crate) fn gc(uri: &str, options: &GcOptions) -> Result<ExitCode> {
 /// Compares the database with the disk. Fails if there are problems that were not repaired.
 pub(crate) fn verify(uri: &str, contents: bool, repair: bool) -> Result<ExitCode> {
     let access = if repair { Access::ReadWrite } else { Access::ReadOnly };
+    existing(&parse_uri(uri)?)?;
     let store = open(uri, access)?;
     let report = if repair { store.repair(contents)? } else { store.verify(contents)? };
     report.repaired.iter().for_each(|line| eprintln!("repaired: {line}"));
@@ -43,13 +44,13 @@ pub(crate) fn verify(uri: &str, contents: bool, repair: bool) -> Result<ExitCode
     Ok(code(report.problems.is_empty()))
 }
 
-/// A disk that is so full that the database cannot even be opened is no reason to leave it so: there is a reserve.
+/// A store that is there: who mistypes its name wants no new one. A disk that is so full that the database cannot even be opened is no reason to leave it so: there is a reserve.
 fn open_to_collect(uri: &str) -> Result<LocalStore> {
+    let layout = existing(&parse_uri(uri)?)?;
     let error = match open(uri, Access::ReadWrite) {
         Err(error) if error.downcast_ref().is_some_and(drover_store::Error::is_disk_full) => error,
         other => return other,
     };
-    let layout = crate::layout(uri)?;
     if layout.release_reserve() { open(uri, Access::ReadWrite) } else { Err(error) }
 }
 

@@ -15,6 +15,7 @@ mod ssh_login;
 mod ssh_server;
 mod store;
 mod store_collector;
+mod store_damage;
 mod store_metadata;
 mod store_parts;
 mod store_schema;

@@ -199,6 +199,16 @@ impl Session {
         Ok(())
     }
 
+    /// Waits for its end, which has to be a bad one, and gives what it said.
+    pub(crate) fn end_badly(self) -> Result<String> {
+        let Self { client, mut child, log } = self;
+        drop(client);
+        let status = child.wait()?;
+        let log = log.join().map_err(|_| anyhow!("reading the log panicked"))?;
+        ensure!(!status.success(), "the session ends well: {log}");
+        Ok(log)
+    }
+
     /// Ends its process with SIGKILL. What the client finds out then is its business.
     pub(crate) fn kill(&mut self) -> Result<()> {
         self.child.kill()?;
