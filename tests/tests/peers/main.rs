@@ -1,5 +1,6 @@
 //! The `peers` layer: against real Nix of every version that is supported. Run it by `cargo xtask test peers`.
 
+mod bench;
 mod build;
 mod cache;
 mod clients;
