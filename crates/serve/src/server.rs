@@ -94,6 +94,8 @@ pub fn serve<R: Read, W: Write>(
     let mut input = BufReader::with_capacity(READ_BUFFER, reader);
     let mut output = BufWriter::with_capacity(WRITE_BUFFER, writer);
     let version = greeting::answer(&mut input, &mut output)?;
+    // At once: the client has to know whom it talks to, even if its first request ends the session.
+    output.flush().map_err(Error::io("sending the greeting"))?;
     let mut session = Session { input, output, backend, dir, version, write, unsettled: 0 };
     let result = session.run();
     // What was answered before an error is still true, and the client may be waiting for it.

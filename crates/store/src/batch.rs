@@ -1,10 +1,11 @@
 //! Importing many small archives at once: unpacked by several threads, registered in one transaction.
 
+use std::collections::HashMap;
 use std::io::Read;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
-use drover_nix::PathInfo;
+use drover_nix::{PathInfo, StorePath};
 
 use crate::import::Added;
 use crate::{Error, LocalStore, PathLock, TempRoots, ValidPath, Wait};
@@ -117,6 +118,7 @@ impl Batch {
     /// many; nothing is left of the rest.
     fn together(&self, paths: &[ValidPath], nars: &[Vec<u8>]) -> Result<usize, Error> {
         self.roots.add_all(paths.iter().map(|path| &path.info.path))?;
+        let paths = &paths[..in_order(paths)];
         let staged = in_parallel(paths.len(), |i| self.stage(&paths[i].info, &nars[i]));
         let mut done = staged.iter().position(|one| matches!(one, Staged::NotYet)).unwrap_or(paths.len());
         let mut fresh = Vec::with_capacity(done);
@@ -159,6 +161,16 @@ impl Batch {
             }
         }
     }
+}
+
+/// How many paths there are before the first that refers to a later one: alone, that one would be refused, and whether it
+/// is must not depend on what happened to arrive with it.
+fn in_order(paths: &[ValidPath]) -> usize {
+    let first: HashMap<&StorePath, usize> =
+        paths.iter().enumerate().rev().map(|(i, path)| (&path.info.path, i)).collect();
+    let is_later = |i: usize, path: &StorePath| first.get(path).is_some_and(|later| *later > i);
+    let ahead = |(i, path): (usize, &ValidPath)| path.info.other_references().any(|other| is_later(i, other));
+    paths.iter().enumerate().position(ahead).unwrap_or(paths.len())
 }
 
 /// Removing many lock files takes about as long as making them.
@@ -207,8 +219,6 @@ fn in_parallel<T: Send>(count: usize, act: impl Fn(usize) -> T + Sync) -> Vec<T>
 
 #[cfg(test)]
 mod tests {
-    use drover_nix::StorePath;
-
     use super::*;
     use crate::testing::{entries, file_nar, info, store, store_path};
 
@@ -267,6 +277,20 @@ mod tests {
             assert!(matches!(batch.commit(), Err(Error::BrokenBatch)));
             assert!(batch.add_nar(&info("p1", &nar, &[]), false, 0, &mut &nar[..]).is_err());
         }
+    }
+
+    #[test]
+    fn what_refers_to_a_later_path_is_refused_as_it_would_be_alone() {
+        let (_dir, store) = store();
+        let nar = file_nar(b"x");
+        let mut batch = store.batch().unwrap();
+        for (name, reference) in [("a", "a"), ("b", "c"), ("c", "a")] {
+            let info = info(name, &nar, &[&store_path(reference)]);
+            batch.add_nar(&info, false, 0, &mut &nar[..]).unwrap();
+        }
+        assert!(batch.commit().is_err());
+        assert_eq!(store.all_valid_paths().unwrap(), [store_path("a")].into());
+        assert_eq!(entries(&store).len(), 1);
     }
 
     #[test]

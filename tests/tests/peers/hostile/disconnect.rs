@@ -68,7 +68,7 @@ impl World {
             ensure!(new.remove(old), "{old} is gone");
         }
         // Referrers first.
-        for name in ["other", "new", "made"] {
+        for name in ["made", "other", "new"] {
             let path = path(name);
             if new.remove(&path) {
                 self.arena.store.delete_path(&path)?;
@@ -246,6 +246,44 @@ fn in_the_middle_of_a_large_archive() -> Result<()> {
         ensure!(world.arena.store.is_valid(&path("other"))?, "what was complete is lost");
         ensure!(!world.arena.store.is_valid(&path("new"))?);
         world.check()?;
+        Ok(outcome.took)
+    })
+}
+
+#[test]
+fn with_several_additions_in_flight() -> Result<()> {
+    // As our client sends them: without waiting, so that the builder may take them together.
+    let paths = ["other", "new", "made"].map(path);
+    let requests: Vec<Vec<u8>> = (0..paths.len())
+        .map(|number| {
+            let nar = file_nar(format!("contents {number}").as_bytes());
+            // The last one refers to the first, so that it is deleted before it.
+            let references = if number == 2 { vec![full(&paths[1]).into()] } else { Vec::new() };
+            Add { references, ..Add::new(&paths[number], nar) }.bytes()
+        })
+        .collect();
+    let length: usize = requests.iter().map(Vec::len).sum();
+    let cuts: Vec<usize> = (1..length).step_by(3).collect();
+    share(&cuts, |world, length| {
+        let outcome = world.arena.run(&session(&[requests.concat()[..*length].to_vec()]))?;
+        let what = || format!("after {length} bytes: {outcome:?}");
+        let ends = requests.iter().scan(0, |end, request| {
+            *end += request.len();
+            Some(*end)
+        });
+        let complete = ends.clone().filter(|end| end <= length).count();
+        if ends.into_iter().any(|end| end == *length) {
+            outcome.expect_clean().with_context(what)?;
+        } else {
+            outcome.expect_refusal().with_context(what)?;
+        }
+        // What was complete was added. Its answer may be lost with the client, but none was given too many.
+        let valid = |path: &&StorePath| world.arena.store.is_valid(path).is_ok_and(|valid| valid);
+        ensure!(paths.iter().filter(valid).count() == complete, "{}", what());
+        let answers = outcome.stdout.get(16..).with_context(what)?;
+        ensure!(u(1).repeat(complete).starts_with(answers), "{}", what());
+        ensure!(answers.len() == 8 * complete || !outcome.status.success(), "{}", what());
+        world.check().with_context(what)?;
         Ok(outcome.took)
     })
 }

@@ -92,9 +92,9 @@ fn limits_are_for_everything_together() -> Result<()> {
     let names: Vec<String> = (0..100_000).map(|number| format!("o{number}")).collect();
     let target = format!("{}!{}", full(&path("a.drv")), names.join(","));
     let value = vec![b'x'; 8 << 20];
-    let build = Build { args: vec![value; 100], ..Build::new("made", "echo > $out") };
+    let build = Build { args: vec![value; 12], ..Build::new("made", "echo > $out") };
     let cases = [
-        ("targets to be built", [u(6), u(400), s(&target).repeat(400)].concat()),
+        ("targets to be built", [u(6), u(20), s(&target).repeat(20)].concat()),
         ("a derivation", build.bytes()),
     ];
     refused(&arena, &named(cases))
@@ -270,6 +270,51 @@ fn additions_that_are_not_what_they_say() -> Result<()> {
         ("a .drv whose output is another's", wrong_outputs()?),
     ]);
     refused(&arena, &cases)
+}
+
+#[test]
+fn additions_in_flight_that_spoil_each_other() -> Result<()> {
+    let (arena, there) = used_arena()?;
+    let [a, b, c] = ["a", "b", "c"].map(path);
+    let add = |path: &StorePath, references: &[&StorePath]| {
+        let references = references.iter().map(|path| full(path).into()).collect();
+        Add { references, ..Add::new(path, file_nar(path.as_str().as_bytes())) }
+    };
+    let bad = Add { hash: Sha256::of(b"").to_hex().into(), ..add(&b, &[]) };
+    let cut = Add { nar: add(&b, &[]).nar[..40].to_vec(), ..add(&b, &[]) };
+    let again = Add::new(&a, file_nar(b"other contents of a"));
+    // What is sent without waiting, and what of it is added: all before what is wrong, and nothing behind it.
+    let cases: [(&str, Vec<Add>, Vec<&StorePath>); 8] = [
+        ("a wrong hash in the middle", vec![add(&a, &[]), bad.clone(), add(&c, &[])], vec![&a]),
+        ("a wrong hash at the end", vec![add(&a, &[]), add(&c, &[&a]), bad.clone()], vec![&a, &c]),
+        ("a reference to the wrong one", vec![bad, add(&c, &[&b])], vec![]),
+        ("a reference to a later one", vec![add(&a, &[&b]), add(&b, &[])], vec![]),
+        ("a circle", vec![add(&a, &[&b]), add(&b, &[&a])], vec![]),
+        ("one that breaks off", vec![add(&a, &[&there]), cut], vec![&a]),
+        (
+            "a reference that is missing",
+            vec![add(&a, &[]), add(&b, &[&path("absent")]), add(&c, &[])],
+            vec![&a],
+        ),
+        // Skipped because it is there, whatever it says; and then something wrong.
+        ("a path again", vec![add(&a, &[]), again, add(&b, &[&b, &c])], vec![&a]),
+    ];
+    for (what, adds, added) in cases {
+        let requests: Vec<Vec<u8>> = adds.iter().map(Add::bytes).collect();
+        let outcome = arena.run(&session(&requests))?;
+        outcome.expect_refusal().with_context(|| what.to_owned())?;
+        let mut expected: std::collections::BTreeSet<StorePath> = added.iter().copied().cloned().collect();
+        expected.insert(there.clone());
+        let valid = arena.check_clean().with_context(|| what.to_owned())?;
+        ensure!(valid == expected, "{what}: valid are {valid:?}");
+        for path in added.iter().rev() {
+            let object = std::fs::read(arena.objects().join(path.as_str()))?;
+            ensure!(object == path.as_str().as_bytes(), "{what}: {path} has other contents");
+        }
+        arena.verify().with_context(|| what.to_owned())?;
+        added.iter().rev().try_for_each(|path| arena.store.delete_path(path).map(drop))?;
+    }
+    Ok(())
 }
 
 /// A proper `.drv` file under its own name, but for the output that it claims.
