@@ -72,6 +72,20 @@ enum BenchAct {
         #[arg(long)]
         builder: Option<PathBuf>,
     },
+    /// One builder behind its own SSH server and behind OpenSSH's sshd
+    Ssh {
+        #[arg(long, default_value_t = 5)]
+        rounds: usize,
+        /// Where the stores are made [default: a tmpfs]
+        #[arg(long)]
+        dir: Option<PathBuf>,
+        /// The drover-builder to measure [default: a release build of this checkout]
+        #[arg(long)]
+        builder: Option<PathBuf>,
+        /// The round-trip time of the cases that have one, in milliseconds
+        #[arg(long, default_value_t = 50)]
+        round_trip: u64,
+    },
 }
 
 #[derive(Subcommand)]
@@ -180,6 +194,12 @@ fn benchmark(act: BenchAct) -> Result<ExitCode> {
             let builder = builder.map_or_else(bench::release_builder, Ok)?;
             let sizes = bench::data::Sizes::default();
             bench::serve::run(&bench::serve::Options { rounds, only, dir, sizes, builder })?;
+        }
+        BenchAct::Ssh { rounds, dir, builder, round_trip } => {
+            let builder = builder.map_or_else(bench::release_builder, Ok)?;
+            let sizes = bench::data::Sizes::default();
+            let round_trip = std::time::Duration::from_millis(round_trip);
+            bench::ssh::run(&bench::ssh::Options { rounds, dir, sizes, builder, round_trip })?;
         }
     }
     Ok(ExitCode::SUCCESS)

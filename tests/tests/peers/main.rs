@@ -11,6 +11,7 @@ mod peer_sshd;
 mod remote_builds;
 mod serve;
 mod session;
+mod ssh_bench;
 mod ssh_fixture;
 mod ssh_login;
 mod ssh_server;

@@ -1,13 +1,17 @@
 //! Benchmarks against the programs that people use today, side by side in one run.
 //!
-//! [`serve`] measures the serve protocol on standard input and output. What it is made of serves other benchmarks too:
+//! [`serve`] measures the serve protocol on standard input and output, [`ssh`] through SSH ([`ssh_servers`], over a
+//! distance if need be: [`delay`]). What it is made of serves other benchmarks too:
 //! the data ([`data`]), a client that favours nobody ([`client`]), the servers and what they use ([`server`]), and what
 //! is made of the figures ([`stats`]). Only ratios of one run mean anything: machines and their neighbours differ.
 
 pub mod client;
 pub mod data;
+pub mod delay;
 pub mod serve;
 pub mod server;
+pub mod ssh;
+pub mod ssh_servers;
 pub mod stats;
 
 use std::path::{Path, PathBuf};

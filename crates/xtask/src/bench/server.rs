@@ -79,9 +79,8 @@ impl Server {
     /// What the server has used so far.
     pub fn usage(&self) -> Result<Usage> {
         let proc = PathBuf::from(format!("/proc/{}", self.child.id()));
-        let stat = std::fs::read_to_string(proc.join("stat"))?;
         let status = std::fs::read_to_string(proc.join("status"))?;
-        let cpu = cpu_seconds(&stat).with_context(|| format!("no times in {stat:?}"))?;
+        let cpu = cpu_of(self.child.id())?;
         let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("no VmHWM")?;
         let peak: u64 = peak.trim().trim_end_matches(" kB").parse()?;
         Ok(Usage { cpu, peak: peak << 10 })
@@ -95,6 +94,36 @@ impl Server {
         ensure!(status.success(), "the server ended with {status}");
         Ok(())
     }
+}
+
+/// Seconds of processor time that a process has used, user and system.
+pub fn cpu_of(pid: u32) -> Result<f64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    cpu_seconds(&stat).with_context(|| format!("no times in {stat:?}"))
+}
+
+/// The same of a process and of all that descend from it, those that ended included.
+pub fn cpu_of_tree(root: u32) -> Result<f64> {
+    let mut parents = Vec::new();
+    for entry in std::fs::read_dir("/proc")? {
+        // What ends meanwhile has gone into its parent's times, which may be read already: a little is lost then.
+        let Some(pid) = entry?.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else {
+            continue;
+        };
+        let Ok(stat) = std::fs::read_to_string(format!("/proc/{pid}/stat")) else { continue };
+        let behind_name = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
+        let parent = behind_name.split_ascii_whitespace().nth(1).and_then(|word| word.parse::<u32>().ok());
+        if let (Some(parent), Some(cpu)) = (parent, cpu_seconds(&stat)) {
+            parents.push((pid, parent, cpu));
+        }
+    }
+    let mut tree = vec![root];
+    let mut next = 0;
+    while let Some(&parent) = tree.get(next) {
+        tree.extend(parents.iter().filter(|(_, of, _)| *of == parent).map(|(pid, ..)| *pid));
+        next += 1;
+    }
+    Ok(parents.iter().filter(|(pid, ..)| tree.contains(pid)).map(|(.., cpu)| cpu).sum())
 }
 
 /// User and system time, that of children that ended included: fields 14 to 17 of `/proc/PID/stat`. The name before them
