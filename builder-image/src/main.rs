@@ -14,12 +14,17 @@ mod maintain;
 mod sandbox;
 mod stdio;
 
+use std::io::Write as _;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use drover_store::{Access, LocalStore, StoreLayout, StoreUri};
 
 use crate::build::Builder;
 use crate::cli::{Cli, Command};
+
+/// How long the last line may take.
+const LAST_WORDS: Duration = Duration::from_millis(250);
 
 fn main() -> ExitCode {
     // The helper reads no command line but this word, and must stay single-threaded.
@@ -41,10 +46,20 @@ fn main() -> ExitCode {
     match result {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("drover-builder: {}", error::one_line(&error));
+            complain(format!("drover-builder: {}\n", error::one_line(&error)));
             ExitCode::FAILURE
         }
     }
+}
+
+/// The last line on standard error. Whoever reads that may be stalled, and shall not keep this program from its end.
+fn complain(line: String) {
+    let (done, waiting) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let _nobody_reads = std::io::stderr().write_all(line.as_bytes());
+        let _nobody_waits = done.send(());
+    });
+    let _stalled = waiting.recv_timeout(LAST_WORDS);
 }
 
 fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
@@ -58,7 +73,7 @@ fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
                 authorized_keys,
                 host_key: host_key.as_deref(),
                 max_sessions: *max_sessions,
-                login_grace: std::time::Duration::from_secs(*login_grace_seconds),
+                login_grace: Duration::from_secs(*login_grace_seconds),
             };
             listen::run(&options, builder(cli, true)?)?;
         }
@@ -84,7 +99,12 @@ fn existing(uri: &StoreUri) -> anyhow::Result<StoreLayout> {
 }
 
 fn parse_uri(uri: &str) -> anyhow::Result<StoreUri> {
-    Ok(StoreUri::parse(uri)?.with_environment()?)
+    let uri = StoreUri::parse(uri)?;
+    // Nix does no more about them either: what a newer one knows must not keep an older one from its store.
+    for name in &uri.unknown {
+        eprintln!("drover-builder: warning: the store's parameter {name:?} is unknown, and ignored");
+    }
+    Ok(uri.with_environment()?)
 }
 
 fn open(uri: &str, access: Access) -> anyhow::Result<LocalStore> {

@@ -27,12 +27,18 @@ impl BuildIds {
             Ids::Pool { first_uid, count, gid } => (first_uid, count, gid),
         };
         let pool = state_dir.join("userpool");
-        std::fs::create_dir_all(&pool).map_err(Error::file("create", &pool))?;
         for uid in first_uid..first_uid + count {
             let path = pool.join(uid.to_string());
             let mut options = File::options();
             options.read(true).write(true).create(true).truncate(false).mode(0o600);
-            let file = options.open(&path).map_err(Error::file("open", &path))?;
+            let file = match options.open(&path) {
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                    std::fs::create_dir_all(&pool).map_err(Error::file("create", &pool))?;
+                    options.open(&path)
+                }
+                other => other,
+            };
+            let file = file.map_err(Error::file("open", &path))?;
             match flock(&file, FlockOperation::NonBlockingLockExclusive) {
                 Ok(()) => return Ok(Some(Self { uid, gid, lock: Some(file) })),
                 Err(Errno::WOULDBLOCK | Errno::INTR) => {}

@@ -14,7 +14,7 @@ use crate::sandbox::launch::{Report, Running};
 /// How soon a slow log reader is looked at again.
 const LOG_RETRY: Duration = Duration::from_millis(20);
 /// How much output is taken at once.
-const CHUNK: usize = 64 << 10;
+const CHUNK: usize = 16 << 10;
 /// How long a killed build may take to be gone before this program gives up on it.
 const KILL_TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -48,8 +48,7 @@ pub(crate) fn supervise(
     log: &BuildLog,
     interest: &Interest<'_>,
 ) -> Result<(End, Vec<String>), Error> {
-    let mut watch =
-        Watch { started: Instant::now(), silent_since: Instant::now(), logged: 0, tail: Tail::default() };
+    let mut watch = Watch::new(Instant::now());
     let verdict = loop {
         if interest.is_over() {
             break Some(End::Cancelled);
@@ -88,6 +87,7 @@ struct Watch {
     silent_since: Instant,
     logged: u64,
     tail: Tail,
+    chunk: Vec<u8>,
 }
 
 struct Ready {
@@ -96,6 +96,10 @@ struct Ready {
 }
 
 impl Watch {
+    fn new(now: Instant) -> Self {
+        Self { started: now, silent_since: now, logged: 0, tail: Tail::default(), chunk: vec![0; CHUNK] }
+    }
+
     fn exceeded(&self, limits: &Limits) -> Option<End> {
         let over = |limit: Option<Duration>, since: Instant| limit.filter(|limit| since.elapsed() >= *limit);
         if let Some(end) = self.over_log_limit(limits) {
@@ -144,16 +148,15 @@ impl Watch {
         log: &BuildLog,
         ever: bool,
     ) -> Result<bool, Error> {
-        let mut chunk = vec![0; CHUNK];
         loop {
-            match rustix::io::read(running.terminal(), &mut chunk[..]) {
+            match rustix::io::read(running.terminal(), &mut self.chunk[..]) {
                 // EIO: every process that had the terminal's other end is gone.
                 Ok(0) | Err(rustix::io::Errno::IO) => return Ok(true),
                 Ok(count) => {
                     self.silent_since = Instant::now();
                     self.logged += count as u64;
-                    self.tail.write(&chunk[..count]);
-                    log.write(&chunk[..count]);
+                    self.tail.write(&self.chunk[..count]);
+                    log.write(&self.chunk[..count]);
                     if !ever && (!log.has_room() || self.over_log_limit(limits).is_some()) {
                         return Ok(false);
                     }
@@ -201,7 +204,7 @@ mod tests {
     #[test]
     fn which_limit_is_exceeded() {
         let ago = |seconds| Instant::now().checked_sub(Duration::from_secs(seconds)).unwrap();
-        let watch = Watch { started: ago(10), silent_since: ago(3), logged: 100, tail: Tail::default() };
+        let watch = Watch { silent_since: ago(3), logged: 100, ..Watch::new(ago(10)) };
         let seconds = |seconds| Some(Duration::from_secs(seconds));
         assert_eq!(watch.exceeded(&Limits::default()), None);
         let limits = Limits { timeout: seconds(11), max_silent: seconds(4), max_log_bytes: Some(100) };

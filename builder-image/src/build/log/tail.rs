@@ -2,6 +2,8 @@
 
 use std::collections::VecDeque;
 
+use bstr::ByteSlice as _;
+
 /// How many last lines a failure's message has (Nix: `log-lines`).
 const TAIL_LINES: usize = 25;
 /// Longest line that the tail keeps whole.
@@ -17,21 +19,34 @@ pub(crate) struct Tail {
 }
 
 impl Tail {
-    pub(crate) fn write(&mut self, bytes: &[u8]) {
-        for byte in bytes {
-            if *byte == b'\n' {
+    pub(crate) fn write(&mut self, mut bytes: &[u8]) {
+        while let Some(at) = bytes.find_byteset(b"\n\r") {
+            let (text, rest) = bytes.split_at(at);
+            self.text(text);
+            if rest.first() == Some(&b'\n') {
                 self.return_pending = false;
                 self.end_line();
-                continue;
+            } else {
+                self.start_over();
+                self.return_pending = true;
             }
-            if std::mem::take(&mut self.return_pending) {
-                self.current.clear();
-            }
-            match byte {
-                b'\r' => self.return_pending = true,
-                _ if self.current.len() < MAX_TAIL_LINE => self.current.push(*byte),
-                _ => {}
-            }
+            bytes = rest.get(1..).unwrap_or_default();
+        }
+        self.text(bytes);
+    }
+
+    fn text(&mut self, text: &[u8]) {
+        if !text.is_empty() {
+            self.start_over();
+            let room = MAX_TAIL_LINE - self.current.len();
+            self.current.extend(text.iter().take(room));
+        }
+    }
+
+    /// What comes behind a carriage return that no line feed followed.
+    fn start_over(&mut self) {
+        if std::mem::take(&mut self.return_pending) {
+            self.current.clear();
         }
     }
 
@@ -63,6 +78,12 @@ mod tests {
         let mut tail = Tail::default();
         tail.write(b"a\r\nprogress 1\rprogress 2\n@nix {\"action\":\"msg\"}\nend");
         assert_eq!(tail.finish(), ["a", "progress 2", "end"]);
+        let mut tail = Tail::default();
+        for piece in ["lost\r", "\r", "kept", "\r", "\n", "\n", "x\r\ry", &"z".repeat(3 * MAX_TAIL_LINE)] {
+            tail.write(piece.as_bytes());
+        }
+        let last = format!("y{}", "z".repeat(MAX_TAIL_LINE - 1));
+        assert_eq!(tail.finish(), ["kept", "", &last]);
         let mut tail = Tail::default();
         (0..100).for_each(|i| tail.write(format!("{i}\n").as_bytes()));
         let lines = tail.finish();
