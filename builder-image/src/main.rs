@@ -24,7 +24,7 @@ use crate::build::Builder;
 use crate::cli::{Cli, Command};
 
 /// How long the last line may take.
-const LAST_WORDS: Duration = Duration::from_millis(250);
+const LAST_WORDS: Duration = Duration::from_millis(100);
 
 fn main() -> ExitCode {
     // The helper reads no command line but this word, and must stay single-threaded.

@@ -2,6 +2,11 @@
 
 mod bench;
 mod build;
+mod builds_concurrent;
+mod builds_ends;
+mod builds_fixture;
+mod builds_floods;
+mod builds_paths;
 mod cache;
 mod clients;
 mod command_line;

@@ -20,7 +20,7 @@ const MAX_PIECE: usize = 64 << 10;
 /// How long a reader may take nothing before log is dropped.
 const STALL: Duration = Duration::from_secs(10);
 /// How long the end of a session waits for its log's reader, who was given time during every build.
-const END_FLUSH: Duration = Duration::from_millis(250);
+const END_FLUSH: Duration = Duration::from_millis(100);
 /// How soon it is noticed that nobody waits for the log any more.
 const GIVE_UP_INTERVAL: Duration = Duration::from_millis(20);
 
