@@ -4,5 +4,6 @@
 
 mod client;
 mod notation;
+mod read_only;
 mod recorded;
 mod server;
