@@ -13,6 +13,7 @@ mod command_line;
 mod fixtures;
 mod hostile;
 mod peer_sshd;
+mod peer_uris;
 mod remote_builds;
 mod serve;
 mod session;

@@ -1,17 +1,17 @@
 //! The serve protocol against real Nix: Drover's client talks to `nix-store --serve --write` of every version.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::Read as _;
+use std::io::Read;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::thread::{self, JoinHandle};
 
 use anyhow::{Context as _, Result, ensure};
-use drover_nix::derivation::modulo;
+use drover_nix::derivation::{aterm, modulo};
 use drover_nix::{
     BasicDerivation, ContentAddress, Derivation, DerivationOutput, Hash, Method, OutputName, PathInfo,
     Sha256, StoreDir, StorePath, nar,
 };
-use drover_serve::{BuildOptions, BuildStatus, Client, Error};
+use drover_serve::{BuildOptions, BuildStatus, BuildTarget, Client, Error};
 use drover_tests::{Nix, Peer};
 
 /// A session with a real `nix-store --serve --write` that has a store of its own.
@@ -252,6 +252,78 @@ fn builds_that_fail_on_every_real_server() -> Result<()> {
         let result = client.build_derivation(&drv_path, &drv, &none)?;
         ensure!(result.status == BuildStatus::OutputRejected, "{nix:?}: {result:?}");
         ensure!(session.end()?.success);
+        server.verify()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn streams_and_files_of_derivations_on_every_real_server() -> Result<()> {
+    let dir = StoreDir::default();
+    for nix in Nix::ALL {
+        let server = Server::new(nix)?;
+        let mut session = server.session()?;
+        let client = &mut session.client;
+
+        // Several paths in one export stream, as Hydra sends its inputs.
+        let (libc, libc_nar) = object(1, b"libc", &[])?;
+        let mut own = object(2, b"itself", &[&libc.path])?;
+        own.0.references.insert(own.0.path.clone());
+        let (own, own_nar) = own;
+        let (mut first, mut second) = (libc_nar.as_slice(), own_nar.as_slice());
+        let stream: [(_, &mut dyn Read); 2] = [(&libc, &mut first), (&own, &mut second)];
+        client.import_paths(stream)?;
+        let both: BTreeSet<StorePath> = [&libc, &own].map(|info| info.path.clone()).into();
+        let infos = client.query_path_infos(&both)?;
+        ensure!(infos[&libc.path] == libc && infos[&own.path] == own, "{nix:?}: {infos:?}");
+
+        // A derivation that the server has builds by its name; one that fails says so, and the session goes on.
+        let mut files = Vec::new();
+        for script in ["echo built > $out; echo too > $dev", "echo oh no; exit 3"] {
+            let (path, basic) = derivation(script, &[], None)?;
+            let drv = Derivation { basic, input_drvs: BTreeMap::new() };
+            let nar = file_nar(&aterm::print(&dir, &drv)?)?;
+            let (nar_hash, nar_size) = (Sha256::of(&nar), nar.len() as u64);
+            let info = PathInfo { path: path.clone(), nar_hash, nar_size, ..libc.clone() };
+            client.add_to_store_nar(&info, &mut nar.as_slice())?;
+            files.push(path);
+        }
+        let all = |path: &StorePath| BuildTarget { path: path.clone(), outputs: None };
+        let dev: OutputName = "dev".parse()?;
+        let only = BuildTarget { outputs: Some([dev].into()), ..all(&files[0]) };
+        let options = BuildOptions::default();
+        client.build_paths(&[only], &options)?;
+        client.build_paths(&[all(&files[0]), all(&libc.path)], &options)?;
+        let closure = client.query_closure(&[files[0].clone()].into(), true)?;
+        ensure!(closure.len() == 3 && closure.contains(&files[0]), "{nix:?}: {closure:?}");
+        match client.build_paths(&[all(&files[1])], &options) {
+            Err(Error::BuildPaths { status, message }) => {
+                ensure!(
+                    !status.is_success() && message.contains("made.drv"),
+                    "{nix:?}: {status:?}: {message}"
+                );
+            }
+            other => anyhow::bail!("{nix:?}: {other:?}"),
+        }
+        ensure!(client.query_valid_paths(&both, false, false)? == both);
+
+        // The stream in the other direction is gone since Nix 2.32.
+        let mut nars = Vec::new();
+        match client.export_paths(&both, &mut nars) {
+            Ok(exported) => {
+                ensure!(nix != Nix::V2_34, "{nix:?} has ExportPaths again");
+                ensure!(
+                    exported == [libc, own] && nars == [libc_nar, own_nar].concat(),
+                    "{nix:?}: {exported:?}"
+                );
+                ensure!(session.end()?.success, "{nix:?}");
+            }
+            Err(error) => {
+                ensure!(nix == Nix::V2_34 && error.is_disconnect(), "{nix:?}: {error}");
+                let log = session.end()?.log;
+                ensure!(log.contains("unknown serve command 5"), "{nix:?}: {log}");
+            }
+        }
         server.verify()?;
     }
     Ok(())
