@@ -124,7 +124,17 @@ impl Listener {
 
     /// `ssh` with nothing of the user's own, up to the host: `root@127.0.0.1`.
     pub(crate) fn ssh(&self, key: &str, options: &[&str]) -> Command {
-        let mut ssh = Command::new("ssh");
+        self.complete(Command::new("ssh"), key, options)
+    }
+
+    /// The same, which is ended after a while, whatever it is waiting for.
+    pub(crate) fn ssh_for(&self, time: Duration, key: &str, options: &[&str]) -> Command {
+        let mut timeout = Command::new("timeout");
+        timeout.arg(time.as_secs().to_string()).arg("ssh");
+        self.complete(timeout, key, options)
+    }
+
+    fn complete(&self, mut ssh: Command, key: &str, options: &[&str]) -> Command {
         ssh.args([
             "-F",
             "none",

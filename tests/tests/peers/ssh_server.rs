@@ -184,10 +184,10 @@ fn strangers_lock_nobody_out() -> Result<()> {
 
 #[test]
 fn many_connections_one_after_another() -> Result<()> {
-    let server = Listener::with_id(&[])?;
-    // Far more than may wait to log in, in less time than they may take for it, and all of them still there.
-    let sessions = (0..40).map(|_| server.session()).collect::<Result<Vec<_>>>()?;
-    for _ in 0..40 {
+    let server = Listener::with_id(&["--max-sessions", "100", "--login-grace", "600"])?;
+    // More than may wait to log in, in less time than they may take for it, and all of them still there.
+    let sessions = (0..70).map(|_| server.session()).collect::<Result<Vec<_>>>()?;
+    for _ in 0..10 {
         server.session()?.end()?;
     }
     sessions.into_iter().try_for_each(Session::end)?;
@@ -245,7 +245,7 @@ fn requests_wait_while_answers_are_taken_slowly() -> Result<()> {
     session.end()?;
     // A client that sends its next request, a large one, while it still reads the answer to the one before: whoever
     // waits for the input to be read before sending output, or the other way round, waits for ever.
-    let mut ssh = server.ssh("id", &[]).arg("x").stdin(Stdio::piped()).spawn()?;
+    let mut ssh = server.ssh_for(PATIENCE, "id", &[]).arg("x").stdin(Stdio::piped()).spawn()?;
     let (mut stdin, mut stdout) = (ssh.stdin.take().context("piped")?, ssh.stdout.take().context("piped")?);
     let writer = std::thread::spawn(move || -> Result<()> {
         let (hello, _) = greeting();
