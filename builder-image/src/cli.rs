@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use drover_store::GcOptions;
 
+use crate::nix_options;
+
 pub(crate) const USAGE: &str = "\
 Builds Nix derivations in a store of its own, for clients that speak Nix's serve protocol.
 
@@ -37,29 +39,6 @@ Options of verify:
   --repair                  make missing paths invalid, delete damaged entries of .links
 Options of Nix that change nothing here are accepted: --builders, --max-jobs, --option, -v, --quiet and their like.
 ";
-
-/// Nix's options that make sense for its own serve command, and how many words follow each.
-const IGNORED: [(&str, usize); 19] = [
-    ("--builders", 1),
-    ("--fallback", 0),
-    ("--keep-failed", 0),
-    ("--keep-going", 0),
-    ("--log-format", 1),
-    ("--max-jobs", 1),
-    ("--max-silent-time", 1),
-    ("--no-build-output", 0),
-    ("--quiet", 0),
-    ("--substituters", 1),
-    ("--timeout", 1),
-    ("--verbose", 0),
-    ("-I", 1),
-    ("-K", 0),
-    ("-Q", 0),
-    ("-j", 1),
-    ("-k", 0),
-    ("-v", 0),
-    ("-vv", 0),
-];
 
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) enum Command {
@@ -161,8 +140,8 @@ pub(crate) fn parse(words: impl IntoIterator<Item = String>) -> Result<Cli, Stri
             "--system" => cli.system = Some(value()?),
             "--extra-platforms" => cli.extra_platforms = Some(list(&value()?)),
             "--system-features" => cli.system_features = Some(list(&value()?)),
-            other => match IGNORED.iter().find(|(ignored, _)| *ignored == other) {
-                Some((_, count)) => (inline.is_some().into()..*count).for_each(|_: usize| {
+            other => match nix_options::words_after(other) {
+                Some(count) => (inline.is_some().into()..count).for_each(|_: usize| {
                     words.next();
                 }),
                 None => return Err(format!("unknown argument {word:?}; see drover-builder --help")),
@@ -231,8 +210,13 @@ mod tests {
 
     #[test]
     fn serve_in_every_spelling() {
-        for line in ["serve --write", "--serve --write", "--write --serve", "--builders x --serve -v --write"]
-        {
+        for line in [
+            "serve --write",
+            "--serve --write",
+            "--write --serve",
+            "--builders x --serve -v --write",
+            "-vvv --option a b --serve --extra-experimental-features c --no-substitute --write -j 4",
+        ] {
             assert_eq!(parse(line).unwrap().command, Command::Serve { write: true }, "{line}");
         }
         assert_eq!(parse("--serve").unwrap().command, Command::Serve { write: false });

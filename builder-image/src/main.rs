@@ -11,6 +11,7 @@ mod error;
 mod listen;
 mod machine;
 mod maintain;
+mod nix_options;
 mod sandbox;
 mod stdio;
 
