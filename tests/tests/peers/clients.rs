@@ -36,7 +36,8 @@ fn every_real_client_copies_there_and_back() -> Result<()> {
     for nix in Nix::ALL {
         let remote = Remote::new(nix)?;
         let (out, uri) = (built(&remote)?, remote.uri("server"));
-        remote.nix(&["copy", "--no-check-sigs", "--to", &uri, &out]).context("there")?;
+        let copy = ["copy", "--no-check-sigs", "--substitute-on-destination", "--to", &uri, &out];
+        remote.nix(&copy).context("there")?;
         let known = closure(&remote, "client", &out)?;
         ensure!(known.len() == 3, "{nix:?}: {known:?}");
         ensure!(closure(&remote, "server", &out)? == known, "{nix:?}: not all of it arrived");

@@ -45,6 +45,27 @@ fn every_real_client_builds_remotely() -> Result<()> {
 }
 
 #[test]
+fn the_new_commands_build_remotely_as_well() -> Result<()> {
+    for nix in Nix::ALL {
+        let remote = Remote::new(nix)?;
+        let file = remote.path("chain.nix");
+        std::fs::write(&file, CHAIN)?;
+        let file = file.to_str().context("temporary directories are UTF-8")?;
+        // Options of the client's that travel: silence and time limits, and that the builder shall fetch by itself.
+        let machine = format!("{} x86_64-linux - 1 1", remote.uri("server"));
+        let limits =
+            ["--max-silent-time", "30", "--timeout", "60", "--builders-use-substitutes", "--keep-failed"];
+        let build = ["build", "--no-link", "--max-jobs", "0", "--builders", &machine, "-f", file, "user"];
+        remote.nix(&[&build[..], &limits].concat())?;
+        let user = remote.run("nix-build", &["--no-out-link", "-A", "user", "-E", CHAIN])?;
+        let user = user.lines().next().context("nix-build prints no path")?;
+        ensure!(remote.object("server", user).is_file(), "{nix:?}: {user} was built elsewhere");
+        remote.verify("server")?;
+    }
+    Ok(())
+}
+
+#[test]
 fn every_real_client_learns_that_a_build_failed() -> Result<()> {
     for nix in Nix::ALL {
         let remote = Remote::new(nix)?;
