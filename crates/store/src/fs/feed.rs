@@ -156,6 +156,8 @@ struct Buffers {
     free: Vec<Vec<u8>>,
     /// How many there are, in use or free.
     made: usize,
+    /// Whether someone waits for one.
+    wanted: bool,
 }
 
 impl Pool {
@@ -170,6 +172,7 @@ impl Pool {
                 state.made += 1;
                 break Vec::new();
             }
+            state.wanted = true;
             state = self.returned.wait(state).unwrap_or_else(PoisonError::into_inner);
         };
         drop(state);
@@ -180,8 +183,12 @@ impl Pool {
     }
 
     fn give_back(&self, buffer: Vec<u8>) {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner).free.push(buffer);
-        self.returned.notify_one();
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.free.push(buffer);
+        // Nearly never, while waking costs a call of the system even if nobody sleeps.
+        if std::mem::take(&mut state.wanted) {
+            self.returned.notify_one();
+        }
     }
 }
 
