@@ -283,6 +283,12 @@ fn a_client_that_dies_with_its_window_closed_frees_its_session() -> Result<()> {
     stdin.write_all(&[hello, dump_request(&big)].concat())?;
     // Some of the archive comes; the rest waits for the client's window, which stays closed.
     ssh.stdout.as_mut().context("piped")?.read_exact(&mut vec![0; answer + 1024])?;
+    wait_for("the window to be used up", || {
+        // OpenSSH's is 2 MiB. A pause in between would make this test weaker, not wrong.
+        let before = bytes_read(ssh.id())?;
+        std::thread::sleep(Duration::from_millis(200));
+        Ok((before > 2 << 20 && bytes_read(ssh.id())? == before).then_some(()))
+    })?;
     ssh.kill()?;
     ssh.wait()?;
     wait_for("the session to end", || Ok(server.session().ok()))?.end()
@@ -297,6 +303,13 @@ fn told_to_stop_it_waits_for_nobody_who_is_idle() -> Result<()> {
     let output = { session.ssh }.wait_with_output()?;
     ensure!(!output.status.success(), "the session ended well");
     server.verify()
+}
+
+/// What a process has read so far, from whatever it reads.
+fn bytes_read(pid: u32) -> Result<u64> {
+    let io = std::fs::read_to_string(format!("/proc/{pid}/io"))?;
+    let line = io.lines().find_map(|line| line.strip_prefix("rchar: ")).context("no rchar")?;
+    Ok(line.parse()?)
 }
 
 fn wait_for<T>(what: &str, mut ready: impl FnMut() -> Result<Option<T>>) -> Result<T> {
