@@ -335,3 +335,28 @@ fn a_log_that_nobody_reads_does_not_hold_up_the_end() {
     // Still nobody reads.
     assert!(server.wait().unwrap().success());
 }
+
+#[test]
+fn what_failed_is_kept_if_asked_for() {
+    let mut builder = Builder::start(User::Current);
+    let builds = builder.root.path().join("nix/var/nix/builds");
+    let keep = BuildOptions { keep_failed: true, ..BuildOptions::default() };
+    assert_eq!(builder.run_with("touch $out", &keep).status, BuildStatus::Built);
+    assert_eq!(builder.run("touch evidence; exit 1").status, BuildStatus::PermanentFailure);
+    assert_eq!(std::fs::read_dir(&builds).unwrap().count(), 0, "neither succeeded nor asked for");
+    assert_eq!(builder.run_with("touch evidence; exit 2", &keep).status, BuildStatus::PermanentFailure);
+    let kept = std::fs::read_dir(&builds).unwrap().next().unwrap().unwrap().path().join("build");
+    assert!(kept.join("evidence").exists());
+    let log = builder.finish();
+    assert!(log.contains(&format!("keeping build directory {}", kept.display())), "{log}");
+}
+
+#[test]
+fn more_rounds_are_one() {
+    let mut builder = Builder::start(User::Current);
+    // As Hydra asks for with derivations that are said to be deterministic, and Nix ends the session for.
+    let options = BuildOptions { repeats: 1, enforce_determinism: true, ..BuildOptions::default() };
+    let result = builder.run_with("echo round; touch $out", &options);
+    assert_eq!((result.status, result.times_built), (BuildStatus::Built, 1));
+    assert_eq!(builder.finish().matches("round").count(), 1);
+}

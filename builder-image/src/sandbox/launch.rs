@@ -113,7 +113,11 @@ pub(crate) fn start(plan: &Plan, owner: Option<(u32, u32)>) -> io::Result<Runnin
     let (control, theirs) = UnixStream::pair()?;
     request(&serde_json::to_vec(&plan.namespaces)?, &theirs.into(), &peer)?;
     let running = Running { control, terminal, pending: Vec::new() };
-    send(&running.control, plan)?;
+    match send(&running.control, plan) {
+        // The helper could not clone, and its report says why.
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
+        other => other?,
+    }
     running.control.set_nonblocking(true)?;
     Ok(running)
 }
