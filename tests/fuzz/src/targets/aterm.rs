@@ -37,5 +37,12 @@ pub(super) fn seeds() -> Vec<Vec<u8>> {
     let more = aterm::print(&dir, &drv);
     let fixed = br#"Derive([("out","/nix/store/m5f2rbrmmr7x7p4whpw9d2cn0sw1i6jc-made","r:sha256","0000000000000000000000000000000000000000000000000000000000000000")],[],[],"x86_64-linux","builtin:fetchurl",[],[("out","")])"#;
     let floating = br#"Derive([("dev","","r:sha256","impure"),("out","","sha256","")],[],[],"x","",[],[])"#;
-    [plain.ok(), more.ok(), Some(fixed.to_vec()), Some(floating.to_vec())].into_iter().flatten().collect()
+    // Files that real Nix wrote.
+    let real = [
+        &include_bytes!("../../../../crates/nix/testdata/b2nsf2bia2n669rxhbvfjx7qpy4zjljr-leaf.drv")[..],
+        include_bytes!("../../../../crates/nix/testdata/inyw81mm787rpk7lrbq7ypd0zj55kgpv-attrs.drv"),
+        include_bytes!("../../../../crates/nix/testdata/p3s9bs8pv3fjlqsq5534pawsrh6kmcha-flat.tar.drv"),
+    ];
+    let made = [plain.ok(), more.ok(), Some(fixed.to_vec()), Some(floating.to_vec())];
+    made.into_iter().flatten().chain(real.map(<[u8]>::to_vec)).collect()
 }

@@ -26,6 +26,9 @@ pub(crate) enum Act {
     Build,
     BuildPaths,
     QueryClosure,
+    Export,
+    /// Twice with one request.
+    Import,
 }
 
 pub(super) fn check(data: &[u8]) {
@@ -61,8 +64,23 @@ pub(super) fn seeds() -> Vec<Vec<u8>> {
     seeds
 }
 
+/// Something to add.
+fn addition(path: &StorePath, references: &BTreeSet<StorePath>) -> (PathInfo, Vec<u8>) {
+    let nar = file_nar(b"contents");
+    let info = PathInfo {
+        path: path.clone(),
+        nar_hash: Sha256::of(&nar),
+        nar_size: nar.len() as u64,
+        references: references.clone(),
+        deriver: None,
+        signatures: Vec::new(),
+        ca: None,
+    };
+    (info, nar)
+}
+
 impl Act {
-    pub(crate) const ALL: [Self; 7] = [
+    pub(crate) const ALL: [Self; 9] = [
         Self::QueryValidPaths,
         Self::QueryPathInfos,
         Self::Dump,
@@ -70,6 +88,8 @@ impl Act {
         Self::Build,
         Self::BuildPaths,
         Self::QueryClosure,
+        Self::Export,
+        Self::Import,
     ];
 
     /// What a client of this version sends, greeting included; the greeting alone where the version has no such command.
@@ -109,16 +129,7 @@ impl Act {
                 assert!(again.is_ok_and(|again| again == size), "an archive that is none was handed on");
             }
             Self::Add => {
-                let nar = file_nar(b"contents");
-                let info = PathInfo {
-                    path: first.clone(),
-                    nar_hash: Sha256::of(&nar),
-                    nar_size: nar.len() as u64,
-                    references: paths.clone(),
-                    deriver: None,
-                    signatures: Vec::new(),
-                    ca: None,
-                };
+                let (info, nar) = addition(first, paths);
                 client.send_nar(&info, &mut nar.as_slice())?;
                 client.send_nar(&info, &mut nar.as_slice())?;
                 client.finish_nars()?;
@@ -134,6 +145,23 @@ impl Act {
             }
             Self::QueryClosure => {
                 client.query_closure(paths, true)?;
+            }
+            Self::Export => {
+                let mut received = Vec::new();
+                let infos = client.export_paths(paths, &mut received)?;
+                assert_eq!(infos.iter().map(|info| info.path.clone()).collect::<BTreeSet<_>>(), *paths);
+                let mut rest = received.as_slice();
+                for info in &infos {
+                    let (nar, after) = rest.split_at(usize::try_from(info.nar_size).unwrap_or(usize::MAX));
+                    assert_eq!(Sha256::of(nar), info.nar_hash, "{}", info.path);
+                    rest = after;
+                }
+                assert!(rest.is_empty(), "more than was said");
+            }
+            Self::Import => {
+                let (info, nar) = addition(first, paths);
+                let mut nars = [nar.as_slice(), nar.as_slice()];
+                client.import_paths(nars.iter_mut().map(|nar| (&info, nar as &mut dyn Read)))?;
             }
         }
         Ok(())

@@ -105,6 +105,37 @@ fn archives() {
 }
 
 #[test]
+fn export_streams() {
+    let (a, b) = (path("a"), path("b"));
+    let export = |answer: &[u8]| ask(answer, |c| c.export_paths(&set(&[&a]), &mut std::io::sink()));
+    let record =
+        |path: &StorePath| [u(1), file_nar(b"x"), u(EXPORT_MAGIC), s(full(path)), u(0), s(""), u(0)].concat();
+    assert!(export(&[record(&a), u(0)].concat()).is_ok());
+    refused("a path that nobody asked for", export(&[record(&b), u(0)].concat()));
+    refused("a path twice", export(&[record(&a), record(&a), u(0)].concat()));
+    refused("nothing", export(&u(0)));
+    refused("neither an archive nor the end", export(&u(2)));
+    refused("no magic number", export(&[u(1), file_nar(b"x"), u(7), record(&a)].concat()));
+    for huge in [1 << 40, 1 << 63, u64::MAX] {
+        let before = [u(1), file_nar(b"x"), u(EXPORT_MAGIC), s(full(&a))].concat();
+        refused("references", export(&[before, u(huge)].concat()));
+    }
+}
+
+#[test]
+fn archives_of_another_size_than_was_said() {
+    // Before protocol 2.4 a server says how long a path's archive is, and the client has to ask for it to know its hash.
+    let (a, nar) = (path("a"), file_nar(b"contents"));
+    let infos = |size: usize| {
+        let info = [s(full(&a)), s(""), u(0), u(0), u(size as u64), s("")].concat();
+        ask_at(0x203, &[info, nar.clone()].concat(), |c| c.query_path_infos(&set(&[&a])))
+    };
+    assert!(infos(nar.len()).is_ok());
+    refused("a longer archive", infos(nar.len() - 8));
+    refused("a shorter archive", infos(nar.len() + 8));
+}
+
+#[test]
 fn added_paths() {
     let nar = file_nar(b"contents");
     let info = PathInfo {
