@@ -1,17 +1,20 @@
 //! Sessions without `--write`: they read, on a file system that lets nobody write as well, and refuse the rest at once.
 
 use std::collections::BTreeMap;
-use std::io::{Read as _, Write as _};
+use std::io::Write as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use drover_tests::program;
+use xtask::run;
 
 use super::notation::*;
 
 const VERSION: Version = 0x207;
+const END_LIMIT: Duration = Duration::from_secs(10);
 
 fn start(mut command: Command) -> Result<Child> {
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -124,12 +127,17 @@ fn readers_are_refused_before_they_say_what_they_want() -> Result<()> {
         // Held open: the answer must come without another byte, and without an end.
         let mut stdin = child.stdin.take().context("no stdin")?;
         stdin.write_all(&[client_hello(VERSION), u(command)].concat())?;
-        let mut answer = Vec::new();
-        child.stdout.take().context("no stdout")?.read_to_end(&mut answer)?;
+        let ended =
+            run::wait_for("the refused session to end", END_LIMIT, || Ok(child.try_wait()?.is_some()));
+        if let Err(error) = ended {
+            child.kill()?;
+            return Err(error.context(name));
+        }
         let output = child.wait_with_output()?;
         drop(stdin);
+        let answer = &output.stdout;
         let log = String::from_utf8_lossy(&output.stderr);
-        ensure!(answer == server_hello(VERSION) && output.status.code() == Some(1), "{name}: {output:?}");
+        ensure!(*answer == server_hello(VERSION) && output.status.code() == Some(1), "{name}: {output:?}");
         ensure!(log.lines().count() == 1 && log.contains(name) && log.contains("--write"), "{name}: {log}");
     }
     drover_store::fs::delete(&dir.path().join("nix"))?;
