@@ -214,10 +214,12 @@ impl Handler for Connection {
     }
 
     async fn auth_succeeded(&mut self, session: &mut Ssh) -> Result<(), Self::Error> {
-        self.ticket = None;
-        self.logged_in.store(true, Ordering::Relaxed);
         self.place = Arc::clone(&self.shared.connections).try_acquire_owned().ok();
-        if self.place.is_none() {
+        if self.place.is_some() {
+            self.ticket = None;
+            self.logged_in.store(true, Ordering::Relaxed);
+        } else {
+            // It stays one of those that have not logged in, and has as much time to go as they have.
             self.shared.note_refusal(&format!("{} was sent away: too many connections", self.peer));
             session.disconnect(
                 Disconnect::TooManyConnections,

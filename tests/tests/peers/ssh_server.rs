@@ -183,6 +183,68 @@ fn strangers_lock_nobody_out() -> Result<()> {
 }
 
 #[test]
+fn what_strangers_say_harms_nobody() -> Result<()> {
+    let server = Listener::with_id(&["--login-grace", "600"])?;
+    let session = server.session()?;
+    let version = b"SSH-2.0-stranger\r\n";
+    let packet = |length: u32, padding: u8, payload: &[u8]| {
+        [&version[..], &length.to_be_bytes(), &[padding], payload].concat()
+    };
+    let mut said = vec![
+        b"GET / HTTP/1.1\r\n\r\n".to_vec(),
+        vec![b'a'; 1 << 20],
+        b"\n".repeat(1 << 20),
+        b"SSH-1.5-old\r\n".to_vec(),
+        packet(u32::MAX, 0, &[]),
+        packet(0, 0, &[0; 64]),
+        packet(1, 255, &[0; 64]),
+        packet(12, 255, &[20; 64]),
+        packet(1 << 18, 4, &vec![20; 1 << 18]),
+    ];
+    // Every kind of message, with contents that make no sense, and key exchanges that are cut off or filled with noise.
+    let mut noise = 1_u32;
+    let mut noise = || {
+        noise = noise.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (noise >> 24) as u8
+    };
+    for kind in 0..=255 {
+        let length = 1 + usize::from(kind) % 59;
+        let mut payload: Vec<u8> = (0..length).map(|_| noise()).collect();
+        payload[0] = kind;
+        payload.extend([0; 4]);
+        said.push(packet(payload.len() as u32 + 1, 4, &payload));
+    }
+    for length in 0..120 {
+        let names =
+            (0..10).map(|_| [&8_u32.to_be_bytes()[..], &[noise(); 8]].concat()).collect::<Vec<_>>().concat();
+        let mut payload = [&[20][..], &[7; 16], &names, &[0; 5], &[0; 4]].concat();
+        payload.truncate(length);
+        said.push(packet(payload.len() as u32 + 1, 4, &payload));
+    }
+    for bytes in &said {
+        let mut stream = TcpStream::connect(("127.0.0.1", server.port()))?;
+        // It may be closed before all of it is sent.
+        let _closed = stream.write_all(bytes);
+        let _closed = stream.shutdown(std::net::Shutdown::Write);
+        stream.set_read_timeout(Some(PATIENCE))?;
+        match stream.read_to_end(&mut Vec::new()) {
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+                anyhow::bail!("a connection is kept open after {:?}", &bytes[..bytes.len().min(40)]);
+            }
+            _closed => {}
+        }
+    }
+    // Who was in still is, and others get in.
+    session.end()?;
+    server.try_login("id", &[])?.map_err(anyhow::Error::msg)?;
+    let log = server.log_text();
+    ensure!(!log.contains("panicked") && log.lines().count() < 100, "{log}");
+    let peak = peak_memory(server.pid())?;
+    ensure!(peak < 64 << 10, "the server took {peak} KiB");
+    Ok(())
+}
+
+#[test]
 fn many_connections_one_after_another() -> Result<()> {
     let server = Listener::with_id(&["--max-sessions", "100", "--login-grace", "600"])?;
     // More than may wait to log in, in less time than they may take for it, and all of them still there.
