@@ -3,8 +3,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Read};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Receiver};
+use std::sync::{PoisonError, RwLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -15,7 +16,7 @@ use drover_nix::{
 };
 use drover_serve::{BuildOptions, BuildStatus};
 use drover_store::{Access, LocalStore, PathLock, Wait};
-use drover_tests::{Nix, Peer};
+use drover_tests::{Nix, Peer, program};
 
 use crate::store_parts::{
     Root, Running, Session, file_nar, info, no_leftovers, verify, wait_until, with_nix,
@@ -96,6 +97,21 @@ fn contend(peer: &Peer, first: Whose, second: Whose, dies: bool) -> Result<()> {
     collect_all(peer, &root)
 }
 
+/// An archive of which it is known how much was read.
+struct Counted<'a> {
+    rest: &'a [u8],
+    sent: &'a AtomicU32,
+}
+
+impl Read for Counted<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let most = buffer.len().min(4096);
+        let count = self.rest.read(&mut buffer[..most])?;
+        self.sent.fetch_add(u32::try_from(count).unwrap_or(u32::MAX), Ordering::Relaxed);
+        Ok(count)
+    }
+}
+
 /// An archive whose second half has to wait.
 struct Halting<'a> {
     rest: &'a [u8],
@@ -129,26 +145,27 @@ fn whoever_is_killed_the_other_goes_on() -> Result<()> {
 }
 
 fn kill_at_random(peer: &Peer, victim: Whose, other: Whose) -> Result<()> {
-    const ROUNDS: u32 = 20;
+    const ROUNDS: u32 = 12;
     let root = Root::in_memory()?;
-    // What it takes to the end: the points to kill it at are spread over that.
-    let started = Instant::now();
-    let mut session = start(peer, &root, victim)?;
-    send(&mut session, &objects(&root, 1000)?)?;
-    session.end()?;
-    let whole = started.elapsed();
     let mut caught = 0;
     for round in 0..ROUNDS {
         let objects = objects(&root, round)?;
-        let started = Instant::now();
         let mut session = start(peer, &root, victim)?;
+        // The points to kill it at are spread over all that it is sent.
+        let whole: u32 = objects.iter().map(|(info, _)| info.nar_size as u32).sum();
+        let (sent, target) = (AtomicU32::new(0), whole / ROUNDS * round);
         let cut = thread::scope(|scope| {
-            let client = &mut session.client;
+            let (client, sent) = (&mut session.client, &sent);
             let sending = scope.spawn(|| {
-                objects.iter().try_for_each(|(info, nar)| client.send_nar(info, &mut &nar[..]))?;
+                let mut send = |(info, nar): &(PathInfo, Vec<u8>)| {
+                    client.send_nar(info, &mut Counted { rest: nar, sent })
+                };
+                objects.iter().try_for_each(&mut send)?;
                 client.finish_nars()
             });
-            thread::sleep((whole * round / ROUNDS).saturating_sub(started.elapsed()));
+            wait_until("enough is sent", || {
+                Ok(sent.load(Ordering::Relaxed) >= target || sending.is_finished())
+            })?;
             session.child.kill()?;
             sending.join().map_err(|_| anyhow!("the sender panicked")).map(|result| result.is_err())
         })?;
@@ -169,20 +186,34 @@ fn kill_at_random(peer: &Peer, victim: Whose, other: Whose) -> Result<()> {
             verify(peer, &root)?;
         }
         if round % 4 == 3 {
-            // One more that nobody repairs: half of it is for the collector.
-            let mut session = start(peer, &root, victim)?;
-            let objects = self::objects(&root, 100 + round)?;
-            for (info, nar) in &objects[..1] {
-                let (_, gate) = mpsc::channel();
-                let mut short = Halting { rest: &nar[..nar.len() / 2], left: nar.len(), gate };
-                ensure!(session.client.send_nar(info, &mut short).is_err(), "half an archive is none");
-            }
-            session.kill()?;
+            leave_half(peer, &root, victim, round)?;
         }
     }
     ensure!(caught >= ROUNDS / 4, "only {caught} of {ROUNDS} were killed at work");
     verify(peer, &root)?;
     collect_all(peer, &root)
+}
+
+/// Half of a path that nobody will want again: for the collector.
+fn leave_half(peer: &Peer, root: &Root, victim: Whose, round: u32) -> Result<()> {
+    let mut session = start(peer, root, victim)?;
+    let nar = file_nar(&format!("{} half {round}", root.text()).into_bytes().repeat(100_000))?;
+    let info = info("half", &nar, &[])?;
+    let (go_on, gate) = mpsc::channel();
+    let mut halting = Halting { rest: &nar, left: nar.len() / 2, gate };
+    thread::scope(|scope| -> Result<()> {
+        let (client, info) = (&mut session.client, &info);
+        let sending = scope.spawn(move || client.add_to_store_nar(info, &mut halting));
+        wait_until("there is something of it", || Ok(root.object(&info.path).exists()))?;
+        session.child.kill()?;
+        drop(go_on);
+        let sent = sending.join().map_err(|_| anyhow!("the sender panicked"))?;
+        ensure!(sent.is_err());
+        Ok(())
+    })?;
+    session.kill()?;
+    ensure!(root.object(&info.path).exists() && !root.store(Access::ReadOnly)?.is_valid(&info.path)?);
+    Ok(())
 }
 
 /// A directory of many files, a large file, and one that refers to both: the same for the same round.
@@ -237,16 +268,25 @@ fn all_at_once_with_older_ones() -> Result<()> {
     all_at_once(Nix::V2_8, Duration::from_secs(6))
 }
 
+/// How long to wait for everybody to have done something.
+const AT_MOST: Duration = Duration::from_secs(25);
+
 /// Importing, protecting, building and collecting, for a while.
 fn all_at_once(nix: Nix, duration: Duration) -> Result<()> {
     let peer = Peer::new(nix)?;
+    // It may have to be compiled, which must not count.
+    program("drover-builder")?;
     let root = Root::in_memory()?;
     let store = root.store(Access::ReadWrite)?;
     let rounds = Rounds::default();
     let stop = AtomicBool::new(false);
     let objects = chain_of_objects(&root)?;
+    // Nix's collector looks for permanent roots first and for temporary ones then: whoever makes a link and ends in between
+    // loses what is linked. That is between Nix and Nix, so these two take turns.
+    let nix_and_nix = RwLock::new(());
     thread::scope(|scope| -> Result<()> {
         let (peer, root, store, objects, rounds, stop) = (&peer, &root, &store, &objects, &rounds, &stop);
+        let nix_and_nix = &nix_and_nix;
         let until_stopped = |what: &'static str, mut once: Box<dyn FnMut(usize) -> Result<()> + Send>| {
             move || {
                 let mut turn = 0;
@@ -270,7 +310,13 @@ fn all_at_once(nix: Nix, duration: Duration) -> Result<()> {
         // One after the other and not both at once: Nix notes a root in its own file only after the collector's answer, so
         // a collector that has waited for the last one could come too early to see it.
         let collect = move |turn| {
-            let command = if turn % 2 == 0 { root.builder(&["gc"])? } else { collect_with(peer, root)? };
+            // In between, what is equal comes to be shared.
+            let command = match turn % 3 {
+                0 => root.builder(&["gc"])?,
+                1 => on_store(peer, root, "--gc")?,
+                _ => on_store(peer, root, "--optimise")?,
+            };
+            let _turn = (turn % 3 == 1).then(|| nix_and_nix.write().unwrap_or_else(PoisonError::into_inner));
             let log = Running::start(command)?.end()?;
             ensure!(!log.contains("locked") && !log.contains("busy"), "{log}");
             rounds.collected.fetch_add(1, Ordering::Relaxed);
@@ -282,6 +328,7 @@ fn all_at_once(nix: Nix, duration: Duration) -> Result<()> {
             let expression = root.chain().replace("some text", &format!("text {turn}"));
             let mut command = with_nix(peer, root).command("nix-build")?;
             command.args(["-E", &expression, "-o"]).arg(&link);
+            let _turn = nix_and_nix.read().unwrap_or_else(PoisonError::into_inner);
             let log = Running::start(command)?.end()?;
             let out = std::fs::read_link(&link)?;
             let out = store.store_dir().parse(out.as_os_str().as_encoded_bytes())?;
@@ -295,8 +342,11 @@ fn all_at_once(nix: Nix, duration: Duration) -> Result<()> {
         threads.push(scope.spawn(until_stopped("nix-build", Box::new(build))));
         let build = move |turn| build_with_drover(root, store, turn, rounds);
         threads.push(scope.spawn(until_stopped("building", Box::new(build))));
-        let deadline = Instant::now() + duration;
-        while Instant::now() < deadline && !stop.load(Ordering::Relaxed) {
+        // On a machine with much else to do, until there is something to judge by.
+        let start = Instant::now();
+        while !stop.load(Ordering::Relaxed)
+            && (start.elapsed() < duration || !rounds.all_worked() && start.elapsed() < AT_MOST)
+        {
             thread::sleep(Duration::from_millis(20));
         }
         stop.store(true, Ordering::Relaxed);
@@ -305,7 +355,9 @@ fn all_at_once(nix: Nix, duration: Duration) -> Result<()> {
         }
         Ok(())
     })?;
-    rounds.ensure_all_worked()?;
+    // Shown with `--nocapture`.
+    eprintln!("{nix:?}: {rounds:?}");
+    ensure!(rounds.all_worked(), "{rounds:?}");
     drop(store);
     let _ = std::fs::remove_file(root.path().join("result"));
     verify(&peer, &root)?;
@@ -324,12 +376,11 @@ struct Rounds {
 }
 
 impl Rounds {
-    fn ensure_all_worked(&self) -> Result<()> {
-        let all = [&self.imported, &self.found, &self.collected, &self.nix_builds, &self.drover_builds];
-        // Shown with `--nocapture`.
-        eprintln!("{self:?}");
-        ensure!(all.iter().all(|count| count.load(Ordering::Relaxed) >= 2), "{self:?}");
-        Ok(())
+    /// Nobody only waited.
+    fn all_worked(&self) -> bool {
+        [&self.imported, &self.found, &self.collected, &self.nix_builds, &self.drover_builds]
+            .iter()
+            .all(|count| count.load(Ordering::Relaxed) >= 3)
     }
 }
 
@@ -384,9 +435,9 @@ fn chain_of_objects(root: &Root) -> Result<Vec<(PathInfo, Vec<u8>)>> {
     Ok(objects)
 }
 
-fn collect_with(peer: &Peer, root: &Root) -> Result<std::process::Command> {
+fn on_store(peer: &Peer, root: &Root, operation: &str) -> Result<std::process::Command> {
     let mut command = peer.command("nix-store")?;
-    command.args(["--gc", "--store", &root.text()]);
+    command.args([operation, "--store", &root.text()]);
     Ok(command)
 }
 

@@ -97,7 +97,9 @@ impl LocalStore {
         };
         collection.keep(roots)?;
         collection.run(valid)?;
-        Ok(collection.report)
+        let report = collection.report;
+        server.settle(|| roots::temporary(self))?;
+        Ok(report)
     }
 }
 

@@ -115,8 +115,10 @@ fn link(store: &LocalStore, path: &Path, depth: usize, roots: &mut BTreeSet<Stor
             Ok(_) => {}
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 let auto = store.layout().state_dir.join("gcroots/auto");
-                if path.parent() == Some(&auto) {
-                    fs::remove_file(path).map_err(Error::io("remove the dangling root", path))?;
+                if path.parent() == Some(&auto)
+                    && let Some(root) = remove_dangling(path, &target)?
+                {
+                    roots.extend(in_store(store, &root));
                 }
             }
             Err(error) => return Err(Error::io("examine", target)(error)),
@@ -126,6 +128,33 @@ fn link(store: &LocalStore, path: &Path, depth: usize, roots: &mut BTreeSet<Stor
         roots.extend(StorePath::from_base_name(name.as_bytes()).ok());
     }
     Ok(())
+}
+
+/// Removes a link to `target`, which is not there; unless it comes to be there meanwhile, as the root of someone who makes
+/// `target` first and this link then. In that case it gives what `target` leads to.
+fn remove_dangling(link: &Path, target: &Path) -> Result<Option<PathBuf>, Error> {
+    // Out of the way of whoever makes a new one of this name, which must stay. A name that is a root as well.
+    let mut aside = link.as_os_str().to_owned();
+    aside.push(".dangling");
+    let aside = PathBuf::from(aside);
+    fs::rename(link, &aside).map_err(Error::io("move the dangling root", link))?;
+    match fs::read_link(target) {
+        Ok(root) => {
+            // What is in the way is newer, and as good.
+            if rename_if_free(&aside, link).is_err() {
+                fs::remove_file(&aside).map_err(Error::io("remove the dangling root", &aside))?;
+            }
+            Ok(Some(root))
+        }
+        Err(_) => {
+            fs::remove_file(&aside).map_err(Error::io("remove the dangling root", &aside))?;
+            Ok(None)
+        }
+    }
+}
+
+fn rename_if_free(from: &Path, to: &Path) -> rustix::io::Result<()> {
+    rustix::fs::renameat_with(rustix::fs::CWD, from, rustix::fs::CWD, to, rustix::fs::RenameFlags::NOREPLACE)
 }
 
 /// The store path that `target` is or lies in.
@@ -218,6 +247,20 @@ mod tests {
         }
         assert!(fs::symlink_metadata(roots.join("auto/dangling")).is_err());
         assert!(fs::symlink_metadata(roots.join("dangling")).is_ok());
+    }
+
+    #[test]
+    fn a_root_that_comes_back_while_its_link_is_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let (link, target) = (dir.path().join("link"), dir.path().join("target"));
+        symlink(&target, &link).unwrap();
+        // Seen to be dangling, and then it is not any more.
+        symlink("/nix/store/x", &target).unwrap();
+        assert_eq!(remove_dangling(&link, &target).unwrap(), Some("/nix/store/x".into()));
+        assert_eq!(fs::read_link(&link).unwrap(), target);
+        fs::remove_file(&target).unwrap();
+        assert_eq!(remove_dangling(&link, &target).unwrap(), None);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 
     #[test]

@@ -11,6 +11,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 
 use drover_nix::StoreDir;
 use rustix::event::{PollFd, PollFlags};
@@ -19,13 +20,22 @@ use crate::{Error, StoreLayout, socket};
 
 /// Longest line: a path, its directory and the newline.
 const MAX_LINE: u64 = 4096;
+/// How long a client that has its answer may take to note its root, and how often that is looked at.
+const MAX_SETTLE: Duration = Duration::from_secs(1);
+const SETTLE_POLL: Duration = Duration::from_millis(1);
 
 pub(super) struct Server {
     shared: Arc<Shared>,
     socket: PathBuf,
     /// Closing it ends the thread that accepts connections.
     stop: Option<OwnedFd>,
-    acceptor: Option<JoinHandle<()>>,
+    acceptor: Option<JoinHandle<Vec<Answered>>>,
+}
+
+/// A client that was still there at the end, and the hash parts that it was told are protected.
+struct Answered {
+    stream: UnixStream,
+    hash_parts: HashSet<String>,
 }
 
 struct Shared {
@@ -41,7 +51,6 @@ struct State {
     protected: HashSet<String>,
     /// Hash part of what is being deleted.
     deleting: Option<String>,
-    connections: Vec<UnixStream>,
 }
 
 /// While it lives, those who want to protect the path wait.
@@ -86,15 +95,43 @@ impl Server {
         state.deleting = Some(hash_part.to_owned());
         Some(Deletion(&self.shared))
     }
+
+    /// Ends the answers, and waits until what was answered can be seen by the collector that comes next: Nix's programs
+    /// note a root in their own file only after the answer, and may not have got that far. `noted` gives the hash parts
+    /// in those files. Whoever goes away needs nothing any more.
+    pub(super) fn settle(
+        mut self,
+        mut noted: impl FnMut() -> Result<HashSet<String>, Error>,
+    ) -> Result<(), Error> {
+        let mut open = self.stop();
+        open.retain(|client| !client.hash_parts.is_empty());
+        let start = Instant::now();
+        while !open.is_empty() && start.elapsed() < MAX_SETTLE {
+            let noted = noted()?;
+            open.retain(|client| !client.hash_parts.is_subset(&noted) && !client.is_gone());
+            thread::sleep(SETTLE_POLL);
+        }
+        Ok(())
+    }
+
+    fn stop(&mut self) -> Vec<Answered> {
+        let _ = fs::remove_file(&self.socket);
+        drop(self.stop.take());
+        self.acceptor.take().and_then(|acceptor| acceptor.join().ok()).unwrap_or_default()
+    }
+}
+
+impl Answered {
+    fn is_gone(&self) -> bool {
+        let mut fds = [PollFd::new(&self.stream, PollFlags::empty())];
+        let now = rustix::time::Timespec { tv_sec: 0, tv_nsec: 0 };
+        rustix::event::poll(&mut fds, Some(&now)).is_err() || fds[0].revents().contains(PollFlags::HUP)
+    }
 }
 
 impl Drop for Server {
     fn drop(&mut self) {
-        let _ = fs::remove_file(&self.socket);
-        drop(self.stop.take());
-        if let Some(acceptor) = self.acceptor.take() {
-            let _ = acceptor.join();
-        }
+        self.stop();
     }
 }
 
@@ -120,8 +157,9 @@ impl Shared {
     }
 }
 
-/// Until `stop` is closed; then ends all connections, whose clients go on with the collector's lock.
-fn accept(listener: &UnixListener, stop: &OwnedFd, shared: &Arc<Shared>) {
+/// Until `stop` is closed; then takes no more requests, so that clients go on with the collector's lock, and gives those who
+/// are still there.
+fn accept(listener: &UnixListener, stop: &OwnedFd, shared: &Arc<Shared>) -> Vec<Answered> {
     let mut clients = Vec::new();
     loop {
         let mut fds = [PollFd::new(listener, PollFlags::IN), PollFd::new(stop, PollFlags::IN)];
@@ -132,37 +170,46 @@ fn accept(listener: &UnixListener, stop: &OwnedFd, shared: &Arc<Shared>) {
         }
         let Ok((stream, _)) = listener.accept() else { continue };
         let Ok(other) = stream.try_clone() else { continue };
-        shared.lock().connections.push(other);
+        // One that takes no answers must not hold up the end.
+        let _ = stream.set_write_timeout(Some(MAX_SETTLE));
         let shared = Arc::clone(shared);
-        clients.push(thread::spawn(move || serve(stream, &shared)));
+        // Those who have gone need nothing any more.
+        clients.retain(|(_, client): &(UnixStream, JoinHandle<_>)| !client.is_finished());
+        clients.push((other, thread::spawn(move || serve(&stream, &shared))));
     }
-    for connection in shared.lock().connections.drain(..) {
-        let _ = connection.shutdown(Shutdown::Both);
+    // Who has no answer finds the connection ended when it is dropped.
+    for (stream, _) in &clients {
+        let _ = stream.shutdown(Shutdown::Read);
     }
-    for client in clients {
-        let _ = client.join();
-    }
+    let join = |(stream, client): (UnixStream, JoinHandle<HashSet<String>>)| {
+        Some(Answered { stream, hash_parts: client.join().ok()? })
+    };
+    clients.into_iter().filter_map(join).collect()
 }
 
-/// Answers one client until it goes or says what is no path.
-fn serve(stream: UnixStream, shared: &Shared) {
-    let Ok(mut answers) = stream.try_clone() else { return };
+/// Answers one client until it goes or says what is no path. Gives what it was answered.
+fn serve(stream: &UnixStream, shared: &Shared) -> HashSet<String> {
+    let mut answered = HashSet::new();
     let mut lines = BufReader::new(stream);
     let mut line = Vec::new();
     loop {
         line.clear();
         match (&mut lines).take(MAX_LINE).read_until(b'\n', &mut line) {
             Ok(_) if line.pop() == Some(b'\n') => {}
-            _ => return,
+            _ => break,
         }
         // What lies elsewhere is nothing that we would delete.
-        if let Ok(path) = shared.store_dir.parse(&line) {
+        let path = shared.store_dir.parse(&line).ok();
+        if let Some(path) = &path {
             shared.add(path.hash_part());
         }
+        let mut answers = stream;
         if answers.write_all(b"1").is_err() {
-            return;
+            break;
         }
+        answered.extend(path.map(|path| path.hash_part().to_owned()));
     }
+    answered
 }
 
 #[cfg(test)]
@@ -197,7 +244,7 @@ mod tests {
             (byte, same)
         });
         // Whoever asks for what is being deleted must not have been answered; how long to look is a matter of taste.
-        assert!(receive.recv_timeout(std::time::Duration::from_millis(50)).is_err());
+        assert!(receive.recv_timeout(Duration::from_millis(50)).is_err());
         drop(deletion);
         let (byte, mut same) = waiter.join().unwrap();
         assert_eq!(byte, b'1');
@@ -207,5 +254,46 @@ mod tests {
         drop(server);
         assert!(answer(&mut same).is_err());
         assert!(!layout.gc_socket().exists());
+    }
+
+    #[test]
+    fn the_end_waits_for_roots_to_be_noted_but_not_for_who_has_gone() {
+        let dir = tempfile::tempdir().unwrap();
+        let layout = StoreLayout::in_root(dir.path());
+        let start = |names: &[&str]| {
+            let server = Server::start(&layout).unwrap();
+            let mut client = socket::connect(&layout.gc_socket()).unwrap();
+            for name in names {
+                client.write_all(format!("/nix/store/{}\n", store_path(name)).as_bytes()).unwrap();
+                client.read_exact(&mut [0]).unwrap();
+            }
+            (server, client)
+        };
+        let hash_parts =
+            |names: &[&str]| names.iter().map(|name| store_path(name).hash_part().to_owned()).collect();
+        // One of two is there, then both.
+        let (server, client) = start(&["a", "b"]);
+        let mut looks = 0;
+        let noted = || {
+            looks += 1;
+            Ok(hash_parts(if looks < 5 { &["a"] } else { &["a", "b", "c"] }))
+        };
+        server.settle(noted).unwrap();
+        assert_eq!(looks, 5);
+        drop(client);
+        // It goes before it has noted anything.
+        let (server, client) = start(&["a"]);
+        let mut client = Some(client);
+        let mut looks = 0;
+        let noted = || {
+            looks += 1;
+            drop(client.take());
+            Ok(HashSet::new())
+        };
+        server.settle(noted).unwrap();
+        assert_eq!(looks, 1);
+        // Nobody asked for anything: nothing to look at.
+        let (server, _client) = start(&[]);
+        server.settle(|| unreachable!()).unwrap();
     }
 }
