@@ -168,7 +168,8 @@ impl Attempt<'_> {
             .register(),
             Some(error) => Err(error),
         };
-        if result.is_err() && options.keep_failed {
+        // Of a build that was cancelled nobody is there to look at anything.
+        if options.keep_failed && matches!(result, Err(Error::Verdict { .. })) {
             let kept = scratch.keep();
             self.log.note(&format!("keeping build directory {}", kept.display()));
         }
