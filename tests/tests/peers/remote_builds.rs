@@ -172,3 +172,40 @@ fn two_builds_run_at_once_on_a_builder_with_two_slots() -> Result<()> {
     }
     Ok(())
 }
+
+/// A builder that never ends, and says nothing or says it over and over.
+const ENDLESS: &str = r#"
+let make = name: script: derivation {
+  inherit name;
+  system = "x86_64-linux";
+  builder = "/bin/sh";
+  args = [ "-c" script ];
+};
+in {
+  silent = make "silent" "while :; do :; done";
+  loud = make "loud" "while :; do echo louder; done";
+}
+"#;
+
+#[test]
+fn the_limits_of_the_client_hold_on_the_builder() -> Result<()> {
+    for nix in Nix::ALL {
+        let remote = Remote::new(nix)?;
+        let machine = format!("{} x86_64-linux - 1 1", remote.uri("server"));
+        // The client watches how long the log is, and leaves time to the builder.
+        for (which, limit) in [("silent", ["--max-silent-time", "1"]), ("loud", ["--timeout", "1"])] {
+            let (success, _, log) =
+                build(&remote, &[&machine], &[&["-A", which], &limit[..]].concat(), ENDLESS)?;
+            let said: String = log.lines().filter(|line| *line != "louder").collect();
+            ensure!(!success && log.contains("timed out"), "{nix:?}: {which} {limit:?}: {said}");
+            remote.verify("server").with_context(|| format!("{nix:?}: {which} {limit:?}: {said}"))?;
+        }
+        // Once, and not twice: there is nothing to compare a second round with since Nix 2.13.
+        if nix == Nix::V2_8 {
+            let more = ["-A", "user", "--option", "build-repeat", "1"];
+            let (success, _, log) = build(&remote, &[&machine], &more, CHAIN)?;
+            ensure!(success && log.matches("loud").count() == 1, "{log}");
+        }
+    }
+    Ok(())
+}
