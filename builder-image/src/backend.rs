@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::BorrowedFd;
 
+use drover_nix::nar::{Plain, Stream};
 use drover_nix::{BasicDerivation, PathInfo, StorePath};
 use drover_serve::{Backend, BoxError, BuildOptions, BuildResult, BuildStatus, BuildTarget, ReceivedPath};
 use drover_store::{Batch, TempRoots};
@@ -29,7 +30,8 @@ pub(crate) struct Session {
     roots: Option<TempRoots>,
     /// What was added and is not valid yet.
     batch: Option<Batch>,
-    /// Where answers go in the end, if the kernel can move files there.
+    /// Where requests come from and answers go in the end, if the kernel can move files from and to there.
+    input: Option<BorrowedFd<'static>>,
     output: Option<BorrowedFd<'static>>,
     log: Log,
     cancel: Cancel,
@@ -38,13 +40,13 @@ pub(crate) struct Session {
 impl Session {
     pub(crate) fn new(builder: Builder, write: bool, log: Log, cancel: Cancel) -> Result<Self, Error> {
         let roots = if write { Some(builder.store.temp_roots()?) } else { None };
-        Ok(Self { builder, roots, batch: None, output: None, log, cancel })
+        Ok(Self { builder, roots, batch: None, input: None, output: None, log, cancel })
     }
 
-    /// Lets archives go to `output` directly, past the buffer that is flushed before. It has to be where the session's
-    /// writer writes to.
-    pub(crate) fn with_output(mut self, output: BorrowedFd<'static>) -> Self {
-        self.output = Some(output);
+    /// Lets archives come from `input` and go to `output` directly, past the buffers. They have to be what the session's
+    /// reader reads and its writer writes.
+    pub(crate) fn with_ends(mut self, input: BorrowedFd<'static>, output: BorrowedFd<'static>) -> Self {
+        (self.input, self.output) = (Some(input), Some(output));
         self
     }
 
@@ -89,6 +91,10 @@ impl Backend for Session {
     }
 
     fn add_nar(&mut self, path: ReceivedPath, nar: &mut dyn Read) -> Result<(), BoxError> {
+        self.add_stream(path, &mut Plain(nar))
+    }
+
+    fn add_stream(&mut self, path: ReceivedPath, nar: &mut dyn Stream) -> Result<(), BoxError> {
         self.roots()?;
         let batch = match &mut self.batch {
             Some(batch) => batch,
@@ -99,6 +105,10 @@ impl Backend for Session {
         }
         batch.add_nar(&path.info, path.ultimate, path.registration_time, nar)?;
         Ok(())
+    }
+
+    fn input(&self) -> Option<BorrowedFd<'static>> {
+        self.input
     }
 
     fn settle(&mut self) -> Result<(), BoxError> {

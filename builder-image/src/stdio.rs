@@ -27,8 +27,9 @@ pub(crate) fn serve(builder: Builder, write: bool) -> anyhow::Result<()> {
     watch(input.try_clone().context("cannot open standard input")?, cancel.clone(), let_go);
     let dir = builder.store.store_dir().clone();
     let log = Log::to(File::from(error));
-    [rustix::stdio::stdin(), rustix::stdio::stdout()].into_iter().for_each(widen);
-    let mut session = Session::new(builder, write, log.clone(), cancel)?.with_output(rustix::stdio::stdout());
+    let ends = (rustix::stdio::stdin(), rustix::stdio::stdout());
+    [ends.0, ends.1].into_iter().for_each(widen);
+    let mut session = Session::new(builder, write, log.clone(), cancel)?.with_ends(ends.0, ends.1);
     let result = drover_serve::serve(File::from(input), File::from(output), &mut session, &dir, write);
     log.flush();
     Ok(result?)

@@ -1,6 +1,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{self, BufReader, BufWriter, Read, Seek as _, Write};
+use std::os::fd::BorrowedFd;
 
 use drover_nix::hash::Sha256Hasher;
 use drover_nix::{BasicDerivation, PathInfo, StoreDir, StorePath, nar};
@@ -43,6 +44,16 @@ pub trait Backend {
     /// `nar_size` bytes. A backend that finds the path valid leaves `nar` alone; any other reads all of it, checks
     /// hash and size, and fails without a trace if something is wrong.
     fn add_nar(&mut self, path: ReceivedPath, nar: &mut dyn Read) -> Result<(), BoxError>;
+
+    /// [`Self::add_nar`] where large files may be moved from [`Self::input`] by the system.
+    fn add_stream(&mut self, path: ReceivedPath, nar: &mut dyn nar::Stream) -> Result<(), BoxError> {
+        self.add_nar(path, nar)
+    }
+
+    /// The descriptor that the session's reader reads, if it is one and reads nothing ahead.
+    fn input(&self) -> Option<BorrowedFd<'static>> {
+        None
+    }
 
     /// Builds all outputs. The log goes to the session's stderr, which is not this crate's business.
     fn build_derivation(
@@ -192,9 +203,10 @@ impl<R: Read, W: Write> Session<'_, R, W> {
         if self.unsettled > 0 && (self.input.buffer().len() as u64) < nar_size {
             self.settle()?;
         }
-        let mut nar = self.input.by_ref().take(nar_size);
-        self.backend.add_nar(received, &mut nar).map_err(backend_on("add", &path))?;
-        match nar.limit() {
+        let end = self.backend.input();
+        let mut nar = Body { input: &mut self.input, end, left: nar_size };
+        self.backend.add_stream(received, &mut nar).map_err(backend_on("add", &path))?;
+        match nar.left {
             0 => {}
             left if left == nar_size => skip_nar(&mut nar, &path, nar_size)?,
             left => {
@@ -321,6 +333,36 @@ fn references_first(infos: &BTreeMap<StorePath, PathInfo>) -> Vec<StorePath> {
 /// In an export stream a NAR comes before its name.
 fn unnamed() -> StorePath {
     StorePath::from_parts([0; 20], "unnamed-import").unwrap_or_else(|_| unreachable!("the name is valid"))
+}
+
+/// The archive of one addition in the stream of requests.
+struct Body<'a, R> {
+    input: &'a mut BufReader<R>,
+    /// What `input` reads from.
+    end: Option<BorrowedFd<'static>>,
+    left: u64,
+}
+
+impl<R: Read> Read for Body<'_, R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let most = buffer.len().min(usize::try_from(self.left).unwrap_or(usize::MAX));
+        if most == 0 {
+            return Ok(0);
+        }
+        let count = self.input.read(&mut buffer[..most])?;
+        self.left -= count as u64;
+        Ok(count)
+    }
+}
+
+impl<R: Read> nar::Stream for Body<'_, R> {
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        self.end.filter(|_| self.input.buffer().is_empty())
+    }
+
+    fn taken(&mut self, count: u64) {
+        self.left = self.left.saturating_sub(count);
+    }
 }
 
 struct Hashed {

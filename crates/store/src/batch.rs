@@ -4,8 +4,9 @@
 //! at a higher price (measured: the same time with two of them, for half as much again of the processor's).
 
 use std::collections::HashMap;
-use std::io::Read;
+use std::io::Read as _;
 
+use drover_nix::nar::Stream;
 use drover_nix::{PathInfo, StorePath};
 
 use crate::import::Added;
@@ -59,14 +60,14 @@ impl Batch {
         info: &PathInfo,
         ultimate: bool,
         registration_time: u64,
-        nar: &mut dyn Read,
+        nar: &mut dyn Stream,
     ) -> Result<(), Error> {
         if self.broken {
             return Err(Error::BrokenBatch);
         }
         if info.nar_size > MAX_NAR {
             self.commit()?;
-            return self.store.add_nar(info, ultimate, registration_time, nar).map(drop);
+            return self.store.add_stream(info, ultimate, registration_time, nar).map(drop);
         }
         // A stream that is too short is found to be one when it is unpacked.
         let mut bytes = Vec::with_capacity(usize::try_from(info.nar_size).unwrap_or_default());

@@ -4,6 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::ffi::OsStr;
 use std::io::Read;
 
+use drover_nix::nar::{Plain, Stream};
 use drover_nix::{PathInfo, StorePath};
 use rustix::fs::AtFlags;
 use rustix::io::Errno;
@@ -33,6 +34,17 @@ impl LocalStore {
         registration_time: u64,
         nar: &mut dyn Read,
     ) -> Result<Added, Error> {
+        self.add_stream(info, ultimate, registration_time, &mut Plain(nar))
+    }
+
+    /// [`Self::add_nar`] of a stream that large files may be moved from.
+    pub fn add_stream(
+        &self,
+        info: &PathInfo,
+        ultimate: bool,
+        registration_time: u64,
+        nar: &mut dyn Stream,
+    ) -> Result<Added, Error> {
         self.must_write("import archives")?;
         self.own_temp_roots()?.add(&info.path)?;
         // Never None: who blocks gets the lock.
@@ -59,7 +71,7 @@ impl LocalStore {
 
     /// Unpacks the archive of a path that the caller has protected and locked, unless the path is valid. It is not
     /// registered yet. On failure nothing is left on disk.
-    pub(crate) fn unpack_locked(&self, info: &PathInfo, nar: &mut dyn Read) -> Result<Added, Error> {
+    pub(crate) fn unpack_locked(&self, info: &PathInfo, nar: &mut dyn Stream) -> Result<Added, Error> {
         // Asked under the lock, since whoever had it may have made the path valid.
         if self.is_there_and_valid(&info.path)? {
             return Ok(Added::AlreadyValid);
@@ -105,7 +117,7 @@ impl LocalStore {
         }
     }
 
-    fn unpack(&self, info: &PathInfo, nar: &mut dyn Read) -> Result<(), Error> {
+    fn unpack(&self, info: &PathInfo, nar: &mut dyn Stream) -> Result<(), Error> {
         let path = self.real_path(&info.path);
         let to = Destination {
             directory: self.directory()?,

@@ -10,12 +10,14 @@
 
 mod copy;
 mod reader;
+mod stream;
 #[cfg(test)]
 mod tests;
 mod writer;
 
 pub use copy::copy;
 pub use reader::{Event, Reader};
+pub use stream::{Plain, Stream};
 pub use writer::Writer;
 
 /// First token of every archive.

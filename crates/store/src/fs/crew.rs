@@ -143,7 +143,7 @@ impl Job {
             return;
         }
         let shown = || below(&self.directory.path.join("…"), &self.name);
-        let made = create(self.directory.fd.as_fd(), OsStr::from_bytes(&self.name), self.executable)
+        let made = create(self.directory.fd.as_fd(), OsStr::from_bytes(&self.name), self.executable, false)
             .map_err(|errno| Error::sys("make the file", shown())(errno))
             .and_then(|mut file| {
                 file.write_all(self.contents.bytes()).map_err(Error::io("write", shown()))?;
@@ -191,9 +191,15 @@ impl Failed {
     }
 }
 
-/// Makes a new, empty file. Its mode says nothing of this descriptor, which may write.
-pub(super) fn create(directory: BorrowedFd<'_>, name: &OsStr, executable: bool) -> Result<File, Errno> {
-    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+/// Makes a new, empty file, to be written and, if asked for, read. Its mode says nothing of this descriptor.
+pub(super) fn create(
+    directory: BorrowedFd<'_>,
+    name: &OsStr,
+    executable: bool,
+    readable: bool,
+) -> Result<File, Errno> {
+    let access = if readable { OFlags::RDWR } else { OFlags::WRONLY };
+    let flags = access | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     rustix::fs::openat(directory, name, flags, mode(executable)).map(File::from)
 }
 

@@ -3,31 +3,40 @@
 //! A chunk is read once and then shared: the parser looks at its tokens, a thread hashes it, files are written from it.
 //! It returns to its pool when the last of them is done. The pool's size is the limit of what is in flight.
 
+use std::fs::File;
 use std::io::{self, Read};
 use std::ops::Range;
+use std::os::unix::fs::FileExt as _;
 use std::sync::mpsc::{self, SyncSender};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use drover_nix::Sha256;
 use drover_nix::hash::Sha256Hasher;
+use drover_nix::nar::Stream;
+use rustix::io::Errno;
+use rustix::pipe::SpliceFlags;
 
 /// Bytes that are read at a time, at most.
 const CHUNK: usize = 256 << 10;
 /// Chunks of one archive that are in use at a time, at most.
 const MAX_CHUNKS: usize = 12;
+/// Bytes that are read back from a file at a time: little enough for a core's cache.
+const READ_BACK: usize = 64 << 10;
 /// From which size on an archive is hashed by a thread of its own. Below it, starting one costs more than it saves.
 pub(super) const HASH_APART_FROM: u64 = 1 << 20;
 
 /// An archive's stream. Where its size is known it reads ahead, but never beyond that size.
 pub(super) struct Feed<'a> {
-    input: &'a mut dyn Read,
+    input: &'a mut dyn Stream,
     /// Bytes of the archive that were not read from `input` yet; None if that is not known.
     left: Option<u64>,
     hasher: Hasher,
     pool: Arc<Pool>,
     /// What was read and not taken yet.
     ahead: Piece,
+    /// Whether the kernel may still be asked to move bytes.
+    splices: bool,
 }
 
 /// Some bytes of a chunk, shared.
@@ -38,12 +47,12 @@ pub(super) struct Piece {
 }
 
 impl<'a> Feed<'a> {
-    pub(super) fn new(input: &'a mut dyn Read, size: Option<u64>) -> Self {
+    pub(super) fn new(input: &'a mut dyn Stream, size: Option<u64>) -> Self {
         let hasher = match size {
             Some(HASH_APART_FROM..) => Hasher::Apart(HashThread::start()),
             _ => Hasher::Here(Sha256Hasher::new()),
         };
-        Self { input, left: size, hasher, pool: Arc::default(), ahead: Piece::default() }
+        Self { input, left: size, hasher, pool: Arc::default(), ahead: Piece::default(), splices: true }
     }
 
     /// Up to `most` bytes, at least one but for the end of the stream.
@@ -56,8 +65,34 @@ impl<'a> Feed<'a> {
         Ok((piece, count as u64))
     }
 
+    /// Has the kernel move up to `most` bytes from the stream to the end of `file`, which has `at` bytes and can be read.
+    /// 0 if that is not possible, whatever the reason: then [`Self::piece`] is.
+    pub(super) fn splice(&mut self, most: u64, file: &Arc<File>, at: u64) -> u64 {
+        let Hasher::Apart(thread) = &self.hasher else { return 0 };
+        let most = usize::try_from(most.min(self.left.unwrap_or(0))).unwrap_or(CHUNK).min(CHUNK);
+        if !self.splices || !self.ahead.is_empty() || most == 0 {
+            return 0;
+        }
+        let Some(from) = self.input.descriptor() else { return 0 };
+        let flags = SpliceFlags::MOVE;
+        match rustix::io::retry_on_intr(|| rustix::pipe::splice(from, None, file, None, most, flags)) {
+            Ok(count) => {
+                let count = count as u64;
+                self.input.taken(count);
+                self.left = self.left.map(|left| left - count);
+                thread.update(ToHash::File { file: Arc::clone(file), at, count });
+                count
+            }
+            Err(errno) => {
+                // Not a pipe, for instance. A full disk is better told by who writes.
+                self.splices = errno == Errno::AGAIN;
+                0
+            }
+        }
+    }
+
     /// The hash of everything that was read.
-    pub(super) fn finish(self) -> Sha256 {
+    pub(super) fn finish(self) -> io::Result<Sha256> {
         self.hasher.finish()
     }
 
@@ -80,7 +115,7 @@ impl<'a> Feed<'a> {
         self.ahead = Piece { chunk: Some(Arc::new(chunk)), range: 0..count };
         match &mut self.hasher {
             Hasher::Here(hasher) => hasher.update(self.ahead.bytes()),
-            Hasher::Apart(thread) => thread.update(self.ahead.clone()),
+            Hasher::Apart(thread) => thread.update(ToHash::Piece(self.ahead.clone())),
         }
         Ok(())
     }
@@ -198,9 +233,9 @@ enum Hasher {
 }
 
 impl Hasher {
-    fn finish(self) -> Sha256 {
+    fn finish(self) -> io::Result<Sha256> {
         match self {
-            Self::Here(hasher) => hasher.finish(),
+            Self::Here(hasher) => Ok(hasher.finish()),
             Self::Apart(thread) => thread.finish(),
         }
     }
@@ -208,35 +243,70 @@ impl Hasher {
 
 /// Hashes while its owner parses and writes. It ends with its owner, finished or not.
 struct HashThread {
-    pieces: SyncSender<Piece>,
-    thread: JoinHandle<Sha256>,
+    queue: SyncSender<ToHash>,
+    thread: JoinHandle<io::Result<Sha256>>,
+}
+
+/// The next bytes of the archive.
+enum ToHash {
+    Piece(Piece),
+    /// They went past us into this file: still in the page cache, and most likely in the processor's.
+    File {
+        file: Arc<File>,
+        at: u64,
+        count: u64,
+    },
 }
 
 impl HashThread {
     fn start() -> Self {
-        let (pieces, to_hash) = mpsc::sync_channel::<Piece>(MAX_CHUNKS);
+        let (queue, next) = mpsc::sync_channel::<ToHash>(MAX_CHUNKS);
         let thread = thread::spawn(move || {
             let mut hasher = Sha256Hasher::new();
-            for piece in to_hash {
-                hasher.update(piece.bytes());
+            let mut buffer = Vec::new();
+            for bytes in next {
+                match bytes {
+                    ToHash::Piece(piece) => hasher.update(piece.bytes()),
+                    ToHash::File { file, at, count } => {
+                        buffer.resize(READ_BACK, 0);
+                        read_back(&file, at, count, &mut buffer, &mut hasher)?;
+                    }
+                }
             }
-            hasher.finish()
+            Ok(hasher.finish())
         });
-        Self { pieces, thread }
+        Self { queue, thread }
     }
 
-    /// The thread ends by itself only if hashing panics; `finish` passes that on.
-    fn update(&self, piece: Piece) {
-        let _ = self.pieces.send(piece);
+    /// The thread ends by itself only if it cannot go on; `finish` tells of that.
+    fn update(&self, bytes: ToHash) {
+        let _ = self.queue.send(bytes);
     }
 
-    fn finish(self) -> Sha256 {
-        drop(self.pieces);
+    fn finish(self) -> io::Result<Sha256> {
+        drop(self.queue);
         match self.thread.join() {
             Ok(hash) => hash,
             Err(panic) => std::panic::resume_unwind(panic),
         }
     }
+}
+
+fn read_back(
+    file: &File,
+    mut at: u64,
+    count: u64,
+    buffer: &mut [u8],
+    hasher: &mut Sha256Hasher,
+) -> io::Result<()> {
+    let end = at + count;
+    while at < end {
+        let most = buffer.len().min(usize::try_from(end - at).unwrap_or(usize::MAX));
+        file.read_exact_at(&mut buffer[..most], at)?;
+        hasher.update(&buffer[..most]);
+        at += most as u64;
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -259,7 +329,7 @@ mod tests {
                 }
                 got.extend_from_slice(piece.bytes());
             }
-            assert_eq!(feed.finish(), Sha256::of(&bytes[..size]));
+            assert_eq!(feed.finish().unwrap(), Sha256::of(&bytes[..size]));
             assert_eq!((got.as_slice(), input), (&bytes[..size], &bytes[size..]));
         }
     }
@@ -283,6 +353,6 @@ mod tests {
         }
         releaser.join().unwrap();
         assert_eq!(feed.pool.state.lock().unwrap().made, MAX_CHUNKS);
-        assert_eq!(feed.finish(), Sha256::of(&bytes));
+        assert_eq!(feed.finish().unwrap(), Sha256::of(&bytes));
     }
 }

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use drover_nix::Sha256;
-use drover_nix::nar::{Event, Reader};
+use drover_nix::nar::{Event, Plain, Reader, Stream};
 use rustix::fs::{AtFlags, Mode};
 use rustix::io::Errno;
 
@@ -19,6 +19,9 @@ use crate::Error;
 
 /// From which size on an archive's files are made by several threads. Below it, starting them costs more than it saves.
 const CREW_FROM: u64 = 1 << 20;
+
+/// From which size on a file's contents may come by the kernel alone.
+const SPLICE_FROM: u64 = 1 << 20;
 
 /// What [`restore`] read.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -33,7 +36,7 @@ pub fn restore(nar: &mut dyn Read, destination: &Path) -> Result<Restored, Error
     let (parent, name) = open_parent(destination)?;
     let to =
         Destination { directory: parent.as_fd(), name, path: destination, replace: false, modes_hold: false };
-    unpack(Feed::new(nar, None), None, &to)
+    unpack(Feed::new(&mut Plain(nar), None), None, &to)
 }
 
 /// Where an archive goes.
@@ -52,7 +55,7 @@ pub(crate) struct Destination<'a> {
 /// [`restore`] where the archive is known to have `size` bytes, which lets it read far ahead. The archive may turn out
 /// to be shorter than `size`; what was read is then not defined, but for that it is at most `size`.
 pub(crate) fn restore_exactly(
-    nar: &mut dyn Read,
+    nar: &mut dyn Stream,
     size: u64,
     to: &Destination<'_>,
 ) -> Result<Restored, Error> {
@@ -79,7 +82,17 @@ fn unpack(feed: Feed<'_>, crew: Option<Crew>, to: &Destination<'_>) -> Result<Re
         return Err(error);
     }
     let nar_size = reader.offset();
-    Ok(Restored { nar_hash: reader.into_inner().finish(), nar_size })
+    let nar_hash = reader
+        .into_inner()
+        .finish()
+        .map_err(|source| broken(drover_nix::Error::NarIo { act: "read back", source }))?;
+    Ok(Restored { nar_hash, nar_size })
+}
+
+/// Some of a file's contents: at hand, or this many bytes in place already.
+enum Next {
+    Piece(Piece),
+    Moved(u64),
 }
 
 /// Makes files, each by its name in an open directory, so that no symlink is ever followed: neither one that the
@@ -132,10 +145,7 @@ impl Unpacker<'_> {
     }
 
     fn file(&mut self, executable: bool, size: u64, reader: &mut Reader<Feed<'_>>) -> Result<(), Error> {
-        let next = |reader: &mut Reader<Feed<'_>>| -> Result<Option<Piece>, Error> {
-            reader.take_contents(Feed::piece).map_err(broken)
-        };
-        let first = next(reader)?.unwrap_or_default();
+        let first = reader.take_contents(Feed::piece).map_err(broken)?.unwrap_or_default();
         if first.len() as u64 == size
             && let (Some(crew), Some(directory)) = (&self.crew, self.open.last())
         {
@@ -148,18 +158,29 @@ impl Unpacker<'_> {
             });
             return Ok(());
         }
-        let mut file = self
-            .make(|| crew::create(self.here(), self.name(), executable))?
+        let file = self
+            .make(|| crew::create(self.here(), self.name(), executable, size >= SPLICE_FROM))?
             .map_err(Error::sys("make the file", self.path()))?;
-        let mut piece = first;
-        loop {
-            file.write_all(piece.bytes()).map_err(Error::io("write", self.path()))?;
-            // Let go of it first: the next may need its place.
-            drop(piece);
-            match next(reader)? {
-                Some(next) => piece = next,
-                None => break,
+        let file = Arc::new(file);
+        let mut written = 0;
+        let mut next = Some(Next::Piece(first));
+        while let Some(some) = next {
+            match some {
+                Next::Moved(count) => written += count,
+                // Let go of here: what comes next may need its place.
+                Next::Piece(piece) => {
+                    (&*file).write_all(piece.bytes()).map_err(Error::io("write", self.path()))?;
+                    written += piece.len() as u64;
+                }
             }
+            let take = |feed: &mut Feed<'_>, left| {
+                let moved = if size < SPLICE_FROM { 0 } else { feed.splice(left, &file, written) };
+                match moved {
+                    0 => feed.piece(left).map(|(piece, count)| (Next::Piece(piece), count)),
+                    count => Ok((Next::Moved(count), count)),
+                }
+            };
+            next = reader.take_contents(take).map_err(broken)?;
         }
         crew::seal(&file, executable, self.to.modes_hold)
             .map_err(Error::sys("set mode and time of", self.path()))
@@ -201,13 +222,14 @@ fn broken(source: drover_nix::Error) -> Error {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::OwnedFd;
     use std::os::unix::fs::MetadataExt as _;
 
     use super::*;
     use crate::fs::dump;
     use crate::testing::sample_tree;
 
-    fn exactly(nar: &mut dyn Read, size: u64, path: &Path) -> Result<Restored, Error> {
+    fn exactly(nar: &mut dyn Stream, size: u64, path: &Path) -> Result<Restored, Error> {
         let (parent, name) = open_parent(path)?;
         let directory = parent.as_fd();
         let to =
@@ -265,6 +287,68 @@ mod tests {
         assert_eq!(std::fs::read(&to).unwrap(), contents);
         // A stream that ends early ends the thread too, or this would hang.
         assert!(exactly(&mut &nar[..nar.len() / 2], nar.len() as u64, &dir.path().join("y")).is_err());
+    }
+
+    /// A stream whose descriptor may be taken from.
+    struct Direct {
+        input: std::fs::File,
+        taken: u64,
+    }
+
+    impl Read for Direct {
+        fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+            // Little at a time: the beginning of the contents comes with the tokens, the rest by itself.
+            let most = buffer.len().min(5000);
+            self.input.read(&mut buffer[..most])
+        }
+    }
+
+    impl Stream for Direct {
+        fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+            Some(self.input.as_fd())
+        }
+
+        fn taken(&mut self, count: u64) {
+            self.taken += count;
+        }
+    }
+
+    #[test]
+    fn large_files_are_moved_from_a_pipe_and_read_from_anything_else() {
+        let contents: Vec<u8> = (0..SPLICE_FROM + 12_345).map(|i| (i % 253) as u8).collect();
+        let mut writer = drover_nix::nar::Writer::new(Vec::new());
+        writer.directory().unwrap();
+        for (name, contents) in [("a", &contents[..10]), ("b", &contents), ("c", &contents), ("d", b"")] {
+            writer.entry(name.as_bytes()).unwrap();
+            writer.file_bytes(false, contents).unwrap();
+        }
+        writer.end_directory().unwrap();
+        let nar = writer.finish().unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let (from, mut sender) = std::io::pipe().unwrap();
+        let mut output = std::fs::File::from(OwnedFd::from(from));
+        let stored = dir.path().join("nar");
+        std::fs::write(&stored, &nar).unwrap();
+        let sent = [&nar[..], b"next"].concat();
+        let sending = std::thread::spawn(move || sender.write_all(&sent).unwrap());
+        for (input, moved) in
+            [(output.try_clone().unwrap(), true), (std::fs::File::open(&stored).unwrap(), false)]
+        {
+            let to = dir.path().join(format!("moved-{moved}"));
+            let mut stream = Direct { input, taken: 0 };
+            let restored = exactly(&mut stream, nar.len() as u64, &to).unwrap();
+            assert_eq!((restored.nar_hash, restored.nar_size), (Sha256::of(&nar), nar.len() as u64));
+            assert_eq!(stream.taken > SPLICE_FROM, moved, "{}", stream.taken);
+            for name in ["b", "c"] {
+                assert_eq!(std::fs::read(to.join(name)).unwrap(), contents);
+            }
+            assert_eq!(std::fs::symlink_metadata(to.join("c")).unwrap().mode() & 0o7777, 0o444);
+            crate::fs::delete(&to).unwrap();
+        }
+        sending.join().unwrap();
+        let mut rest = Vec::new();
+        output.read_to_end(&mut rest).unwrap();
+        assert_eq!(rest, b"next");
     }
 
     #[test]
