@@ -20,12 +20,15 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use drover_store::{Access, LocalStore, StoreLayout, StoreUri};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::build::Builder;
 use crate::cli::{Cli, Command};
 
-/// How long the last line may take.
-const LAST_WORDS: Duration = Duration::from_millis(100);
+/// How long the last line may wait for room.
+const LAST_WORDS: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
+/// Bytes that a pipe which has room at all takes without waiting (PIPE_BUF).
+const ROOM: usize = 4096;
 
 fn main() -> ExitCode {
     // The helper reads no command line but this word, and must stay single-threaded.
@@ -47,20 +50,20 @@ fn main() -> ExitCode {
     match result {
         Ok(code) => code,
         Err(error) => {
-            complain(format!("drover-builder: {}\n", error::one_line(&error)));
+            complain(&format!("drover-builder: {}\n", error::one_line(&error)));
             ExitCode::FAILURE
         }
     }
 }
 
-/// The last line on standard error. Whoever reads that may be stalled, and shall not keep this program from its end.
-fn complain(line: String) {
-    let (done, waiting) = std::sync::mpsc::channel();
-    std::thread::spawn(move || {
-        let _nobody_reads = std::io::stderr().write_all(line.as_bytes());
-        let _nobody_waits = done.send(());
-    });
-    let _stalled = waiting.recv_timeout(LAST_WORDS);
+/// The last line on standard error. Whoever reads that may be stalled, and shall not keep this program from its end; but
+/// where there is room the line is written, however busy the machine is.
+fn complain(line: &str) {
+    let stderr = rustix::stdio::stderr();
+    let mut room = [PollFd::new(&stderr, PollFlags::OUT)];
+    if poll(&mut room, Some(&LAST_WORDS)).is_ok() && room[0].revents().contains(PollFlags::OUT) {
+        let _nobody_reads = std::io::stderr().write_all(&line.as_bytes()[..line.len().min(ROOM)]);
+    }
 }
 
 fn run(cli: &Cli) -> anyhow::Result<ExitCode> {

@@ -74,7 +74,7 @@ impl Arena {
     pub(super) fn start(&self) -> Result<Builder> {
         let mut command = self.command();
         let child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
-        Ok(Builder { child: Some(child) })
+        Ok(Builder::from(child))
     }
 
     /// Sends `input`, closes, and waits for the end.
@@ -173,6 +173,12 @@ impl Drop for Arena {
 /// A running builder; killed when this is dropped before its end.
 pub(super) struct Builder {
     child: Option<Child>,
+}
+
+impl From<Child> for Builder {
+    fn from(child: Child) -> Self {
+        Self { child: Some(child) }
+    }
 }
 
 impl Builder {
@@ -296,11 +302,23 @@ fn wait(child: &mut Child) -> Result<ExitStatus> {
             return Ok(status);
         }
         if start.elapsed() > WEDGED {
+            let threads = threads(child.id());
             child.kill()?;
-            bail!("the builder is still there {} s after the end of its input", WEDGED.as_secs());
+            bail!("it is still there {} s after the end of its input: {threads}", WEDGED.as_secs());
         }
         std::thread::sleep(Duration::from_micros(300));
     }
+}
+
+/// What each thread of a process waits for in the kernel.
+fn threads(process: u32) -> String {
+    let read = |path: PathBuf| fs::read_to_string(path).unwrap_or_default().trim().to_owned();
+    let tasks = fs::read_dir(format!("/proc/{process}/task")).into_iter().flatten().flatten();
+    let lines = tasks.map(|task| {
+        let file = |name: &str| read(task.path().join(name));
+        format!("\n{} waits in {:?}: {}", file("comm"), file("wchan"), file("syscall"))
+    });
+    lines.collect()
 }
 
 fn names(dir: &Path) -> Result<BTreeSet<String>> {

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use drover_nix::{Derivation, DerivationOutput, StoreDir, StorePath};
 
-use super::arena::{Arena, Outcome};
+use super::arena::{Arena, Builder, Outcome};
 use super::bytes::*;
 
 /// How long a builder may take to be gone, but for the odd one on a busy machine.
@@ -182,10 +182,18 @@ fn with_nobody_to_take_the_answer() -> Result<()> {
         if name.starts_with("Build") {
             return Ok(Duration::ZERO); // that one has a test below: it gets no answer anyway
         }
-        let mut builder = world.arena.start()?;
+        let (reader, writer) = std::io::pipe()?;
+        let mut command = world.arena.command();
+        let stdin = std::process::Stdio::piped();
+        let child = command.stdin(stdin).stdout(writer.try_clone()?).stderr(std::process::Stdio::piped());
+        let mut builder = Builder::from(child.spawn()?);
+        drop(command); // it has a copy of the writing end
+        drop(reader);
+        // Another thread that starts a program just now may have a copy of the reading end, until that runs.
+        let mut readers = [rustix::event::PollFd::new(&writer, rustix::event::PollFlags::empty())];
+        rustix::event::poll(&mut readers, None)?;
+        drop(writer);
         builder.send(&hello())?;
-        builder.receive(16)?;
-        builder.close_stdout();
         let outcome = builder.finish(request)?;
         outcome.expect_refusal().with_context(|| name.to_string())?;
         world.check()?;
