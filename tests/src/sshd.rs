@@ -60,8 +60,10 @@ impl Sshd {
         }
         let log = File::create(state.path().join("log"))?;
         let mut sshd = root.command("sh")?;
-        sshd.args(["-c", "mkdir -p /run/sshd && exec /usr/sbin/sshd -D -e -f /state/config"]);
-        sshd.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+        // The shell is the first process of its namespace. It ends, and all with it, when its standard input does: also
+        // when whoever runs the test is killed.
+        sshd.args(["-c", "mkdir -p /run/sshd && { /usr/sbin/sshd -D -e -f /state/config & } && read -r _"]);
+        sshd.stdin(Stdio::piped()).stdout(log.try_clone()?).stderr(log);
         let child = sshd.spawn().context("could not start sshd")?;
         let mut this = Self { child, state, port };
         run::wait_for("sshd to listen", START_LIMIT, || {
