@@ -89,6 +89,10 @@ impl Error {
             }
             Self::Database { source, .. } => {
                 source.sqlite_error_code() == Some(rusqlite::ErrorCode::DiskFull)
+                    // No room for the index of the log, which the first who opens the database makes.
+                    || source
+                        .sqlite_error()
+                        .is_some_and(|error| error.extended_code == rusqlite::ffi::SQLITE_IOERR_SHMSIZE)
             }
             _ => false,
         }

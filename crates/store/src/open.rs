@@ -43,7 +43,12 @@ pub(crate) fn open(layout: &StoreLayout, access: Access) -> Result<(Database, Op
             return Err(Error::BadDatabase { path, why });
         }
     }
-    Ok((Database::open(path, layout.store_dir.clone(), access)?, big_lock))
+    let database = Database::open(path, layout.store_dir.clone(), access)?;
+    if access == Access::ReadWrite {
+        // Not before: where the disk is full, the reserve may just have been given up for this.
+        reserve(layout);
+    }
+    Ok((database, big_lock))
 }
 
 /// Makes what a store needs, waits for its big lock, and creates the database if there is none.
@@ -79,7 +84,6 @@ fn prepare(layout: &StoreLayout) -> Result<File, Error> {
         }
         take(FlockOperation::LockShared)?;
     }
-    reserve(layout);
     Ok(lock)
 }
 
