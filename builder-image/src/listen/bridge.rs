@@ -16,17 +16,21 @@ use tokio::sync::{Notify, watch};
 
 use crate::build::supervise::Cancel;
 
-/// What a client may send of a channel without waiting for us. russh grants it again when half is used up, so at a
-/// round-trip time of 50 ms this bounds an upload to 160 MiB/s (OpenSSH's 2 MiB: to 40). It also bounds what is held for a
-/// client whose session does not read.
-pub(super) const WINDOW: u32 = 16 << 20;
+/// What a client that is near may send of a channel without waiting for us: as much as with OpenSSH's server. OpenSSH's
+/// client reads ahead as far as its window goes, and with a larger one it spends more time on memory than it gains.
+pub(super) const NEAR_WINDOW: u32 = 2 << 20;
+/// The same for one that is far. russh grants it again when half is used up, so at a round-trip time of 50 ms it bounds an
+/// upload to 160 MiB/s. It also bounds what is held for a client whose session does not read.
+const FAR_WINDOW: u32 = 16 << 20;
+/// The round-trip time from which on a client is far: there the smaller window would bound an upload to 100 MiB/s.
+const FAR_FROM: Duration = Duration::from_millis(10);
 /// The window of a client whose session does not keep up. Each arrival of so little is a chance to grant more.
 const DRIP: u32 = 2;
 /// Input that a session has not taken yet, as long as it keeps up.
 const COMFORTABLE: usize = 1 << 20;
 /// More than a client can send that heeds its window: the comfortable part, one window, and one that was granted while
 /// that was on its way.
-const MAX_HELD: usize = COMFORTABLE + 2 * WINDOW as usize;
+const MAX_HELD: usize = COMFORTABLE + 2 * FAR_WINDOW as usize;
 /// How long a connection waits for a session that does not keep up, before it does something else.
 const PATIENCE: Duration = Duration::from_millis(20);
 /// Extended data of this type is standard error (RFC 4254, 5.2).
@@ -147,10 +151,16 @@ impl Input {
     }
 }
 
-/// How much a client may send from now on, given the inputs of all channels of its connection.
-pub(super) fn window<'a>(mut inputs: impl Iterator<Item = &'a Input>) -> u32 {
+/// How much a client may send from now on, given its round-trip time and the inputs of all channels of its connection.
+pub(super) fn window<'a>(round_trip: Duration, mut inputs: impl Iterator<Item = &'a Input>) -> u32 {
     // russh knows one size for the whole connection.
-    if inputs.any(Input::is_stuck) { DRIP } else { WINDOW }
+    if inputs.any(Input::is_stuck) {
+        DRIP
+    } else if round_trip >= FAR_FROM {
+        FAR_WINDOW
+    } else {
+        NEAR_WINDOW
+    }
 }
 
 /// The session's side of an [`Input`].
@@ -323,12 +333,14 @@ mod tests {
     async fn a_session_that_does_not_read_closes_the_window_and_not_the_connection() {
         let (input, quiet) = (input(), Notify::new());
         let piece = vec![7; 32 << 10];
+        let granted = |input: &Arc<Input>| window(FAR_FROM, [&**input].into_iter());
+        assert_eq!(window(Duration::ZERO, [&*input].into_iter()), NEAR_WINDOW);
         let mut sent = 0;
         // All of a window that was granted before comes through in bounded time, and more than that is refused.
-        while sent < COMFORTABLE + WINDOW as usize {
+        while sent < COMFORTABLE + FAR_WINDOW as usize {
             input.push(&piece, &quiet).await.unwrap();
             sent += piece.len();
-            assert_eq!(window([&*input].into_iter()), if sent > COMFORTABLE { DRIP } else { WINDOW });
+            assert_eq!(granted(&input), if sent > COMFORTABLE { DRIP } else { FAR_WINDOW });
         }
         let mut flood = Ok(());
         while flood.is_ok() && sent <= MAX_HELD {
@@ -339,7 +351,7 @@ mod tests {
         // Once it reads, the window opens again.
         let mut reader = Incoming::new(Arc::clone(&input));
         reader.read_exact(&mut [0; 100]).unwrap();
-        assert_eq!(window([&*input].into_iter()), WINDOW);
+        assert_eq!(granted(&input), FAR_WINDOW);
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use russh::keys::{Algorithm, Certificate, PublicKey};
 use russh::server::{
@@ -52,6 +52,8 @@ pub(super) struct Connection {
     refusals: Vec<String>,
     channels: HashMap<ChannelId, Open>,
     wanted: Arc<Notify>,
+    /// From our word that a channel is open to the client's next: its round-trip time, and what a busy machine adds.
+    round_trip: Duration,
 }
 
 /// A channel that is open.
@@ -59,6 +61,7 @@ struct Open {
     input: Arc<Input>,
     /// None once something was executed.
     half: Option<ChannelWriteHalf<Msg>>,
+    since: Instant,
     /// Tells the session by being dropped.
     gone: watch::Sender<()>,
 }
@@ -89,6 +92,7 @@ impl Connection {
             refusals: Vec::new(),
             channels: HashMap::new(),
             wanted: Arc::default(),
+            round_trip: Duration::ZERO,
         }
     }
 
@@ -127,6 +131,10 @@ impl Connection {
         let Some(half) = open.half.take() else {
             return false;
         };
+        // Any of them may have been slow for other reasons, the quickest least.
+        let first = self.round_trip.is_zero();
+        let since = open.since.elapsed();
+        self.round_trip = if first { since } else { self.round_trip.min(since) };
         let client = Client {
             runtime: tokio::runtime::Handle::current(),
             channel: Arc::new(half),
@@ -249,8 +257,12 @@ impl Handler for Connection {
         let id = channel.id();
         // What arrives comes by calls, so the half that queues it goes; its queue would hold the connection up.
         let (_queue, half) = channel.split();
-        let open =
-            Open { input: Arc::new(Input::new(cancel)), half: Some(half), gone: watch::Sender::new(()) };
+        let open = Open {
+            input: Arc::new(Input::new(cancel)),
+            half: Some(half),
+            since: Instant::now(),
+            gone: watch::Sender::new(()),
+        };
         self.channels.insert(id, open);
         reply.accept().await;
         Ok(())
@@ -276,7 +288,7 @@ impl Handler for Connection {
     }
 
     fn adjust_window(&mut self, _id: ChannelId, _current: u32) -> u32 {
-        window(self.channels.values().map(|open| &*open.input))
+        window(self.round_trip, self.channels.values().map(|open| &*open.input))
     }
 
     async fn channel_eof(&mut self, id: ChannelId, _session: &mut Ssh) -> Result<(), Self::Error> {

@@ -35,7 +35,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::Semaphore;
 
 use self::authorized::Rule;
-use self::bridge::{Input, WINDOW};
+use self::bridge::{Input, NEAR_WINDOW};
 use self::connection::{Broken, Connection};
 use self::lobby::Lobby;
 use self::wire::Plug;
@@ -280,7 +280,7 @@ fn config(host_key: PrivateKey) -> Config {
         auth_rejection_time: Duration::ZERO,
         auth_rejection_time_initial: Some(Duration::ZERO),
         keys: vec![host_key],
-        window_size: WINDOW,
+        window_size: NEAR_WINDOW,
         event_buffer_size: PACKETS,
         // The queue is not used: `connection` says why.
         channel_buffer_size: 1,
