@@ -30,6 +30,8 @@ pub(crate) struct Session {
     roots: Option<TempRoots>,
     /// What was added and is not valid yet.
     batch: Option<Batch>,
+    /// Additions of the batch that were in effect when it was settled last.
+    settled: usize,
     /// Where requests come from and answers go in the end, if the kernel can move files from and to there.
     input: Option<BorrowedFd<'static>>,
     output: Option<BorrowedFd<'static>>,
@@ -40,7 +42,7 @@ pub(crate) struct Session {
 impl Session {
     pub(crate) fn new(builder: Builder, write: bool, log: Log, cancel: Cancel) -> Result<Self, Error> {
         let roots = if write { Some(builder.store.temp_roots()?) } else { None };
-        Ok(Self { builder, roots, batch: None, input: None, output: None, log, cancel })
+        Ok(Self { builder, roots, batch: None, settled: 0, input: None, output: None, log, cancel })
     }
 
     /// Lets archives come from `input` and go to `output` directly, past the buffers. They have to be what the session's
@@ -112,8 +114,15 @@ impl Backend for Session {
     }
 
     fn settle(&mut self) -> Result<(), BoxError> {
-        self.batch.as_mut().map_or(Ok(()), Batch::commit)?;
+        if let Some(batch) = &mut self.batch {
+            batch.commit()?;
+            self.settled = batch.in_effect();
+        }
         Ok(())
+    }
+
+    fn in_effect(&self) -> usize {
+        self.batch.as_ref().map_or(0, Batch::in_effect) - self.settled
     }
 
     fn build_derivation(

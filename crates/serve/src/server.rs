@@ -90,6 +90,12 @@ pub trait Backend {
     fn settle(&mut self) -> Result<(), BoxError> {
         Ok(())
     }
+
+    /// How many additions since the last [`Self::settle`] that worked are in effect, the first ones: asked for when
+    /// something failed, since those are still to be answered. All of them, where an addition takes effect at once.
+    fn in_effect(&self) -> usize {
+        usize::MAX
+    }
 }
 
 /// The server's half of one session: answers requests until the client closes its side. `write` allows commands that
@@ -123,7 +129,7 @@ struct Session<'a, R: Read, W: Write> {
     dir: &'a StoreDir,
     version: Version,
     write: bool,
-    /// Requests that added something and were answered into the buffer since it was flushed.
+    /// Additions that are not answered yet, since what they have in common is still to be made durable.
     unsettled: usize,
 }
 
@@ -215,7 +221,7 @@ impl<R: Read, W: Write> Session<'_, R, W> {
             }
         }
         self.unsettled += 1;
-        self.output.put_u64(DONE)
+        Ok(())
     }
 
     fn build_derivation(&mut self) -> Result<(), Error> {
@@ -283,7 +289,7 @@ impl<R: Read, W: Write> Session<'_, R, W> {
             let received = ReceivedPath { info, registration_time: 0, ultimate: false };
             self.backend.add_nar(received, &mut file).map_err(backend_on("import", &trailer.path))?;
         }
-        self.unsettled += 1;
+        self.complete()?;
         self.output.put_u64(DONE)
     }
 
@@ -291,10 +297,20 @@ impl<R: Read, W: Write> Session<'_, R, W> {
         self.backend.dump(path, &mut self.output).map_err(backend_on("dump", path))
     }
 
+    /// Completes additions and sends all answers. Of additions that fail, those before the first mistake are answered.
     fn settle(&mut self) -> Result<(), Error> {
-        self.unsettled = 0;
-        self.backend.settle().map_err(backend("complete additions"))?;
-        self.output.flush().map_err(Error::io("sending an answer"))
+        let completed = self.complete();
+        completed.and(self.output.flush().map_err(Error::io("sending an answer")))
+    }
+
+    fn complete(&mut self) -> Result<(), Error> {
+        let added = std::mem::take(&mut self.unsettled);
+        let result = self.backend.settle().map_err(backend("complete additions"));
+        let answered = if result.is_ok() { added } else { added.min(self.backend.in_effect()) };
+        for _ in 0..answered {
+            self.output.put_u64(DONE)?;
+        }
+        result
     }
 }
 

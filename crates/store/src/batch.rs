@@ -25,6 +25,8 @@ pub struct Batch {
     paths: Vec<ValidPath>,
     /// Of each path.
     nars: Vec<Vec<u8>>,
+    /// How many of all additions are in effect: their paths are valid.
+    in_effect: usize,
     /// A commit failed, so that some path that was added is not there.
     broken: bool,
 }
@@ -47,6 +49,7 @@ impl LocalStore {
             roots: self.own_temp_roots()?.clone(),
             paths: Vec::new(),
             nars: Vec::new(),
+            in_effect: 0,
             broken: false,
         })
     }
@@ -67,7 +70,9 @@ impl Batch {
         }
         if info.nar_size > MAX_NAR {
             self.commit()?;
-            return self.store.add_stream(info, ultimate, registration_time, nar).map(drop);
+            self.store.add_stream(info, ultimate, registration_time, nar)?;
+            self.in_effect += 1;
+            return Ok(());
         }
         // A stream that is too short is found to be one when it is unpacked.
         let mut bytes = Vec::with_capacity(usize::try_from(info.nar_size).unwrap_or_default());
@@ -89,6 +94,11 @@ impl Batch {
         self.paths.is_empty()
     }
 
+    /// How many additions since the batch was made are in effect, the first ones: their paths are valid.
+    pub fn in_effect(&self) -> usize {
+        self.in_effect
+    }
+
     /// Makes all paths valid, as if each had been added alone and in order, up to the first for which that fails. After
     /// a failure every further commit fails.
     pub fn commit(&mut self) -> Result<(), Error> {
@@ -96,19 +106,21 @@ impl Batch {
             return Err(Error::BrokenBatch);
         }
         let (paths, nars) = (std::mem::take(&mut self.paths), std::mem::take(&mut self.nars));
-        let result = match paths.len() {
-            0 => return Ok(()),
-            1 => self.one_by_one(&paths, &nars),
-            _ => self.together(&paths, &nars).and_then(|done| self.one_by_one(&paths[done..], &nars[done..])),
-        };
+        let done = if paths.len() > 1 { self.together(&paths, &nars) } else { Ok(0) };
+        let result = done.and_then(|done| {
+            self.in_effect += done;
+            self.one_by_one(&paths[done..], &nars[done..])
+        });
         self.broken = result.is_err();
         result
     }
 
-    fn one_by_one(&self, paths: &[ValidPath], nars: &[Vec<u8>]) -> Result<(), Error> {
+    fn one_by_one(&mut self, paths: &[ValidPath], nars: &[Vec<u8>]) -> Result<(), Error> {
         paths.iter().zip(nars).try_for_each(|(path, nar)| {
             let (info, mut nar) = (&path.info, &nar[..]);
-            self.store.add_nar(info, path.ultimate, path.registration_time, &mut nar).map(drop)
+            self.store.add_nar(info, path.ultimate, path.registration_time, &mut nar)?;
+            self.in_effect += 1;
+            Ok(())
         })
     }
 
@@ -226,6 +238,7 @@ mod tests {
             let valid = store.all_valid_paths().unwrap();
             assert_eq!(valid, (0..20).map(|i| store_path(&format!("p{i}"))).collect());
             assert_eq!(entries(&store).len(), 20);
+            assert_eq!(batch.in_effect(), 20);
             // Whoever answers for what was added must not answer for what is gone.
             assert!(matches!(batch.commit(), Err(Error::BrokenBatch)));
             assert!(batch.add_nar(&info("p1", &nar, &[]), false, 0, &mut &nar[..]).is_err());

@@ -283,26 +283,30 @@ fn additions_in_flight_that_spoil_each_other() -> Result<()> {
     let bad = Add { hash: Sha256::of(b"").to_hex().into(), ..add(&b, &[]) };
     let cut = Add { nar: add(&b, &[]).nar[..40].to_vec(), ..add(&b, &[]) };
     let again = Add::new(&a, file_nar(b"other contents of a"));
-    // What is sent without waiting, and what of it is added: all before what is wrong, and nothing behind it.
-    let cases: [(&str, Vec<Add>, Vec<&StorePath>); 8] = [
-        ("a wrong hash in the middle", vec![add(&a, &[]), bad.clone(), add(&c, &[])], vec![&a]),
-        ("a wrong hash at the end", vec![add(&a, &[]), add(&c, &[&a]), bad.clone()], vec![&a, &c]),
-        ("a reference to the wrong one", vec![bad, add(&c, &[&b])], vec![]),
-        ("a reference to a later one", vec![add(&a, &[&b]), add(&b, &[])], vec![]),
-        ("a circle", vec![add(&a, &[&b]), add(&b, &[&a])], vec![]),
-        ("one that breaks off", vec![add(&a, &[&there]), cut], vec![&a]),
+    // What is sent without waiting, what of it is added, and how many additions are answered: all before what is wrong,
+    // and nothing behind it.
+    let cases: [(&str, Vec<Add>, Vec<&StorePath>, usize); 8] = [
+        ("a wrong hash in the middle", vec![add(&a, &[]), bad.clone(), add(&c, &[])], vec![&a], 1),
+        ("a wrong hash at the end", vec![add(&a, &[]), add(&c, &[&a]), bad.clone()], vec![&a, &c], 2),
+        ("a reference to the wrong one", vec![bad, add(&c, &[&b])], vec![], 0),
+        ("a reference to a later one", vec![add(&a, &[&b]), add(&b, &[])], vec![], 0),
+        ("a circle", vec![add(&a, &[&b]), add(&b, &[&a])], vec![], 0),
+        ("one that breaks off", vec![add(&a, &[&there]), cut], vec![&a], 1),
         (
             "a reference that is missing",
             vec![add(&a, &[]), add(&b, &[&path("absent")]), add(&c, &[])],
             vec![&a],
+            1,
         ),
         // Skipped because it is there, whatever it says; and then something wrong.
-        ("a path again", vec![add(&a, &[]), again, add(&b, &[&b, &c])], vec![&a]),
+        ("a path again", vec![add(&a, &[]), again, add(&b, &[&b, &c])], vec![&a], 2),
     ];
-    for (what, adds, added) in cases {
+    for (what, adds, added, answered) in cases {
         let requests: Vec<Vec<u8>> = adds.iter().map(Add::bytes).collect();
         let outcome = arena.run(&session(&requests))?;
         outcome.expect_refusal().with_context(|| what.to_owned())?;
+        let answers = outcome.stdout.get(16..).unwrap_or_default();
+        ensure!(answers == u(1).repeat(answered), "{what}: answered with {answers:?}");
         let mut expected: std::collections::BTreeSet<StorePath> = added.iter().copied().cloned().collect();
         expected.insert(there.clone());
         let valid = arena.check_clean().with_context(|| what.to_owned())?;
