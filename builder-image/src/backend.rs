@@ -4,6 +4,8 @@ use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use drover_nix::nar::{Plain, Stream};
 use drover_nix::{BasicDerivation, PathInfo, StorePath};
@@ -13,7 +15,6 @@ use drover_store::{Batch, TempRoots};
 use crate::build::cancel::Cancel;
 use crate::build::goals::Goal;
 use crate::build::log::Log;
-
 use crate::build::{Builder, Request};
 use crate::error::Error;
 
@@ -37,12 +38,23 @@ pub(crate) struct Session {
     output: Option<BorrowedFd<'static>>,
     log: Log,
     cancel: Cancel,
+    building: Arc<AtomicBool>,
 }
 
 impl Session {
     pub(crate) fn new(builder: Builder, write: bool, log: Log, cancel: Cancel) -> Result<Self, Error> {
         let roots = if write { Some(builder.store.temp_roots()?) } else { None };
-        Ok(Self { builder, roots, batch: None, settled: 0, input: None, output: None, log, cancel })
+        Ok(Self {
+            builder,
+            roots,
+            batch: None,
+            settled: 0,
+            input: None,
+            output: None,
+            log,
+            cancel,
+            building: Arc::default(),
+        })
     }
 
     /// Lets archives come from `input` and go to `output` directly, past the buffers. They have to be what the session's
@@ -50,6 +62,11 @@ impl Session {
     pub(crate) fn with_ends(mut self, input: BorrowedFd<'static>, output: BorrowedFd<'static>) -> Self {
         (self.input, self.output) = (Some(input), Some(output));
         self
+    }
+
+    /// Whether a build is being made or waited for at the moment.
+    pub(crate) fn building(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.building)
     }
 
     fn roots(&self) -> Result<&TempRoots, BoxError> {
@@ -63,7 +80,10 @@ impl Session {
         options: &BuildOptions,
     ) -> Result<BuildResult, BoxError> {
         let (roots, log, cancel) = (self.roots()?, &self.log, &self.cancel);
-        Ok(self.builder.build(&Request { drv_path, drv, options, roots, log, cancel }))
+        self.building.store(true, Ordering::SeqCst);
+        let result = self.builder.build(&Request { drv_path, drv, options, roots, log, cancel });
+        self.building.store(false, Ordering::SeqCst);
+        Ok(result)
     }
 }
 

@@ -3,6 +3,8 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Context as _;
 use rustix::event::{PollFd, PollFlags, poll};
@@ -22,14 +24,14 @@ pub(crate) fn serve(builder: Builder, write: bool) -> anyhow::Result<()> {
     let error = io::stderr().as_fd().try_clone_to_owned().context("cannot open standard error")?;
     let cancel = Cancel::new().context("cannot make an event descriptor")?;
     let lingers = !builder.settings.linger.is_zero();
-    // Whoever reads these must not wait for a build that goes on without them.
     let let_go = if lingers { vec![1, 2, output.as_raw_fd(), error.as_raw_fd()] } else { Vec::new() };
-    watch(input.try_clone().context("cannot open standard input")?, cancel.clone(), let_go);
+    let watched = input.try_clone().context("cannot open standard input")?;
     let dir = builder.store.store_dir().clone();
     let log = Log::to(File::from(error));
     let ends = (rustix::stdio::stdin(), rustix::stdio::stdout());
     [ends.0, ends.1].into_iter().for_each(widen);
-    let mut session = Session::new(builder, write, log.clone(), cancel)?.with_ends(ends.0, ends.1);
+    let mut session = Session::new(builder, write, log.clone(), cancel.clone())?.with_ends(ends.0, ends.1);
+    watch(watched, cancel, session.building(), let_go);
     let result = drover_serve::serve(File::from(input), File::from(output), &mut session, &dir, write);
     log.flush();
     Ok(result?)
@@ -40,9 +42,10 @@ fn widen(pipe: BorrowedFd<'_>) {
     let _ = rustix::pipe::fcntl_setpipe_size(pipe, PIPE_SIZE);
 }
 
-/// Cancels builds as soon as nobody can send anything any more: the client is gone. Then lets go of these descriptors,
-/// which stay what they were to everyone else but lead nowhere.
-fn watch(input: OwnedFd, cancel: Cancel, let_go: Vec<RawFd>) {
+/// Cancels builds as soon as nobody can send anything any more: the client is gone. If a build is running then and may
+/// linger, lets go of these descriptors, which stay what they were to everyone else but lead nowhere: whoever reads them
+/// must not wait for a build that goes on without them. Otherwise who closes its side may still read its answers.
+fn watch(input: OwnedFd, cancel: Cancel, building: Arc<AtomicBool>, let_go: Vec<RawFd>) {
     std::thread::spawn(move || {
         loop {
             // Nothing is asked for but what is always reported: hang-up and errors. Sockets say it their own way.
@@ -52,7 +55,11 @@ fn watch(input: OwnedFd, cancel: Cancel, let_go: Vec<RawFd>) {
                 Err(_) => return,
                 Ok(_) => {
                     cancel.cancel();
-                    return let_go.into_iter().for_each(lead_nowhere);
+                    // A build that begins only now finds itself cancelled before it runs, and does not linger.
+                    if building.load(Ordering::SeqCst) {
+                        let_go.into_iter().for_each(lead_nowhere);
+                    }
+                    return;
                 }
             }
         }

@@ -300,7 +300,8 @@ impl<R: Read, W: Write> Session<'_, R, W> {
     /// Completes additions and sends all answers. Of additions that fail, those before the first mistake are answered.
     fn settle(&mut self) -> Result<(), Error> {
         let completed = self.complete();
-        completed.and(self.output.flush().map_err(Error::io("sending an answer")))
+        let sent = self.output.flush().map_err(Error::io("sending an answer"));
+        completed.and(sent)
     }
 
     fn complete(&mut self) -> Result<(), Error> {

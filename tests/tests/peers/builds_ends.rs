@@ -1,6 +1,7 @@
 //! The end of a session at every stage of a build: nothing is left of what was not finished, neither processes nor
 //! files, and a build that may linger finishes without its client.
 
+use std::io::Write as _;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
@@ -22,6 +23,22 @@ fn an_idle_session_ends_at_once() -> Result<()> {
         let result = session.build(&drv, &none())?.join().expect("the client does not panic")?;
         ensure!(result.status == BuildStatus::Built, "{result:?}");
         session.end(true)?;
+    }
+    store.expect_clean()
+}
+
+#[test]
+fn who_has_asked_everything_may_close_and_still_read() -> Result<()> {
+    let store = Store::new()?;
+    let words = |words: &[u64]| words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<u8>>();
+    for options in [&[][..], &["--linger", "1000"]] {
+        // All of it has been said, and the other end is closed, before the server starts.
+        let (input, mut client) = std::io::pipe()?;
+        client.write_all(&words(&[0x390c_9deb, 0x207, 1, 1, 0, 0, 7, 0, 0]))?;
+        drop(client);
+        let output = store.drover(options)?.stdin(input).output()?;
+        ensure!(output.status.success(), "{output:?}");
+        ensure!(output.stdout == words(&[0x5452_eecb, 0x207, 0, 0]), "{options:?}: {:?}", output.stdout);
     }
     store.expect_clean()
 }

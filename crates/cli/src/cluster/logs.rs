@@ -13,8 +13,8 @@ use crate::output;
 
 /// The container that builds.
 const CONTAINER: &str = "builder";
-/// What the builder says before any build; later lines that begin so are a build's own.
-const PREAMBLE: [&str; 3] = ["host-key: ", "sandbox: ", "listening: "];
+/// What the builder says before any build, of itself and of who logs in; later lines that begin so are shown.
+const PREAMBLE: [&str; 4] = ["host-key: ", "sandbox: ", "listening: ", "drover-builder: "];
 
 pub(super) async fn print(cluster: &Cluster, name: &str, follow: bool) -> Outcome {
     let request = cluster.get(name).await?;
