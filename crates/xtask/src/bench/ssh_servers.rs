@@ -15,6 +15,8 @@ use crate::root::Root;
 use crate::run;
 
 const START_LIMIT: Duration = Duration::from_secs(20);
+/// Bytes that the pipes to and from OpenSSH's client hold.
+const PIPE_SIZE: usize = 1 << 20;
 
 /// Keys, and where servers and clients keep their files.
 pub struct Desk {
@@ -120,6 +122,9 @@ impl Desk {
         let mut child = ssh.spawn().context("could not start ssh")?;
         let (input, output) = (child.stdout.take(), child.stdin.take());
         let (input, output) = (input.context("no standard output")?, output.context("no standard input")?);
+        // So that ssh rarely waits for this client, and what is measured is the servers.
+        rustix::pipe::fcntl_setpipe_size(&input, PIPE_SIZE)?;
+        rustix::pipe::fcntl_setpipe_size(&output, PIPE_SIZE)?;
         let client = Client::connect(BufReader::with_capacity(PIECE, input), output)?;
         Ok(Session { client, child })
     }
