@@ -29,16 +29,20 @@ fn an_idle_session_ends_at_once() -> Result<()> {
 
 #[test]
 fn who_has_asked_everything_may_close_and_still_read() -> Result<()> {
+    /// Questions, answered together at the end: as many as fit a pipe, so that the hang-up is noticed long before.
+    const COUNT: usize = 2000;
     let store = Store::new()?;
     let words = |words: &[u64]| words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<u8>>();
     for options in [&[][..], &["--linger", "1000"]] {
         // All of it has been said, and the other end is closed, before the server starts.
         let (input, mut client) = std::io::pipe()?;
-        client.write_all(&words(&[0x390c_9deb, 0x207, 1, 1, 0, 0, 7, 0, 0]))?;
+        client.write_all(&words(&[0x390c_9deb, 0x207]))?;
+        client.write_all(&words(&[1, 1, 0, 0].repeat(COUNT)))?;
         drop(client);
         let output = store.drover(options)?.stdin(input).output()?;
         ensure!(output.status.success(), "{output:?}");
-        ensure!(output.stdout == words(&[0x5452_eecb, 0x207, 0, 0]), "{options:?}: {:?}", output.stdout);
+        let expected = [words(&[0x5452_eecb, 0x207]), words(&[0; COUNT])].concat();
+        ensure!(output.stdout == expected, "{options:?}: {} bytes are answered", output.stdout.len());
     }
     store.expect_clean()
 }
