@@ -2,8 +2,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Read;
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
-use std::thread::{self, JoinHandle};
 
 use anyhow::{Context as _, Result, ensure};
 use drover_nix::derivation::{aterm, modulo};
@@ -11,46 +9,10 @@ use drover_nix::{
     BasicDerivation, ContentAddress, Derivation, DerivationOutput, Hash, Method, OutputName, PathInfo,
     Sha256, StoreDir, StorePath, nar,
 };
-use drover_serve::{BuildOptions, BuildStatus, BuildTarget, Client, Error};
+use drover_serve::{BuildOptions, BuildStatus, BuildTarget, Error};
 use drover_tests::{Nix, Peer};
 
-/// A session with a real `nix-store --serve --write` that has a store of its own.
-struct Session {
-    client: Client<ChildStdout, ChildStdin>,
-    child: Child,
-    log: JoinHandle<String>,
-}
-
-/// What is left when a session has ended.
-struct Ended {
-    success: bool,
-    log: String,
-}
-
-impl Session {
-    fn start(mut command: Command) -> Result<Self> {
-        let mut child =
-            command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
-        let mut stderr = child.stderr.take().context("no stderr")?;
-        // Read all the time, or a server that writes a long log stops.
-        let log = thread::spawn(move || {
-            let mut log = Vec::new();
-            let _ = stderr.read_to_end(&mut log);
-            String::from_utf8_lossy(&log).into_owned()
-        });
-        let (input, output) = (child.stdout.take(), child.stdin.take());
-        let (input, output) = (input.context("no stdout")?, output.context("no stdin")?);
-        let client = Client::connect(input, output, StoreDir::default())?;
-        Ok(Self { client, child, log })
-    }
-
-    fn end(self) -> Result<Ended> {
-        let Self { client, mut child, log } = self;
-        drop(client);
-        let success = child.wait()?.success();
-        Ok(Ended { success, log: log.join().expect("reading the log does not panic") })
-    }
-}
+use crate::store_parts::Session;
 
 /// A Nix with a store of its own at `/nix`, which goes when this is dropped.
 struct Server {
@@ -209,7 +171,7 @@ fn our_client_and_every_real_server() -> Result<()> {
         let result = client.build_derivation(&drv_path, &drv, &BuildOptions::default())?;
         ensure!(result.status == BuildStatus::AlreadyValid, "{nix:?}: {result:?}");
 
-        let ended = session.end()?;
+        let ended = session.finish()?;
         ensure!(ended.success, "{nix:?} ended badly: {}", ended.log);
         ensure!(ended.log.contains("this is the log"), "{nix:?}: {}", ended.log);
         server.verify()?;
@@ -251,7 +213,7 @@ fn builds_that_fail_on_every_real_server() -> Result<()> {
         let (drv_path, drv) = derivation("echo declared > $out", &[], Some(&declared))?;
         let result = client.build_derivation(&drv_path, &drv, &none)?;
         ensure!(result.status == BuildStatus::OutputRejected, "{nix:?}: {result:?}");
-        ensure!(session.end()?.success);
+        ensure!(session.finish()?.success);
         server.verify()?;
     }
     Ok(())
@@ -316,11 +278,11 @@ fn streams_and_files_of_derivations_on_every_real_server() -> Result<()> {
                     exported == [libc, own] && nars == [libc_nar, own_nar].concat(),
                     "{nix:?}: {exported:?}"
                 );
-                ensure!(session.end()?.success, "{nix:?}");
+                ensure!(session.finish()?.success, "{nix:?}");
             }
             Err(error) => {
                 ensure!(nix == Nix::V2_34 && error.is_disconnect(), "{nix:?}: {error}");
-                let log = session.end()?.log;
+                let log = session.finish()?.log;
                 ensure!(log.contains("unknown serve command 5"), "{nix:?}: {log}");
             }
         }
@@ -338,7 +300,7 @@ fn what_real_servers_refuse_ends_the_session() -> Result<()> {
         let refused = |what: &str, result: Result<(), Error>, session: Session| -> Result<()> {
             let Err(error) = result else { anyhow::bail!("{nix:?} accepts {what}") };
             ensure!(error.is_disconnect(), "{nix:?}: {what}: {error}");
-            let ended = session.end()?;
+            let ended = session.finish()?;
             ensure!(!ended.success && ended.log.contains("error:"), "{nix:?}: {what}: {}", ended.log);
             Ok(())
         };
@@ -354,7 +316,7 @@ fn what_real_servers_refuse_ends_the_session() -> Result<()> {
         let result = session.client.dump_store_path(&absent.path, &mut Vec::new()).map(drop);
         refused("dumping what is not there", result, session)?;
         let session = server.session()?;
-        ensure!(session.end()?.success, "an empty session is a good one");
+        ensure!(session.finish()?.success, "an empty session is a good one");
         server.verify()?;
     }
     Ok(())

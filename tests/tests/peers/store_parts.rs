@@ -167,6 +167,12 @@ pub(crate) struct Session {
     log: JoinHandle<String>,
 }
 
+/// What is left when a session has ended.
+pub(crate) struct Ended {
+    pub(crate) success: bool,
+    pub(crate) log: String,
+}
+
 impl Session {
     pub(crate) fn start(mut command: Command) -> Result<Self> {
         let mut child =
@@ -189,24 +195,27 @@ impl Session {
         }
     }
 
-    /// Ends it, which has to succeed without a word.
+    /// Ends it, which has to succeed.
     pub(crate) fn end(self) -> Result<()> {
-        let Self { client, mut child, log } = self;
-        drop(client);
-        let status = child.wait()?;
-        let log = log.join().map_err(|_| anyhow!("reading the log panicked"))?;
-        ensure!(status.success(), "the session ends with {status}: {log}");
+        let ended = self.finish()?;
+        ensure!(ended.success, "the session ends badly: {}", ended.log);
         Ok(())
     }
 
     /// Waits for its end, which has to be a bad one, and gives what it said.
     pub(crate) fn end_badly(self) -> Result<String> {
+        let ended = self.finish()?;
+        ensure!(!ended.success, "the session ends well: {}", ended.log);
+        Ok(ended.log)
+    }
+
+    /// Closes the client's side and waits for the end, whatever it is.
+    pub(crate) fn finish(self) -> Result<Ended> {
         let Self { client, mut child, log } = self;
         drop(client);
-        let status = child.wait()?;
+        let success = child.wait()?.success();
         let log = log.join().map_err(|_| anyhow!("reading the log panicked"))?;
-        ensure!(!status.success(), "the session ends well: {log}");
-        Ok(log)
+        Ok(Ended { success, log })
     }
 
     /// Ends its process with SIGKILL. What the client finds out then is its business.

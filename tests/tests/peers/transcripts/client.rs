@@ -101,15 +101,7 @@ fn build_options(repeats: u64) -> BuildOptions {
 fn session(version: Version) -> Result<()> {
     let common = version.min(OURS);
     let hello = nar("hello\n");
-    let source = Info {
-        base: SOURCE,
-        deriver: Some(KEPT_DRV),
-        nar_size: HELLO_SIZE,
-        nar_hash: HELLO_HEX,
-        ca: HELLO_CA,
-        signatures: &[SIGNATURE],
-        ..Info::default()
-    };
+    let source = source();
     let user = Info {
         base: USER,
         references: &[SOURCE, USER],

@@ -102,6 +102,19 @@ pub(super) struct Info<'a> {
     pub signatures: &'a [&'a str],
 }
 
+/// [`SOURCE`] as it is added: with all that can be known about a path.
+pub(super) fn source() -> Info<'static> {
+    Info {
+        base: SOURCE,
+        deriver: Some(KEPT_DRV),
+        nar_size: HELLO_SIZE,
+        nar_hash: HELLO_HEX,
+        ca: HELLO_CA,
+        signatures: &[SIGNATURE],
+        ..Info::default()
+    }
+}
+
 impl Info<'_> {
     fn deriver(&self) -> Vec<u8> {
         self.deriver.map_or_else(|| s(""), p)

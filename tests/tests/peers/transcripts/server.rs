@@ -24,15 +24,7 @@ fn step(what: &'static str, request: Vec<u8>, answer: Vec<u8>) -> Step {
 fn session(version: Version) -> Vec<Step> {
     let common = version.min(OURS);
     let hello = nar("hello\n");
-    let source = Info {
-        base: SOURCE,
-        deriver: Some(KEPT_DRV),
-        nar_size: HELLO_SIZE,
-        nar_hash: HELLO_HEX,
-        ca: HELLO_CA,
-        signatures: &[SIGNATURE],
-        ..Info::default()
-    };
+    let source = source();
     let user = Info { base: USER, references: &[SOURCE, USER], nar_size: HELLO_SIZE, ..Info::default() };
     let drv = Info { base: KEPT_DRV, nar_size: 408, nar_hash: KEPT_NAR_HASH, ..Info::default() };
     let add = |info: &Info<'_>, nar: &[u8]| match version {
