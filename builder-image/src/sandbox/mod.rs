@@ -7,10 +7,13 @@
 //!
 //! Nothing in here knows stores or derivations.
 
+pub(crate) mod cgroup;
 pub(crate) mod child;
 pub(crate) mod kernel;
 pub(crate) mod launch;
 pub(crate) mod linux;
+#[allow(dead_code)] // until the verdict reads it
+pub(crate) mod oom;
 pub(crate) mod plan;
 pub(crate) mod rungs;
 pub(crate) mod seccomp;
