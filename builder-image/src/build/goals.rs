@@ -106,8 +106,9 @@ impl Builder {
     /// Builds a derivation whose inputs are all there.
     fn build_from_store(&self, goal: &Goal<'_>, drv_path: &StorePath) -> Result<(), Error> {
         let drv = self.store.read_derivation(drv_path)?;
-        let resolved =
-            drv.resolve(|input, output| self.store.derivation_outputs(input).ok()?.get(output).cloned())?;
+        let resolved = drv.resolve(self.store.store_dir(), |input, output| {
+            self.store.derivation_outputs(input).ok()?.get(output).cloned()
+        })?;
         let result = self.build(&Request {
             drv_path,
             drv: &resolved,

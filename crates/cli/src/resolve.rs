@@ -67,7 +67,7 @@ impl Resolver {
             let basic = &self.known.get(input)?.basic;
             basic.outputs.get(output)?.path(&self.dir, &basic.name, output).ok()?
         };
-        drv.resolve(output_path).with_context(|| format!("cannot resolve {path}"))
+        drv.resolve(&self.dir, output_path).with_context(|| format!("cannot resolve {path}"))
     }
 
     /// `path` and all derivations below it, inputs first.

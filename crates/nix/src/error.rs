@@ -1,5 +1,7 @@
 use bstr::BString;
 
+use crate::derivation::resolve::DrvOutputs;
+
 /// What can be wrong with bytes that claim to be one of Nix's formats.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -34,6 +36,9 @@ pub enum Error {
     /// A store path or the base name of one.
     #[error("invalid store path {path:?}: {why}")]
     StorePath { path: BString, why: String },
+    /// A derivation cannot be resolved yet: where these outputs of its inputs are follows from their content.
+    #[error("these inputs have to be built first: {}", spell(.missing))]
+    Unresolved { missing: DrvOutputs },
 }
 
 impl Error {
@@ -49,6 +54,14 @@ impl Error {
             Self::NarInfo { .. } => "narinfo",
             Self::Signature { .. } => "signature",
             Self::StorePath { .. } => "store-path",
+            Self::Unresolved { .. } => "unresolved",
         }
     }
+}
+
+fn spell(outputs: &DrvOutputs) -> String {
+    let names = |names: &std::collections::BTreeSet<crate::OutputName>| {
+        names.iter().map(crate::OutputName::as_str).collect::<Vec<_>>().join(" ")
+    };
+    outputs.iter().map(|(drv, outputs)| format!("{drv} ({})", names(outputs))).collect::<Vec<_>>().join(", ")
 }

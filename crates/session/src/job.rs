@@ -6,7 +6,7 @@ use drover_cache::Cache;
 use drover_nix::derivation::proof::Proven;
 use drover_nix::derivation::{DerivationType, modulo};
 use drover_nix::signature::SecretKey;
-use drover_nix::{BasicDerivation, Derivation, OutputName, StoreDir, StorePath};
+use drover_nix::{BasicDerivation, OutputName, StoreDir, StorePath};
 use drover_serve::BuildOptions;
 
 use crate::trust::prove_output_paths;
@@ -77,6 +77,5 @@ impl Job {
 
 /// The path that the `.drv` file of a resolved derivation would have.
 pub fn drv_path_of(dir: &StoreDir, derivation: &BasicDerivation) -> Result<StorePath, drover_nix::Error> {
-    let derivation = Derivation { basic: derivation.clone(), input_drvs: BTreeMap::new() };
-    modulo::drv_path(dir, &derivation)
+    modulo::basic_drv_path(dir, derivation)
 }

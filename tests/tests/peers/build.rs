@@ -98,7 +98,7 @@ fn build_by_both(peer: &Peer, args: &[&str]) -> Result<String> {
     let mut built = 0;
     for drv_path in in_order(&reference, dir.parse(drv.as_bytes())?)? {
         let derivation = reference.read_derivation(&drv_path)?;
-        let resolved = derivation.resolve(|drv, output| {
+        let resolved = derivation.resolve(&dir, |drv, output| {
             reference.derivation_outputs(drv).ok().and_then(|outputs| outputs.get(output).cloned())
         })?;
         // What no build of ours made is a source.

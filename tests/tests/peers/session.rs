@@ -55,7 +55,7 @@ impl World {
             Ok(aterm::parse(&StoreDir::default(), name, &text)?)
         };
         let drv = read(&drv_path)?;
-        let derivation = drv.resolve(|input, output| {
+        let derivation = drv.resolve(&StoreDir::default(), |input, output| {
             let input = read(input).ok()?.basic;
             input.outputs.get(output)?.path(&StoreDir::default(), &input.name, output).ok()?
         })?;

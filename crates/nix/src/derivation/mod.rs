@@ -2,7 +2,7 @@
 //!
 //! A [`BasicDerivation`] is resolved: it names store paths only. A [`Derivation`], what a `.drv` file holds, may name
 //! outputs of other derivations as well. Formats: [`aterm`] (`.drv` files) and [`json`] (`nix derivation show`);
-//! output paths are computed in [`modulo`].
+//! output paths are computed in [`modulo`]; [`resolve`] leads from the one to the other.
 
 use std::borrow::Borrow;
 use std::collections::{BTreeMap, BTreeSet};
@@ -16,7 +16,9 @@ use crate::{ContentAddress, Error, Hash, HashAlgo, Method, StoreDir, StorePath};
 pub mod aterm;
 pub mod json;
 pub mod modulo;
+pub mod placeholder;
 pub mod proof;
+pub mod resolve;
 #[cfg(test)]
 mod tests;
 
@@ -258,26 +260,5 @@ impl BasicDerivation {
 
     pub fn env(&self, key: &str) -> Option<&BString> {
         self.env.get(key.as_bytes())
-    }
-}
-
-impl Derivation {
-    /// Turns inputs that are outputs of derivations into store paths. `output_path` says where each one is; None
-    /// means that it is not known. The result's env, args and builder are as they were: right for input-addressed
-    /// and fixed-output inputs.
-    pub fn resolve(
-        &self,
-        mut output_path: impl FnMut(&StorePath, &OutputName) -> Option<StorePath>,
-    ) -> Result<BasicDerivation, Error> {
-        let mut basic = self.basic.clone();
-        for (drv, outputs) in &self.input_drvs {
-            for output in outputs {
-                let path = output_path(drv, output).ok_or_else(|| Error::Derivation {
-                    why: format!("the path of output {output} of its input {drv} is not known"),
-                })?;
-                basic.input_srcs.insert(path);
-            }
-        }
-        Ok(basic)
     }
 }

@@ -110,6 +110,11 @@ pub fn drv_path(dir: &StoreDir, drv: &Derivation) -> Result<StorePath, Error> {
     address.store_path(dir, &format!("{}.drv", drv.basic.name), &references, false)
 }
 
+/// The path that the `.drv` file of a resolved derivation has.
+pub fn basic_drv_path(dir: &StoreDir, drv: &BasicDerivation) -> Result<StorePath, Error> {
+    drv_path(dir, &Derivation { basic: drv.clone(), input_drvs: BTreeMap::new() })
+}
+
 /// The hash of the text with its inputs replaced. None if one of them is deferred.
 fn hash(
     dir: &StoreDir,

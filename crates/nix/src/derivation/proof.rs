@@ -126,12 +126,13 @@ impl Proven {
     /// The resolved form of a derivation that was proven: its sources and the needed outputs of its inputs.
     pub fn resolve(
         &self,
+        dir: &StoreDir,
         drv_path: &StorePath,
     ) -> Result<BasicDerivation, ProofError<std::convert::Infallible>> {
         let entry = self.0.get(drv_path).ok_or_else(|| ProofError::Missing(drv_path.clone()))?;
         entry
             .drv
-            .resolve(|input, output| self.0.get(input)?.outputs.get(output)?.clone())
+            .resolve(dir, |input, output| self.0.get(input)?.outputs.get(output)?.clone())
             .map_err(|source| ProofError::Invalid { drv: drv_path.to_string(), source })
     }
 
@@ -144,7 +145,7 @@ impl Proven {
         request: &BasicDerivation,
         closure: &BTreeSet<StorePath>,
     ) -> Result<(), ProofError<std::convert::Infallible>> {
-        let proven = self.resolve(drv_path)?;
+        let proven = self.resolve(dir, drv_path)?;
         let differs = |field: &str, claimed: String, proven: String| {
             Err(ProofError::Differs { field: field.into(), drv: drv_path.clone(), claimed, proven })
         };
@@ -312,7 +313,7 @@ mod tests {
         let (files, [bottom, middle, top]) = chain();
         let mut proven = Proven::default();
         prove(&mut proven, &files, &top).unwrap();
-        let request = proven.resolve(&top).unwrap();
+        let request = proven.resolve(&StoreDir::default(), &top).unwrap();
         let outputs: BTreeSet<_> =
             [&bottom, &middle].map(|drv| proven.0[drv].outputs["out"].clone().unwrap()).into();
         assert_eq!(request.input_srcs, outputs);
@@ -327,7 +328,7 @@ mod tests {
         let (files, [bottom, _, top]) = chain();
         let mut proven = Proven::default();
         prove(&mut proven, &files, &top).unwrap();
-        let request = proven.resolve(&top).unwrap();
+        let request = proven.resolve(&StoreDir::default(), &top).unwrap();
         let foreign = proven.0[&bottom].outputs["out"].clone().unwrap();
         type Lie = (&'static str, Box<dyn Fn(&mut BasicDerivation)>);
         let lies: Vec<Lie> = vec![
