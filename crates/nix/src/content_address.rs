@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::str::FromStr;
 
-use crate::{Error, Hash, HashAlgo, Sha256, StoreDir, StorePath};
+use crate::{Error, Hash, HashAlgo, Sha256, StoreDir, StorePath, git};
 
 /// What is hashed of an object.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -99,10 +99,14 @@ impl ContentAddress {
                 let kind = with_references("source") + if self_reference { ":self" } else { "" };
                 dir.make_path(&kind, self.sha256()?, name)
             }
-            _ if self_reference || !references.is_empty() => {
-                fail("only text and NAR objects addressed by SHA-256 may have references")
-            }
-            _ => {
+            _ if self_reference || !references.is_empty() => fail(
+                "only text and NAR objects addressed by SHA-256 may have references (or discard them by \
+                      unsafeDiscardReferences)",
+            ),
+            (method, algo) => {
+                if method == Method::Git {
+                    git::supports(algo)?;
+                }
                 let inner =
                     format!("fixed:out:{}{}:{}:", self.method.prefix(), self.hash.algo, self.hash.to_hex());
                 dir.make_path("output:out", Sha256::of(inner.as_bytes()), name)

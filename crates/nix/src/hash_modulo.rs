@@ -2,11 +2,22 @@
 //! HashModuloSink). It is what the path of a content-addressed object with a reference to itself is made of.
 
 use std::io::{self, Write};
+use std::str::FromStr;
 
 use bstr::ByteSlice as _;
 
 use crate::hash::Hasher;
-use crate::{Hash, HashAlgo, StorePath};
+use crate::{Error, Hash, HashAlgo, StorePath};
+
+/// Which of [`ModuloHashes`] a builder makes paths of.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum SelfReferenceHash {
+    /// As Nix 2.35: content with zeros where another one refers to itself has another path.
+    #[default]
+    WithOffsets,
+    /// As Nix 2.17 to 2.34, where both have the same path.
+    WithoutOffsets,
+}
 
 /// Digests what is written to it.
 pub struct HashModulo {
@@ -26,6 +37,40 @@ pub struct ModuloHashes {
     pub with_offsets: Hash,
     /// Without: Nix 2.17 to 2.34.
     pub without_offsets: Hash,
+}
+
+impl ModuloHashes {
+    /// Of content without an occurrence.
+    pub fn both(hash: Hash) -> Self {
+        Self { with_offsets: hash.clone(), without_offsets: hash }
+    }
+
+    pub fn get(&self, which: SelfReferenceHash) -> &Hash {
+        match which {
+            SelfReferenceHash::WithOffsets => &self.with_offsets,
+            SelfReferenceHash::WithoutOffsets => &self.without_offsets,
+        }
+    }
+
+    /// Whether it is one of them, whichever Nix it comes from.
+    pub fn contains(&self, hash: &Hash) -> bool {
+        *hash == self.with_offsets || *hash == self.without_offsets
+    }
+}
+
+impl FromStr for SelfReferenceHash {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self, Error> {
+        match text {
+            "with-offsets" => Ok(Self::WithOffsets),
+            "without-offsets" => Ok(Self::WithoutOffsets),
+            _ => Err(Error::Hash {
+                text: text.chars().take(80).collect(),
+                why: "expected with-offsets or without-offsets",
+            }),
+        }
+    }
 }
 
 impl HashModulo {

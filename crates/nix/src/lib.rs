@@ -4,20 +4,24 @@
 //! async runtime: whatever streams does so over `std::io::Read` and `Write` that the caller brings. Everything that
 //! it parses may come from a hostile peer; every length has a named limit.
 //!
-//! In the order of its story: how bytes are named ([`base32`], [`hash`], [`store_path`], [`content_address`], [`hash_modulo`]), what is
-//! built ([`derivation`]), what travels ([`nar`], [`references`]) and what is said about it ([`path_info`],
+//! In the order of its story: how bytes are named ([`base32`], [`hash`], [`store_path`], [`content_address`]), what is
+//! hashed for that ([`content_hash`], [`hash_modulo`], [`git`]), what is
+//! built ([`derivation`]), what travels ([`nar`], [`references`], [`rewrite`]) and what is said about it ([`path_info`],
 //! [`signature`], [`narinfo`]).
 
 pub mod base32;
 pub mod content_address;
+pub mod content_hash;
 pub mod derivation;
 mod error;
+pub mod git;
 pub mod hash;
 pub mod hash_modulo;
 pub mod nar;
 pub mod narinfo;
 pub mod path_info;
 pub mod references;
+pub mod rewrite;
 pub mod signature;
 pub mod store_path;
 

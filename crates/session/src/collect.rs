@@ -114,9 +114,12 @@ fn receive<R: Read, W: Write>(
         Err(error) => return Err(Failure::builder(&format!("receiving output {name} ({path})"))(error)),
     }
     let nar = spool.finish().map_err(Failure::cache(&format!("keeping output {name}")))?;
-    let received = Received { nar_hash: nar.nar_hash, nar_size: nar.nar_size, references: &nar.references };
+    let discarded = BTreeSet::new();
+    let references =
+        if verify::discards_references(&job.derivation, name) { &discarded } else { &nar.references };
+    let received = Received { nar_hash: nar.nar_hash, nar_size: nar.nar_size, references };
     verify::received(name, claimed, &received)?;
-    let ca = address(job, name, path, &nar)?;
+    let ca = address(job, name, path, &nar, references)?;
     observer.event(Event::OutputReceived {
         name: name.clone(),
         path: path.clone(),
@@ -127,7 +130,7 @@ fn receive<R: Read, W: Write>(
         path: path.clone(),
         nar_hash: nar.nar_hash,
         nar_size: nar.nar_size,
-        references: nar.references.clone(),
+        references: references.clone(),
         deriver: Some(job.drv_path.clone()),
         // The builder's signatures are left out: nobody has reason to trust a builder's key.
         signatures: Vec::new(),
@@ -141,17 +144,17 @@ fn address(
     name: &OutputName,
     path: &StorePath,
     nar: &SpooledNar,
+    references: &BTreeSet<StorePath>,
 ) -> Result<Option<drover_nix::ContentAddress>, Failure> {
     let Some((method, algo)) = job.derivation.outputs.get(name).and_then(verify::content_method) else {
         return Ok(None);
     };
     let bytes = nar.open_nar().map_err(Failure::cache(&format!("reading output {name} back")))?;
-    let own = nar.references.contains(path).then_some(path);
-    let hashes = content::hashes(method, algo, bytes, own).map_err(|error| match error {
+    let hashes = content::hashes(method, algo, bytes, path).map_err(|error| match error {
         content::Error::Io(source) => Failure::infrastructure(format!("reading output {name} back"), source),
         error => Failure::verdict(Reason::OutputRejected, format!("output {name} ({path}): {error}")),
     })?;
-    verify::content_address(&job.dir, &job.derivation, name, path, &nar.references, hashes)
+    verify::content_address(&job.dir, &job.derivation, name, path, references, hashes)
 }
 
 /// A spool that takes no more than was announced, and tells how far it is.

@@ -2,11 +2,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use drover_nix::derivation::STRUCTURED_ATTRS;
 use drover_nix::{
     BasicDerivation, ContentAddress, DerivationOutput, Hash, HashAlgo, Method, OutputName, PathInfo, Sha256,
     StoreDir, StorePath,
 };
 use drover_serve::BuildResult;
+use serde_json::Value;
 
 use crate::{Failure, Reason};
 
@@ -94,6 +96,19 @@ pub(crate) fn received(
         return mismatch(format!("it does not refer to {absent}"));
     }
     Ok(())
+}
+
+/// Whether the derivation has this output registered without references, whatever it refers to. Structured attributes
+/// alone can say so (Nix: derivation-options.cc, unsafeDiscardReferences).
+pub(crate) fn discards_references(derivation: &BasicDerivation, name: &OutputName) -> bool {
+    let attributes = derivation.env(STRUCTURED_ATTRS).map(|text| serde_json::from_slice(text));
+    match attributes {
+        Some(Ok(Value::Object(map))) => {
+            map.get("unsafeDiscardReferences").and_then(|outputs| outputs.get(name.as_str()))
+                == Some(&Value::Bool(true))
+        }
+        _ => false,
+    }
 }
 
 /// How an output's content is to be hashed, None if its path does not depend on its content.
@@ -251,5 +266,29 @@ mod tests {
         assert_eq!(check(floating(), &at, b"evil"), Err(Reason::OutputRejected));
         assert_eq!(check(floating(), &path(A), b"good"), Err(Reason::OutputRejected));
         assert_eq!(check(DerivationOutput::InputAddressed(path(A)), &path(A), b"any"), Ok(None));
+    }
+
+    #[test]
+    fn who_discards_references() {
+        let derivation = |text: &str| BasicDerivation {
+            name: "x".into(),
+            outputs: [].into(),
+            input_srcs: [].into(),
+            system: "".into(),
+            builder: "".into(),
+            args: Vec::new(),
+            env: [("__json".into(), text.into())].into(),
+        };
+        let discards = |text| discards_references(&derivation(text), &OutputName::out());
+        assert!(discards(r#"{"unsafeDiscardReferences":{"out":true}}"#));
+        for text in [
+            r#"{"unsafeDiscardReferences":{"out":false,"dev":true}}"#,
+            r#"{"unsafeDiscardReferences":{"out":"true"}}"#,
+            r#"{"unsafeDiscardReferences":true}"#,
+            "{}",
+            "[",
+        ] {
+            assert!(!discards(text), "{text}");
+        }
     }
 }

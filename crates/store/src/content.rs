@@ -5,9 +5,8 @@ use std::fs::File;
 use std::io;
 use std::path::Path;
 
-use drover_nix::hash::Hasher;
-use drover_nix::hash_modulo::HashModulo;
-use drover_nix::{ContentAddress, HashAlgo, Method, PathInfo, StoreDir, StorePath};
+use drover_nix::hash_modulo::{HashModulo, ModuloHashes};
+use drover_nix::{ContentAddress, Hash, Method, PathInfo, StoreDir, StorePath, git};
 
 use crate::{Error, fs};
 
@@ -26,39 +25,38 @@ pub(crate) fn check_address(dir: &StoreDir, info: &PathInfo) -> Result<(), Error
 }
 
 /// The object at `real`, whose archive was found to have the hash `info.nar_hash`, must have the content address.
+/// Occurrences of its own hash part count as zeros, whether they are registered as references or were discarded.
 pub(crate) fn check_content(info: &PathInfo, real: &Path) -> Result<(), Error> {
     let Some(ca) = &info.ca else { return Ok(()) };
-    let actual = match (ca.method, ca.hash.algo) {
-        (Method::Nar, HashAlgo::Sha256) if info.references.contains(&info.path) => {
-            let mut hasher = HashModulo::new(&info.path, HashAlgo::Sha256);
+    let plain = Hash::from(info.nar_hash);
+    if ca.method == Method::Nar && ca.hash == plain && !info.references.contains(&info.path) {
+        return Ok(());
+    }
+    let mut hasher = HashModulo::new(&info.path, ca.hash.algo);
+    let actual = match ca.method {
+        Method::Nar => {
             fs::dump(real, &mut hasher)?;
-            let hashes = hasher.finish();
-            if ca.hash == hashes.without_offsets { hashes.without_offsets } else { hashes.with_offsets }
+            hasher.finish()
         }
-        (Method::Nar, HashAlgo::Sha256) => info.nar_hash.into(),
-        (Method::Nar, algo) => {
-            let mut digest = Hasher::new(algo);
-            fs::dump(real, &mut digest)?;
-            digest.finish()
-        }
-        (Method::Flat | Method::Text, algo) => {
-            let mut digest = Hasher::new(algo);
+        Method::Flat | Method::Text => {
             let meta = std::fs::symlink_metadata(real).map_err(Error::io("examine", real))?;
             if !meta.is_file() {
                 return Err(fail(info, ca, "only a regular file can have it".into()));
             }
             File::open(real)
-                .and_then(|mut file| io::copy(&mut file, &mut digest))
+                .and_then(|mut file| io::copy(&mut file, &mut hasher))
                 .map_err(Error::io("read", real))?;
-            digest.finish()
+            hasher.finish()
         }
-        (Method::Git, _) => return Err(unsupported(info, ca)),
+        Method::Git => {
+            let id = fs::with_nar(real, |nar| git::object_id(ca.hash.algo, nar))?;
+            ModuloHashes::both(id.map_err(|error| fail(info, ca, error.to_string()))?)
+        }
     };
-    if actual == ca.hash { Ok(()) } else { Err(fail(info, ca, format!("its content has the hash {actual}"))) }
-}
-
-fn unsupported(info: &PathInfo, ca: &ContentAddress) -> Error {
-    fail(info, ca, "content with this method and hash algorithm cannot be verified here".into())
+    if actual.contains(&ca.hash) {
+        return Ok(());
+    }
+    Err(fail(info, ca, format!("its content has the hash {}", actual.with_offsets)))
 }
 
 fn fail(info: &PathInfo, ca: &ContentAddress, why: String) -> Error {
@@ -67,10 +65,9 @@ fn fail(info: &PathInfo, ca: &ContentAddress, why: String) -> Error {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write as _;
-
-    use drover_nix::Sha256;
+    use drover_nix::hash::Hasher;
     use drover_nix::store_path::HASH_PART_LEN;
+    use drover_nix::{HashAlgo, Sha256};
 
     use super::*;
     use crate::testing::{file_nar, info, store, store_path};
@@ -79,7 +76,11 @@ mod tests {
     fn addressed(name: &str, content: &[u8], method: Method, algo: HashAlgo) -> (PathInfo, Vec<u8>) {
         let nar = file_nar(content);
         let mut digest = Hasher::new(algo);
-        digest.write_all(if method == Method::Nar { &nar } else { content }).unwrap();
+        match method {
+            Method::Nar => digest.update(&nar),
+            Method::Git => digest.update(&[format!("blob {}\0", content.len()).as_bytes(), content].concat()),
+            Method::Flat | Method::Text => digest.update(content),
+        }
         let ca = ContentAddress { method, hash: digest.finish() };
         let mut info = info(name, &nar, &[]);
         info.path = ca.store_path(&StoreDir::default(), name, &BTreeSet::new(), false).unwrap();
@@ -95,6 +96,8 @@ mod tests {
             (Method::Flat, HashAlgo::Sha256),
             (Method::Flat, HashAlgo::Sha1),
             (Method::Text, HashAlgo::Sha256),
+            (Method::Git, HashAlgo::Sha1),
+            (Method::Git, HashAlgo::Sha256),
         ] {
             let (_dir, store) = store();
             let (info, nar) = addressed("good", b"content", method, algo);
@@ -129,5 +132,31 @@ mod tests {
         fs::dump(&real, &mut hasher).unwrap();
         let hashes = hasher.finish();
         assert_eq!((hashes.with_offsets, hashes.without_offsets), (expected.0.into(), expected.1.into()));
+    }
+
+    #[test]
+    fn either_hash_of_references_to_itself_is_accepted_and_no_other() {
+        let temporary = store_path("self");
+        let content = |path: &StorePath| format!("x{}", path.hash_part()).into_bytes();
+        let mut hasher = HashModulo::new(&temporary, HashAlgo::Sha256);
+        io::Write::write_all(&mut hasher, &file_nar(&content(&temporary))).unwrap();
+        let hashes = hasher.finish();
+        for (hash, good) in [
+            (hashes.with_offsets, true),
+            (hashes.without_offsets, true),
+            (Hash::from(Sha256::of(b"no such content")), false),
+        ] {
+            // With the reference registered, and without it as where it was discarded.
+            for registered in [true, false] {
+                let (_dir, store) = store();
+                let ca = ContentAddress { method: Method::Nar, hash: hash.clone() };
+                let path = ca.store_path(&StoreDir::default(), "self", &[].into(), registered).unwrap();
+                let nar = file_nar(&content(&path));
+                let own: &[&StorePath] = if registered { &[&path] } else { &[] };
+                let info = PathInfo { path: path.clone(), ca: Some(ca), ..info("self", &nar, own) };
+                let added = store.add_nar(&info, false, 0, &mut &nar[..]);
+                assert_eq!(added.is_ok(), good, "{added:?}");
+            }
+        }
     }
 }

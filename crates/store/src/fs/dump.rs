@@ -2,7 +2,7 @@
 
 use std::ffi::OsStr;
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, BufReader, BufWriter, Read, Write};
 use std::os::fd::{AsFd as _, BorrowedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
@@ -16,6 +16,8 @@ use crate::Error;
 
 /// From which size on the kernel moves a file's contents. Smaller ones are cheaper to gather with what is around them.
 const SEND_FROM: u64 = 64 << 10;
+/// Bytes that pass between two threads at a time: what a pipe holds, and twice that on either side.
+const PIPE_STEP: usize = 128 << 10;
 /// Most bytes that the kernel is asked to move at a time.
 const SEND_STEP: usize = 16 << 20;
 
@@ -24,6 +26,29 @@ const SEND_STEP: usize = 16 << 20;
 pub fn dump(path: &Path, output: &mut dyn Write) -> Result<u64, Error> {
     let (parent, name) = open_parent(path)?;
     dump_in(parent.as_fd(), name, path, output)
+}
+
+/// Has `read` read the NAR of the tree at `path`, which another thread packs meanwhile. What it leaves unread does not
+/// matter; what the packing fails of does, since it then has read a piece only.
+pub fn with_nar<T>(path: &Path, read: impl FnOnce(&mut dyn Read) -> T) -> Result<T, Error> {
+    let pipe = || io::pipe().map_err(Error::io("make a pipe for", path));
+    let (reader, writer) = pipe()?;
+    std::thread::scope(|scope| {
+        let packer = scope.spawn(move || {
+            let mut writer = BufWriter::with_capacity(PIPE_STEP, writer);
+            dump(path, &mut writer)?;
+            writer.flush().map_err(|source| failed(drover_nix::Error::NarIo { act: "write", source }))
+        });
+        let mut reader = BufReader::with_capacity(PIPE_STEP, reader);
+        let result = read(&mut reader);
+        // A packer that waits for room shall not wait for ever.
+        drop(reader);
+        match packer.join() {
+            Ok(Err(error)) if !is_left_unread(&error) => Err(error),
+            Ok(_) => Ok(result),
+            Err(panic) => std::panic::resume_unwind(panic),
+        }
+    })
 }
 
 /// [`dump`] of what is named `name` in an open directory; `path` is for messages.
@@ -175,6 +200,16 @@ fn send(file: &File, output: BorrowedFd<'_>, size: u64) -> io::Result<u64> {
     Ok(sent)
 }
 
+/// Whether an archive could not be written since nobody reads it any more.
+fn is_left_unread(error: &Error) -> bool {
+    match error {
+        Error::Archive { source: drover_nix::Error::NarIo { source, .. }, .. } => {
+            source.kind() == io::ErrorKind::BrokenPipe
+        }
+        _ => false,
+    }
+}
+
 fn failed(source: drover_nix::Error) -> Error {
     Error::Archive { act: "write", source }
 }
@@ -208,5 +243,21 @@ mod tests {
         let deep = dir.path().join("d/".repeat(drover_nix::nar::MAX_DEPTH + 1));
         std::fs::create_dir_all(deep).unwrap();
         assert!(dump(&dir.path().join("d"), &mut Vec::new()).is_err());
+    }
+
+    #[test]
+    fn a_reader_gets_the_archive_or_the_reason_why_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("f");
+        std::fs::write(&path, vec![7; 1 << 20]).unwrap();
+        let mut nar = Vec::new();
+        dump(&path, &mut nar).unwrap();
+        let read = with_nar(&path, |stream| {
+            let mut read = Vec::new();
+            stream.read_to_end(&mut read).map(|_| read)
+        });
+        assert_eq!(read.unwrap().unwrap(), nar);
+        assert_eq!(with_nar(&path, |_| "no more than that").unwrap(), "no more than that");
+        assert!(with_nar(&dir.path().join("missing"), |_| ()).is_err());
     }
 }
