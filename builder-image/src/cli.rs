@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use drover_store::GcOptions;
 
 use crate::nix_options;
+use crate::sandbox::rungs::Rung;
 
 pub(crate) const USAGE: &str = "\
 Builds Nix derivations in a store of its own, for clients that speak Nix's serve protocol.
@@ -22,6 +23,8 @@ Usage:
 Options:
   --store URI               a root directory, or `local` with ?root=, store=, real=, state= (default: local)
   --linger SECONDS          how long a build outlives its connection (default: 0)
+  --sandbox RUNG            the weakest sandbox that builds may have: nested, nested-admin or pod (default: nested); the
+                            strongest that works is used
   --sandbox-shell PATH      a static shell that builds see as /bin/sh (default: busybox, where there is one)
   --cores NUMBER            NIX_BUILD_CORES (default: 0, as many as there are)
   --system SYSTEM           what this machine builds for (default: its own)
@@ -67,6 +70,8 @@ pub(crate) struct Cli {
     pub command: Command,
     pub store: String,
     pub linger_seconds: u64,
+    /// The weakest that is allowed.
+    pub sandbox: Rung,
     pub sandbox_shell: Option<PathBuf>,
     /// 0 for as many as there are.
     pub cores: usize,
@@ -77,7 +82,7 @@ pub(crate) struct Cli {
 
 /// Parses the words behind the program's name. The error is one line.
 pub(crate) fn parse(words: impl IntoIterator<Item = String>) -> Result<Cli, String> {
-    let mut words = words.into_iter();
+    let mut words = words.into_iter().peekable();
     let mut command = None;
     let (mut write, mut contents, mut repair) = (false, false, false);
     let mut gc = GcOptions::default();
@@ -87,6 +92,7 @@ pub(crate) fn parse(words: impl IntoIterator<Item = String>) -> Result<Cli, Stri
         command: Command::Help,
         store: "local".into(),
         linger_seconds: 0,
+        sandbox: Rung::Nested,
         sandbox_shell: None,
         cores: 0,
         system: None,
@@ -99,6 +105,15 @@ pub(crate) fn parse(words: impl IntoIterator<Item = String>) -> Result<Cli, Stri
             Some((name, value)) if name.starts_with("--") => (name.to_owned(), Some(value.to_owned())),
             _ => (word.clone(), None),
         };
+        // Nix has a `--sandbox` without a value: that builds are sandboxed, as they are here in any case.
+        if name == "--sandbox" {
+            let value = inline.or_else(|| words.next_if(|next| Rung::parse(next).is_some()));
+            if let Some(value) = value {
+                cli.sandbox = Rung::parse(&value)
+                    .ok_or_else(|| format!("--sandbox: {value:?} is not nested, nested-admin or pod"))?;
+            }
+            continue;
+        }
         let mut value =
             || inline.take().or_else(|| words.next()).ok_or_else(|| format!("{name} needs a value"));
         match name.as_str() {
@@ -257,6 +272,17 @@ mod tests {
         assert_eq!(parse("--help").unwrap().command, Command::Help);
         let features = parse("serve --system-features kvm,big-parallel").unwrap().system_features.unwrap();
         assert_eq!(features, ["kvm", "big-parallel"]);
+    }
+
+    #[test]
+    fn the_sandbox() {
+        assert_eq!(parse("serve").unwrap().sandbox, Rung::Nested);
+        assert_eq!(parse("serve --sandbox pod").unwrap().sandbox, Rung::Pod);
+        assert_eq!(parse("--sandbox=nested-admin serve").unwrap().sandbox, Rung::NestedAdmin);
+        // As Nix spells it, where it is no more than what is so anyway.
+        let cli = parse("--sandbox serve --write").unwrap();
+        assert_eq!((cli.sandbox, cli.command), (Rung::Nested, Command::Serve { write: true }));
+        assert!(parse("serve --sandbox=none").unwrap_err().contains("nested-admin"));
     }
 
     #[test]

@@ -33,7 +33,7 @@ pub(crate) fn settings(cli: &Cli) -> anyhow::Result<Settings> {
         Some(path) => Some(named_shell(&path)?),
         None => usual_shell(),
     };
-    Ok(Settings { sandbox_shell, cores, systems, features, ids: Ids::detect(), linger })
+    Ok(Settings { sandbox_shell, cores, systems, features, ids: Ids::detect(), sandbox: cli.sandbox, linger })
 }
 
 /// Nix's name of the system that this program was built for.

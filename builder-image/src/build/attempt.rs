@@ -18,10 +18,10 @@ use super::ids::BuildIds;
 use super::log::BuildLog;
 use super::scratch::{BUILD_DIR, Scratch};
 use super::supervise::Limits;
-use super::{Builder, env, graph, outputs, supervise};
+use super::{Builder, confine, env, graph, outputs, supervise};
 use crate::error::Error;
 use crate::sandbox::launch;
-use crate::sandbox::plan::{self, INSIDE_GID, INSIDE_UID, IdMap, Layout, Namespaces, Plan};
+use crate::sandbox::plan::Layout;
 
 /// How often a uid is looked for when all are in use, which no lock tells.
 const RETRY: Duration = Duration::from_millis(200);
@@ -114,6 +114,7 @@ impl Attempt<'_> {
         let Self { builder, drv, kind, attributes, options, outputs, .. } = *self;
         let store = &builder.store;
         let dir = store.store_dir();
+        let rung = builder.rung()?;
         let inputs = self.inputs()?;
         let ids = self.ids()?;
         let graphs = graph::graphs(dir, attributes, &inputs, store)?;
@@ -137,12 +138,7 @@ impl Attempt<'_> {
         let made: BTreeSet<&StorePath> = outputs.values().collect();
         let visible = inputs.iter().filter(|path| !made.contains(path));
         let layout = self.layout(&scratch, &ids, visible)?;
-        let namespaces = Namespaces {
-            private_network: layout.private_network,
-            uid: IdMap { inside: INSIDE_UID, outside: ids.uid },
-            gid: IdMap { inside: INSIDE_GID, outside: ids.gid },
-        };
-        let plan = Plan { namespaces, steps: plan::build_steps(&layout), command: prepared.command };
+        let plan = confine::nested(rung, &layout, &ids, prepared.command);
         let seconds = |seconds: u64| (seconds > 0).then(|| Duration::from_secs(seconds));
         let limits = Limits {
             timeout: seconds(options.timeout_seconds),
@@ -220,8 +216,9 @@ impl Attempt<'_> {
             binds,
             build_dir: BUILD_DIR.into(),
             private_network: self.kind.is_sandboxed(),
-            linux32: false,
+            linux32: confine::is_32_bit(&self.drv.system.to_string()),
             shm: Path::new("/dev/shm").is_dir(),
+            cgroup: false,
         })
     }
 }

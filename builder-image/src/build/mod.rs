@@ -2,7 +2,7 @@
 //!
 //! In the order of its story: what has to be built first ([`goals`]), who else in this process builds it ([`shared`]) and
 //! who wants it ([`cancel`]), whether it can be built here ([`accept`]), the one attempt ([`attempt`]): locks, ids ([`ids`]),
-//! directories ([`scratch`], [`root`], [`skeleton`]), what the builder sees ([`attrs`], [`graph`], [`env`]), the sandbox (`crate::sandbox`), the
+//! directories ([`scratch`], [`root`], [`skeleton`]), what the builder sees ([`attrs`], [`graph`], [`env`]), the sandbox ([`confine`], `crate::sandbox`), the
 //! watch over it ([`supervise`], [`log`]); how it ended ([`verdict`]) and what becomes of its outputs ([`outputs`],
 //! [`checks`]). Nothing here speaks a protocol.
 
@@ -11,6 +11,7 @@ mod attempt;
 mod attrs;
 pub(crate) mod cancel;
 mod checks;
+mod confine;
 mod env;
 pub(crate) mod goals;
 mod graph;
@@ -36,11 +37,12 @@ use drover_store::{LocalStore, TempRoots};
 use self::attempt::Attempt;
 use self::attrs::Attributes;
 use self::cancel::{Cancel, Interest};
+use self::confine::Ladder;
 use self::log::Log;
 use self::shared::{Entry, Identity, Joined, Own, Registry};
 use self::skeleton::Placed;
 use crate::error::Error;
-use crate::sandbox::rungs::Ids;
+use crate::sandbox::rungs::{Ids, Rung};
 
 /// What does not change from build to build.
 #[derive(Clone, Debug)]
@@ -53,6 +55,8 @@ pub(crate) struct Settings {
     pub systems: Vec<String>,
     pub features: BTreeSet<String>,
     pub ids: Ids,
+    /// The weakest sandbox that builds may have.
+    pub sandbox: Rung,
     /// How long a build outlives the last session that wants it.
     pub linger: Duration,
 }
@@ -65,6 +69,7 @@ pub(crate) struct Builder {
     running: Registry,
     /// Of builds without network access.
     skeleton: Arc<Mutex<Option<Placed>>>,
+    ladder: Ladder,
 }
 
 /// One request.
@@ -80,7 +85,13 @@ pub(crate) struct Request<'a> {
 
 impl Builder {
     pub(crate) fn new(store: LocalStore, settings: Settings) -> Self {
-        Self { store, settings, running: Registry::default(), skeleton: Arc::default() }
+        Self {
+            store,
+            settings,
+            running: Registry::default(),
+            skeleton: Arc::default(),
+            ladder: Ladder::default(),
+        }
     }
 
     /// Builds, waits for who builds it already, or finds that there is nothing to build. Every failure is a result.

@@ -7,7 +7,6 @@ use drover_serve::BuildStatus;
 use super::Builder;
 use super::supervise::End;
 use crate::error::Error;
-use crate::sandbox::rungs;
 
 /// Less free disk than this after a failure means that the failure may be the disk's (Nix: derivation-builder.cc).
 const LOW_DISK_BYTES: u64 = 8 << 20;
@@ -47,7 +46,7 @@ impl Builder {
                 format!("'{full}' was killed after writing more than {limit} bytes of log"),
             ),
             End::Cancelled => return Some(Error::gone()),
-            End::SetUp(why) => return Some(Error::Sandbox { why: format!("{why}. {}", rungs::advice(why)) }),
+            End::SetUp(why) => return Some(Error::Sandbox { why: why.clone() }),
         };
         let mut message = what;
         if !tail.is_empty() {

@@ -41,7 +41,7 @@ use self::lobby::Lobby;
 use self::wire::Plug;
 use crate::build::Builder;
 use crate::build::log::Log;
-use crate::sandbox::{launch, rungs};
+use crate::sandbox::launch;
 
 /// Connections that have not logged in yet, at most.
 const MAX_WAITING: usize = 64;
@@ -75,9 +75,7 @@ pub(crate) struct Options<'a> {
 
 /// Serves until the program is told to stop.
 pub(crate) fn run(options: &Options<'_>, builder: Builder) -> anyhow::Result<()> {
-    let rung = rungs::probe(builder.settings.ids)
-        .map_err(anyhow::Error::msg)
-        .context("this machine allows no sandbox")?;
+    let rung = builder.rung()?;
     let rules = rules(options.authorized_keys)?;
     let host_key = host_key::load(options.host_key)?;
     let public = host_key::public_line(&host_key)?;

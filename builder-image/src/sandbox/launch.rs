@@ -111,7 +111,7 @@ pub(crate) fn shut_down() {
 pub(crate) fn start(plan: &Plan, owner: Option<(u32, u32)>) -> io::Result<Running> {
     let (terminal, peer) = terminal(owner)?;
     let (control, theirs) = UnixStream::pair()?;
-    request(&serde_json::to_vec(&plan.namespaces)?, &theirs.into(), &peer)?;
+    request(&serde_json::to_vec(&plan.birth)?, &theirs.into(), &peer)?;
     let running = Running { control, terminal, pending: Vec::new() };
     match send(&running.control, plan) {
         // The helper could not clone, and its report says why.
@@ -295,7 +295,7 @@ fn terminal(owner: Option<(u32, u32)>) -> io::Result<(OwnedFd, OwnedFd)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sandbox::plan::{IdMap, Namespaces};
+    use crate::sandbox::plan::{Birth, Isolation};
 
     #[test]
     fn plans_arrive_as_they_were() {
@@ -305,10 +305,9 @@ mod tests {
             argv: strings(&["sh", "", "a b"]),
             env: vec![CString::new(*b"X=\xff").unwrap(), c"EMPTY=".into()],
         };
-        let id = IdMap { inside: 1000, outside: 0 };
         let steps = vec![Step::Session, Step::Bind { source: "/a".into(), target: "/b".into() }, Step::Exec];
-        let namespaces = Namespaces { private_network: true, uid: id, gid: id };
-        let plan = Plan { namespaces, steps, command };
+        let birth = Birth { isolation: Isolation::Uid(1), foreign_ids: true, group: None };
+        let plan = Plan { birth, steps, command };
         let (ours, theirs) = UnixStream::pair().unwrap();
         send(&ours, &plan).unwrap();
         assert_eq!(receive(&theirs).unwrap(), (plan.steps, plan.command));

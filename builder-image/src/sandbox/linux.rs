@@ -4,7 +4,7 @@ use std::ffi::CString;
 use std::fs::File;
 use std::io;
 use std::os::unix::ffi::OsStrExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rustix::mount::{self, MountFlags, MountPropagationFlags, UnmountFlags};
 use rustix::process::{self, Resource, Rlimit, Signal};
@@ -12,7 +12,7 @@ use rustix::thread;
 
 use super::kernel::Kernel;
 use super::plan::Command;
-use super::seccomp;
+use super::{landlock, seccomp};
 
 /// The calling process, which has one thread.
 pub(crate) struct Linux;
@@ -28,6 +28,16 @@ impl Kernel for Linux {
 
     fn die_with_parent(&mut self) -> io::Result<()> {
         Ok(process::set_parent_process_death_signal(Some(Signal::KILL))?)
+    }
+
+    fn oom_first(&mut self) -> io::Result<()> {
+        // A tenth of the machine's memory on top of what it uses. More would put builds of pods with a guarantee behind
+        // those of pods without.
+        const MORE: i32 = 100;
+        const MOST: i32 = 1000;
+        let file = "/proc/self/oom_score_adj";
+        let before: i32 = std::fs::read_to_string(file)?.trim().parse().map_err(io::Error::other)?;
+        std::fs::write(file, before.saturating_add(MORE).min(MOST).to_string())
     }
 
     fn loopback(&mut self) -> io::Result<()> {
@@ -73,6 +83,10 @@ impl Kernel for Linux {
         Ok(mount::mount("tmpfs", target, "tmpfs", flags, c"mode=1777,size=50%")?)
     }
 
+    fn cgroup_namespace(&mut self) -> io::Result<()> {
+        unshare_cgroups()
+    }
+
     fn pivot_root(&mut self, root: &Path) -> io::Result<()> {
         // The old root is stacked on the new one, then taken off: no directory for it is needed.
         process::chdir(root)?;
@@ -91,8 +105,16 @@ impl Kernel for Linux {
 
     fn scope_sockets(&mut self) -> io::Result<()> {
         // A second line only: the network namespace is the first, where there is one. Kernels before 6.12 lack it.
-        let _unsupported = landlock_abstract_sockets();
+        let _unsupported = landlock::scope_abstract_sockets();
         Ok(())
+    }
+
+    fn confine_files(&mut self, writable: &[PathBuf], readable: &[PathBuf]) -> io::Result<()> {
+        match landlock::confine(writable, readable) {
+            // Kernels without Landlock, or with it turned off. Owners and modes are what remains.
+            Err(error) if matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EOPNOTSUPP)) => Ok(()),
+            other => other,
+        }
     }
 
     fn personality(&mut self, linux32: bool) -> io::Result<()> {
@@ -116,6 +138,7 @@ impl Kernel for Linux {
     }
 
     fn limits_and_umask(&mut self) -> io::Result<()> {
+        // The hard limit stays: only who has SYS_RESOURCE outside could raise it, as Nix does.
         let hard = process::getrlimit(Resource::Core).maximum;
         process::setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: hard })?;
         process::umask(rustix::fs::Mode::from_raw_mode(0o022));
@@ -211,22 +234,9 @@ fn set_read_only(path: &Path, read_only: bool, recursive: bool) -> io::Result<()
 }
 
 #[allow(unsafe_code)]
-fn landlock_abstract_sockets() -> io::Result<()> {
-    #[repr(C)]
-    struct Ruleset {
-        access_fs: u64,
-        access_net: u64,
-        scoped: u64,
-    }
-    const SCOPE_ABSTRACT_UNIX_SOCKET: u64 = 1;
-    let ruleset = Ruleset { access_fs: 0, access_net: 0, scoped: SCOPE_ABSTRACT_UNIX_SOCKET };
-    // SAFETY: the struct lives across the call and its size is given (landlock_create_ruleset(2)).
-    let descriptor = unsafe {
-        libc::syscall(libc::SYS_landlock_create_ruleset, &raw const ruleset, size_of::<Ruleset>(), 0)
-    };
-    let descriptor = check(descriptor)?;
-    // SAFETY: takes a descriptor and flags only. The descriptor is closed on exec (landlock makes it so).
-    check(unsafe { libc::syscall(libc::SYS_landlock_restrict_self, descriptor, 0) }).map(drop)
+fn unshare_cgroups() -> io::Result<()> {
+    // SAFETY: changes which control groups this process sees as the root; takes a number only.
+    check(libc::c_long::from(unsafe { libc::unshare(libc::CLONE_NEWCGROUP) })).map(drop)
 }
 
 #[allow(unsafe_code)]
@@ -272,6 +282,6 @@ fn exec(command: &Command) -> io::Error {
     io::Error::last_os_error()
 }
 
-fn check(result: libc::c_long) -> io::Result<libc::c_long> {
+pub(super) fn check(result: libc::c_long) -> io::Result<libc::c_long> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }

@@ -18,6 +18,8 @@ pub(crate) enum Step {
     Session,
     /// Dies when its parent does. Armed again after [`Step::Ids`], which disarms it.
     DieWithParent,
+    /// Makes it the kernel's choice, before the server, when memory runs out.
+    OomFirst,
     /// Brings up `lo` in the build's own network namespace.
     Loopback,
     HostNames {
@@ -54,6 +56,12 @@ pub(crate) enum Step {
     FilterSyscalls,
     /// Keeps the build from abstract sockets outside (Landlock, where the kernel has it).
     ScopeSockets,
+    /// Leaves it no files but those at and below these (Landlock, where the kernel has it), for a build without a root
+    /// directory of its own. Who may do what with them, owners and modes still say.
+    ConfineFiles {
+        writable: Vec<PathBuf>,
+        readable: Vec<PathBuf>,
+    },
     /// A 32-bit personality if asked for; never randomised addresses.
     Personality {
         linux32: bool,
@@ -65,6 +73,8 @@ pub(crate) enum Step {
     CloseDescriptors,
     /// No core dumps by default, and the file mode mask 0022.
     LimitsAndUmask,
+    /// The control group that it is in becomes the root of those that it sees.
+    CgroupNamespace,
     Ids {
         uid: u32,
         gid: u32,
@@ -84,17 +94,39 @@ pub(crate) struct IdMap {
 /// Everything that a sandbox is made by.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) struct Plan {
-    pub namespaces: Namespaces,
+    pub birth: Birth,
     pub steps: Vec<Step>,
     pub command: Command,
 }
 
-/// What has to be known when the build's process is cloned. User, process, mount, host name and IPC namespaces are
-/// always its own.
+/// What has to be known when the build's process is cloned, by the process that clones it.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub(crate) struct Birth {
+    pub isolation: Isolation,
+    /// The ids are not the caller's own: groups of the caller's must be gone, not only as far as that is allowed.
+    pub foreign_ids: bool,
+    /// The control group that it enters before its first step.
+    pub group: Option<PathBuf>,
+}
+
+/// What keeps one build's processes together, so that all of them can be killed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub(crate) enum Isolation {
+    /// Namespaces: killing the first process kills all.
+    Nested(Namespaces),
+    /// The id that nothing else runs under: everything of that id is killed, before and after.
+    Uid(u32),
+    /// Nothing: for a trial, which starts no other process.
+    Trial,
+}
+
+/// User, process, mount, host name and IPC namespaces are always a build's own.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub(crate) struct Namespaces {
     /// A network namespace of its own, too.
     pub private_network: bool,
+    /// Uses the caller's SYS_ADMIN, if it has that. Without it the namespaces are such as anyone may make.
+    pub admin: bool,
     pub uid: IdMap,
     pub gid: IdMap,
 }
@@ -126,12 +158,32 @@ pub(crate) struct Layout {
     pub linux32: bool,
     /// `/dev/shm` exists outside, so that it should inside.
     pub shm: bool,
+    /// It has a control group of its own.
+    pub cgroup: bool,
 }
 
-/// The steps of an ordinary build.
+#[allow(dead_code)] // until builds stand on that rung
+/// What the steps of a build depend on that has no file system of its own.
+#[derive(Clone, Debug)]
+pub(crate) struct BareLayout {
+    pub store_dir: PathBuf,
+    pub build_dir: PathBuf,
+    /// What else it may read: programs and configuration that every build expects.
+    pub readable: Vec<PathBuf>,
+    pub linux32: bool,
+    pub uid: u32,
+    pub gid: u32,
+}
+
+/// The steps of a build in namespaces.
+///
+/// Where this differs from Nix: the root is made ready and read-only once for all builds, so that the tree of `/dev` and
+/// the mode of `/etc` are no steps; inputs are mounted read-only, where Nix trusts their owner and modes alone; nothing is
+/// mounted into a build that runs (which Nix does for recursive builds), so that the store's mount is not shared and no
+/// second mount namespace is needed; `/dev/pts` is the machine's, as it is under Nix when the user namespace has no id 0.
 pub(crate) fn build_steps(layout: &Layout) -> Vec<Step> {
     let inside = |path: &Path| layout.root.join(path.strip_prefix("/").unwrap_or(path));
-    let mut steps = vec![Step::Session, Step::DieWithParent];
+    let mut steps = vec![Step::Session, Step::DieWithParent, Step::OomFirst];
     if layout.private_network {
         steps.push(Step::Loopback);
     }
@@ -150,6 +202,9 @@ pub(crate) fn build_steps(layout: &Layout) -> Vec<Step> {
     if layout.shm {
         steps.push(Step::MountShm { target: inside(Path::new("/dev/shm")) });
     }
+    if layout.cgroup {
+        steps.push(Step::CgroupNamespace);
+    }
     steps.extend([
         Step::PivotRoot { root: layout.root.clone() },
         Step::NoNewPrivileges,
@@ -166,16 +221,57 @@ pub(crate) fn build_steps(layout: &Layout) -> Vec<Step> {
     steps
 }
 
+#[allow(dead_code)] // until builds stand on that rung
+/// The steps of a build whose sandbox is the pod. What is not the pod's doing is given up as in every build.
+pub(crate) fn bare_steps(layout: &BareLayout) -> Vec<Step> {
+    let mut writable = vec![layout.store_dir.clone(), layout.build_dir.clone()];
+    writable.extend(["/tmp", "/dev", "/proc"].map(PathBuf::from));
+    vec![
+        Step::Session,
+        Step::DieWithParent,
+        Step::OomFirst,
+        Step::NoNewPrivileges,
+        Step::FilterSyscalls,
+        Step::ScopeSockets,
+        Step::ConfineFiles { writable, readable: layout.readable.clone() },
+        Step::Personality { linux32: layout.linux32 },
+        Step::ChangeDir { path: layout.build_dir.clone() },
+        Step::CloseDescriptors,
+        Step::LimitsAndUmask,
+        Step::Ids { uid: layout.uid, gid: layout.gid },
+        Step::DieWithParent,
+        Step::Exec,
+    ]
+}
+
+/// The steps that show whether this machine lets builds have ids of their own, and gives up rights for them.
+pub(crate) fn bare_probe_steps(uid: u32, gid: u32) -> Vec<Step> {
+    vec![
+        Step::Session,
+        Step::DieWithParent,
+        Step::OomFirst,
+        Step::NoNewPrivileges,
+        Step::FilterSyscalls,
+        Step::ScopeSockets,
+        Step::Ids { uid, gid },
+        Step::Exit,
+    ]
+}
+
 /// The steps that show whether this machine lets us sandbox: the ones that containers and kernels refuse. `scratch` is
 /// an empty directory.
 pub(crate) fn probe_steps(scratch: &Path) -> Vec<Step> {
     vec![
         Step::Session,
         Step::DieWithParent,
+        Step::OomFirst,
         Step::Loopback,
+        Step::HostNames { host: "localhost".into(), domain: "(none)".into() },
         Step::PrivateMounts,
         Step::Bind { source: scratch.to_owned(), target: scratch.to_owned() },
         Step::MountProc { target: scratch.to_owned() },
+        Step::NoNewPrivileges,
+        Step::FilterSyscalls,
         Step::Ids { uid: INSIDE_UID, gid: INSIDE_GID },
         Step::Exit,
     ]
@@ -195,6 +291,7 @@ mod tests {
             private_network: true,
             linux32: false,
             shm: true,
+            cgroup: false,
         }
     }
 

@@ -7,7 +7,10 @@ use std::path::Path;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::launch::{self, Report};
-use super::plan::{Command, INSIDE_GID, INSIDE_UID, IdMap, Namespaces, Plan, Step, probe_steps};
+use super::plan::{
+    Birth, Command, INSIDE_GID, INSIDE_UID, IdMap, Isolation, Namespaces, Plan, Step, bare_probe_steps,
+    probe_steps,
+};
 
 /// First of the ids that builds run under, and how many there are: those that Nix's installers give their build users,
 /// so that a store's `userpool` locks keep both apart.
@@ -17,21 +20,37 @@ const BUILD_GID: u32 = 30_000;
 /// How long the trial may take.
 const PROBE_TIMEOUT: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
 
-/// The ladder's rungs that full isolation stands on.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+/// The rungs of the sandbox ladder. A stronger one is greater.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub(crate) enum Rung {
-    /// User namespaces without any added right.
-    Nested,
-    /// The same, by a process that has SYS_ADMIN in its own user namespace.
+    /// The pod is the sandbox, for one build: that has an id of its own and no rights, and sees the pod.
+    Pod,
+    /// The same as [`Self::Nested`], by a process that needs SYS_ADMIN in its own user namespace for it.
     NestedAdmin,
+    /// Namespaces of every kind for each build, made without any added right.
+    Nested,
+}
+
+impl Rung {
+    /// From the strongest.
+    const LADDER: [Self; 3] = [Self::Nested, Self::NestedAdmin, Self::Pod];
+
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Self::Nested => "nested",
+            Self::NestedAdmin => "nested-admin",
+            Self::Pod => "pod",
+        }
+    }
+
+    pub(crate) fn parse(word: &str) -> Option<Self> {
+        Self::LADDER.into_iter().find(|rung| rung.as_str() == word)
+    }
 }
 
 impl fmt::Display for Rung {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Nested => "nested",
-            Self::NestedAdmin => "nested-admin",
-        })
+        f.write_str(self.as_str())
     }
 }
 
@@ -57,31 +76,111 @@ impl Ids {
     }
 }
 
-/// Tries the steps that machines refuse, in a directory of its own. The error says what was refused and what helps.
-pub(crate) fn probe(ids: Ids) -> Result<Rung, String> {
+/// What of this process decides about rungs before anything is tried.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Standing {
+    /// It has SYS_ADMIN.
+    admin: bool,
+    /// A system call filter is in force.
+    filtered: bool,
+}
+
+/// The strongest rung that works here, if it is `floor` or stronger. The error says which works, what keeps the stronger
+/// ones from working, and what helps. `pod` says whether the rung of that name could be used, apart from what is tried.
+pub(crate) fn find(floor: Rung, ids: Ids, pod: &dyn Fn() -> Result<(), String>) -> Result<Rung, String> {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let standing = Standing {
+        admin: effective_capabilities(&status) & SYS_ADMIN != 0,
+        filtered: field(&status, "Seccomp:").is_some_and(|mode| mode != "0"),
+    };
+    choose(floor, standing, &mut |rung| match rung {
+        Rung::Nested => try_nested(ids, false),
+        Rung::NestedAdmin => try_nested(ids, true),
+        Rung::Pod => pod().and_then(|()| try_pod(ids)),
+    })
+}
+
+fn choose(
+    floor: Rung,
+    standing: Standing,
+    works: &mut dyn FnMut(Rung) -> Result<(), String>,
+) -> Result<Rung, String> {
+    let mut refused: Vec<String> = Vec::new();
+    for rung in Rung::LADDER {
+        let result = match rung {
+            // Container runtimes' filters let a process with SYS_ADMIN make namespaces, and others not. Which of them
+            // this one is cannot be told from within, so the capability counts as what builds stand on.
+            Rung::Nested if standing.admin && standing.filtered => Err(
+                "this process has SYS_ADMIN under a seccomp filter, as a rule one that allows namespaces for the sake of \
+                 SYS_ADMIN only. Leave seccompProfile unset and do not add the capability"
+                    .into(),
+            ),
+            Rung::NestedAdmin if !standing.admin => {
+                Err("this process does not have SYS_ADMIN, which the container would have to add".into())
+            }
+            rung => works(rung),
+        };
+        match result {
+            Ok(()) if rung >= floor => return Ok(rung),
+            Ok(()) => {
+                return Err(format!(
+                    "the sandbox must be `{floor}` or stronger, and `{rung}` is the strongest that works here: {}. Change \
+                     that, or allow the weaker one: `--sandbox {rung}`, which is `sandbox: {}` of a BuilderClass",
+                    refused.join("; "),
+                    in_class(rung)
+                ));
+            }
+            Err(why) => refused.push(format!("`{rung}`: {why}")),
+        }
+    }
+    Err(format!("the sandbox must be `{floor}` or stronger, and none works here: {}", refused.join("; ")))
+}
+
+/// The word of a BuilderClass for the rung.
+fn in_class(rung: Rung) -> &'static str {
+    match rung {
+        Rung::Nested => "Nested",
+        Rung::NestedAdmin => "NestedAdmin",
+        Rung::Pod => "Pod",
+    }
+}
+
+/// Tries the steps that machines refuse, in a directory of its own.
+fn try_nested(ids: Ids, admin: bool) -> Result<(), String> {
     let scratch = std::env::temp_dir().join(format!("drover-probe-{}", std::process::id()));
     let made = std::fs::create_dir(&scratch);
     // Without a writable temporary directory there is still /proc itself to mount on.
     let target = if made.is_ok() { scratch.as_path() } else { Path::new("/proc") };
-    let result = try_steps(probe_steps(target), ids);
-    let _left = std::fs::remove_dir(&scratch);
-    match result {
-        Ok(()) => Ok(if has_sys_admin() { Rung::NestedAdmin } else { Rung::Nested }),
-        Err(why) => Err(format!("{why}. {}", advice(&why))),
-    }
-}
-
-fn try_steps(steps: Vec<Step>, ids: Ids) -> Result<(), String> {
     let (uid, gid) = match ids {
         Ids::Own { uid, gid } => (uid, gid),
         Ids::Pool { first_uid, gid, .. } => (first_uid, gid),
     };
-    let namespaces = Namespaces {
+    let isolation = Isolation::Nested(Namespaces {
         private_network: true,
+        admin,
         uid: IdMap { inside: INSIDE_UID, outside: uid },
         gid: IdMap { inside: INSIDE_GID, outside: gid },
+    });
+    let result = try_steps(isolation, ids, probe_steps(target));
+    let _left = std::fs::remove_dir(&scratch);
+    result
+}
+
+fn try_pod(ids: Ids) -> Result<(), String> {
+    let Ids::Pool { first_uid, gid, .. } = ids else {
+        return Err(
+            "builds need an id of their own, and this process cannot change ids. Run it as root with the capabilities \
+             CHOWN, FOWNER, SETGID and SETUID, where the ids 30000 to 30128 are mapped"
+                .into(),
+        );
     };
-    let plan = Plan { namespaces, steps, command: Command::default() };
+    try_steps(Isolation::Trial, ids, bare_probe_steps(first_uid, gid))
+}
+
+fn try_steps(isolation: Isolation, ids: Ids, steps: Vec<Step>) -> Result<(), String> {
+    let foreign_ids = matches!(ids, Ids::Pool { .. });
+    let birth = Birth { isolation, foreign_ids, group: None };
+    let plan = Plan { birth, steps, command: Command::default() };
     let text = |error: io::Error| format!("cannot try the sandbox: {error}");
     let mut running = launch::start(&plan, None).map_err(text)?;
     loop {
@@ -97,20 +196,6 @@ fn try_steps(steps: Vec<Step>, ids: Ids) -> Result<(), String> {
                 }
             }
         }
-    }
-}
-
-/// What an administrator can do about a refusal.
-pub(crate) fn advice(why: &str) -> &'static str {
-    if why.contains("clone") {
-        "Allow user namespaces: in a pod leave seccompProfile unset (RuntimeDefault forbids them without SYS_ADMIN); on a \
-         machine check /proc/sys/user/max_user_namespaces and its security modules' settings"
-    } else if why.contains("MountProc") {
-        "Give the pod `procMount: Unmasked` together with `hostUsers: false`: a masked /proc forbids a fresh one"
-    } else if why.contains("map the ids") {
-        "Keep the capabilities SETUID and SETGID, or run as a user other than root"
-    } else {
-        "See the builder's requirements on its pod"
     }
 }
 
@@ -131,17 +216,19 @@ fn covers(map: &str, first: u32, count: u32) -> bool {
 /// CHOWN, FOWNER, SETGID and SETUID: what mapping and owning for another id takes.
 fn has_id_capabilities() -> bool {
     const NEEDED: u64 = 1 | 1 << 3 | 1 << 6 | 1 << 7;
-    effective_capabilities() & NEEDED == NEEDED
-}
-
-fn has_sys_admin() -> bool {
-    effective_capabilities() & 1 << 21 != 0
-}
-
-fn effective_capabilities() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
-    line.and_then(|text| u64::from_str_radix(text.trim(), 16).ok()).unwrap_or(0)
+    effective_capabilities(&status) & NEEDED == NEEDED
+}
+
+const SYS_ADMIN: u64 = 1 << 21;
+
+/// By the text of a process's `status`.
+fn effective_capabilities(status: &str) -> u64 {
+    field(status, "CapEff:").and_then(|text| u64::from_str_radix(text, 16).ok()).unwrap_or(0)
+}
+
+fn field<'a>(status: &'a str, name: &str) -> Option<&'a str> {
+    status.lines().find_map(|line| line.strip_prefix(name)).map(str::trim)
 }
 
 #[cfg(test)]
@@ -161,9 +248,83 @@ mod tests {
         assert!(!covers("", 0, 1));
     }
 
+    const ROOT: Standing = Standing { admin: true, filtered: false };
+    const CONFINED: Standing = Standing { admin: true, filtered: true };
+    const ORDINARY: Standing = Standing { admin: false, filtered: false };
+
+    /// Chooses where these rungs work; which were tried.
+    fn chosen(floor: Rung, standing: Standing, work: &[Rung]) -> (Result<Rung, String>, Vec<Rung>) {
+        let mut tried = Vec::new();
+        let result = choose(floor, standing, &mut |rung| {
+            tried.push(rung);
+            if work.contains(&rung) { Ok(()) } else { Err(format!("{rung} was refused. Mend {rung}")) }
+        });
+        (result, tried)
+    }
+
     #[test]
-    fn refusals_come_with_advice() {
-        assert!(advice("cannot set up the sandbox: step MountProc { … }: EPERM").contains("procMount"));
-        assert!(advice("cannot clone the builder's process").contains("seccompProfile"));
+    fn the_strongest_that_works_is_taken() {
+        use Rung::{Nested, NestedAdmin, Pod};
+        for (floor, standing, work, rung) in [
+            (Nested, ORDINARY, &Rung::LADDER[..], Nested),
+            (Nested, ROOT, &Rung::LADDER, Nested),
+            (Pod, ROOT, &Rung::LADDER, Nested),
+            (NestedAdmin, CONFINED, &Rung::LADDER, NestedAdmin),
+            (NestedAdmin, ROOT, &[NestedAdmin], NestedAdmin),
+            (Pod, ORDINARY, &[Pod], Pod),
+            (Pod, CONFINED, &[Pod], Pod),
+        ] {
+            let (chosen, tried) = chosen(floor, standing, work);
+            assert_eq!(chosen, Ok(rung), "{floor} {standing:?}");
+            assert_eq!(tried.last(), Some(&rung), "nothing is tried beyond what works");
+        }
+    }
+
+    #[test]
+    fn a_weaker_one_than_allowed_is_an_error_that_says_everything() {
+        use Rung::{Nested, NestedAdmin, Pod};
+        let why = chosen(Nested, ORDINARY, &[Pod]).0.unwrap_err();
+        for part in [
+            "`nested` or stronger",
+            "`pod` is the strongest",
+            "Mend nested",
+            "--sandbox pod",
+            "sandbox: Pod",
+            "SYS_ADMIN",
+        ] {
+            assert!(why.contains(part), "no {part:?} in {why}");
+        }
+        let why = chosen(NestedAdmin, ORDINARY, &[Pod]).0.unwrap_err();
+        assert!(why.contains("`nested-admin` or stronger"), "{why}");
+        // The capability is what namespaces stand on there, whether or not they would work without.
+        let (refused, tried) = chosen(Nested, CONFINED, &Rung::LADDER);
+        let why = refused.unwrap_err();
+        assert!(why.contains("`nested-admin` is the strongest") && why.contains("seccomp filter"), "{why}");
+        assert_eq!(tried, [NestedAdmin]);
+    }
+
+    #[test]
+    fn none_is_an_error_that_names_all() {
+        let why = chosen(Rung::Pod, ROOT, &[]).0.unwrap_err();
+        for part in ["none works here", "Mend nested", "Mend nested-admin", "Mend pod"] {
+            assert!(why.contains(part), "no {part:?} in {why}");
+        }
+    }
+
+    #[test]
+    fn fields_of_a_status() {
+        let status = "Name:\tx\nCapEff:\t0000000000200001\nSeccomp:\t2\nSeccomp_filters:\t1\n";
+        assert_eq!(
+            (effective_capabilities(status) & SYS_ADMIN, field(status, "Seccomp:")),
+            (SYS_ADMIN, Some("2"))
+        );
+        assert_eq!((effective_capabilities(""), field("", "Seccomp:")), (0, None));
+    }
+
+    #[test]
+    fn words() {
+        assert!(Rung::LADDER.into_iter().all(|rung| Rung::parse(rung.as_str()) == Some(rung)));
+        assert_eq!(Rung::parse("none"), None);
+        assert!(Rung::LADDER.is_sorted_by(|stronger, weaker| stronger > weaker));
     }
 }

@@ -1,0 +1,63 @@
+//! Which sandbox a build gets: the rung of the ladder that this program stands on, and what follows from it for the plan of
+//! a build. What a rung is made of is `crate::sandbox`'s.
+
+use std::sync::{Arc, OnceLock};
+
+use super::Builder;
+use super::ids::BuildIds;
+use crate::error::Error;
+use crate::sandbox::plan::{
+    self, Birth, Command, INSIDE_GID, INSIDE_UID, IdMap, Isolation, Layout, Namespaces, Plan,
+};
+use crate::sandbox::rungs::{self, Rung};
+
+/// The rung that was found, or why none was. Found once, with the first build or before it.
+#[derive(Clone, Default)]
+pub(super) struct Ladder {
+    found: Arc<OnceLock<Result<Rung, String>>>,
+}
+
+impl Builder {
+    /// The rung that builds stand on: the strongest that works here, if that is allowed.
+    pub(crate) fn rung(&self) -> Result<Rung, Error> {
+        let find = || {
+            let settings = &self.settings;
+            rungs::find(settings.sandbox, settings.ids, &|| Err("it is not there yet".into()))
+        };
+        self.ladder.found.get_or_init(find).clone().map_err(|why| Error::Sandbox { why })
+    }
+}
+
+/// The plan of a build in namespaces.
+pub(super) fn nested(rung: Rung, layout: &Layout, ids: &BuildIds, command: Command) -> Plan {
+    let namespaces = Namespaces {
+        private_network: layout.private_network,
+        admin: rung == Rung::NestedAdmin,
+        uid: IdMap { inside: INSIDE_UID, outside: ids.uid },
+        gid: IdMap { inside: INSIDE_GID, outside: ids.gid },
+    };
+    let isolation = Isolation::Nested(namespaces);
+    let birth = Birth { isolation, foreign_ids: ids.foreign().is_some(), group: None };
+    Plan { birth, steps: plan::build_steps(layout), command }
+}
+
+/// Whether builds for `system` run under the 32-bit personality of this machine (Nix: personality.cc).
+pub(super) fn is_32_bit(system: &str) -> bool {
+    match std::env::consts::ARCH {
+        "x86_64" => system == "i686-linux",
+        "aarch64" => matches!(system, "armv7l-linux" | "armv6l-linux" | "armv5tel-linux"),
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[cfg(target_arch = "x86_64")]
+    #[test]
+    fn which_systems_have_32_bits() {
+        assert!(is_32_bit("i686-linux"));
+        assert!(!is_32_bit("x86_64-linux") && !is_32_bit("x86_64-v3-linux") && !is_32_bit("builtin"));
+    }
+}
