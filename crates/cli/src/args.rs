@@ -43,9 +43,8 @@ pub(crate) enum Command {
 
 #[derive(Args)]
 pub(crate) struct Build {
-    /// BuildRequests in YAML (`-`: standard input), or .drv files
-    #[arg(required = true, value_name = "FILE|DRV")]
-    pub(crate) files: Vec<PathBuf>,
+    #[command(flatten)]
+    pub(crate) files: Files,
 
     /// Binary cache for inputs: file://, http://, https://, or a local store. The first that is a file:// takes the
     /// outputs; without one, drover's own in $XDG_CACHE_HOME does
@@ -107,6 +106,10 @@ pub(crate) struct Files {
     /// BuildRequests in YAML (`-`: standard input), or .drv files
     #[arg(required = true, value_name = "FILE|DRV")]
     pub(crate) files: Vec<PathBuf>,
+
+    /// Of .drv files, take in all derivations below as well, inputs first
+    #[arg(long)]
+    pub(crate) recursive: bool,
 }
 
 /// Where on which cluster.

@@ -13,6 +13,7 @@ mod manifest;
 mod order;
 mod output;
 mod plan;
+mod realised;
 mod request;
 mod resolve;
 

@@ -91,6 +91,11 @@ impl Manifest {
         &self.origin.file
     }
 
+    /// Whether it was made, not read: then nothing in it is the user's.
+    pub(crate) fn is_made(&self) -> bool {
+        self.origin.text.is_empty()
+    }
+
     /// For requests that were made, not read.
     pub(crate) fn made_from(file: String, request: BuildRequest) -> Self {
         Self { request, origin: Origin { file, text: String::new(), prefix: String::new() } }

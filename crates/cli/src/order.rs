@@ -1,21 +1,39 @@
-//! In which order requests are built: an output that another request has as an input comes first. Pure.
+//! In which order requests are built: an output that another request has as an input comes first.
+//!
+//! Where an input's path follows from content, its user cannot even be written down before it is built: such a one waits
+//! as a `.drv` and becomes a request when its turn comes.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 
-use anyhow::anyhow;
+use anyhow::{Context as _, Result, anyhow};
 use drover_api::convert::{self, Target};
-use drover_nix::{BasicDerivation, StoreDir, StorePath};
+use drover_api::{BuildRequest, BuildRequestSpec};
+use drover_nix::{OutputName, StoreDir, StorePath};
 
 use crate::exit::Fault;
 use crate::manifest::Manifest;
+use crate::resolve::{Resolved, Resolver, root_of};
 use crate::{args, manifest, request};
 
-/// A request, checked and ready to be built.
+/// Requests in the order in which they have to be built.
+pub(crate) struct Queue {
+    pub(crate) items: Vec<Item>,
+    dir: StoreDir,
+    resolver: Resolver,
+}
+
+/// A request, checked.
 #[derive(Debug)]
 pub(crate) struct Item {
     pub(crate) manifest: Manifest,
-    pub(crate) drv_path: StorePath,
-    pub(crate) derivation: BasicDerivation,
+    /// None as long as the path of an input is not known.
+    pub(crate) ready: Option<Resolved>,
+    /// The `.drv` file that it was made of.
+    source: Option<StorePath>,
+    pub(crate) system: String,
+    /// Whether it was asked for, and not found below what was.
+    pub(crate) is_top: bool,
     /// Which items, by their places in the list, make its inputs.
     pub(crate) needs: BTreeSet<usize>,
 }
@@ -23,94 +41,206 @@ pub(crate) struct Item {
 impl Item {
     /// What the user calls it.
     pub(crate) fn name(&self) -> &str {
-        self.manifest.request.metadata.name.as_deref().unwrap_or(&self.derivation.name)
+        self.manifest.request.metadata.name.as_deref().unwrap_or("request")
     }
 }
 
-/// Reads what `files` name, requests or `.drv` files, in the order in which they have to be built.
-pub(crate) fn load(files: &args::Files, dir: &StoreDir) -> Result<Vec<Item>, Fault> {
-    let mut items = Vec::new();
-    for file in &files.files {
-        let manifests = if file.extension().is_some_and(|extension| extension == "drv") {
-            vec![from_drv(file, dir).map_err(Fault::Input)?]
-        } else {
-            manifest::read(file)?
-        };
-        for manifest in manifests {
-            items.push(item(manifest, dir)?);
+impl Queue {
+    /// Reads what is asked for, requests or `.drv` files.
+    pub(crate) fn load(files: &args::Files, dir: &StoreDir) -> Result<Self, Fault> {
+        let (resolver, _) = request::open("local").map_err(Fault::Input)?;
+        let mut queue = Self { items: Vec::new(), dir: dir.clone(), resolver };
+        for file in &files.files {
+            if is_drv(file) {
+                queue.add_drv(file, files.recursive).map_err(Fault::Input)?;
+            } else {
+                for manifest in manifest::read(file)? {
+                    queue.add_request(manifest)?;
+                }
+            }
+        }
+        queue.sort()?;
+        queue.check_sources().map_err(Fault::Input)?;
+        Ok(queue)
+    }
+
+    /// An item whose inputs are built, as a request with paths.
+    pub(crate) fn resolve(&mut self, index: usize) -> Result<&Resolved> {
+        let item = &mut self.items[index];
+        if item.ready.is_none()
+            && let Some(source) = &item.source
+        {
+            item.set(&self.dir, self.resolver.resolve(source)?)?;
+        }
+        item.ready.as_ref().with_context(|| format!("{} has no derivation", item.name()))
+    }
+
+    /// Takes note of where the outputs of an item are, for those that wait for it.
+    pub(crate) fn record<'a>(
+        &mut self,
+        index: usize,
+        outputs: impl IntoIterator<Item = (&'a OutputName, &'a StorePath)>,
+    ) {
+        let Some(source) = &self.items[index].source else { return };
+        for (output, path) in outputs {
+            self.resolver.record(source, output, path);
         }
     }
-    sort(items, dir)
+
+    /// The paths of all of an item's outputs, if they are known.
+    pub(crate) fn outputs(&mut self, index: usize) -> Result<Option<BTreeMap<OutputName, StorePath>>> {
+        let item = &self.items[index];
+        if let Some(source) = &item.source
+            && let Some(outputs) = self.resolver.outputs(source)?
+        {
+            return Ok(Some(outputs));
+        }
+        let Some(Resolved { derivation, .. }) = &item.ready else { return Ok(None) };
+        let outputs = derivation.output_paths(&self.dir)?;
+        Ok(outputs.into_iter().map(|(name, path)| Some((name, path?))).collect())
+    }
+
+    fn add_drv(&mut self, file: &Path, recursive: bool) -> Result<()> {
+        let top = self.resolver.add_file(file)?;
+        let wanted = if recursive { self.resolver.closure(&top)? } else { vec![top.clone()] };
+        for path in wanted {
+            let is_top = path == top;
+            if let Some(known) = self.items.iter_mut().find(|item| item.source.as_ref() == Some(&path)) {
+                known.is_top |= is_top;
+                continue;
+            }
+            // Its derivation comes when it is resolved.
+            let spec = BuildRequestSpec { drv_path: Some(self.dir.full(&path)), ..Default::default() };
+            let request = BuildRequest::new(&request::name_of(&path), spec);
+            let manifest = Manifest::made_from(file.display().to_string(), request);
+            self.add(manifest, path, is_top)?;
+        }
+        Ok(())
+    }
+
+    fn add_request(&mut self, manifest: Manifest) -> Result<(), Fault> {
+        let spec = &manifest.request.spec;
+        let fault = |error| manifest.fault(&error);
+        let given = convert::drv_path(spec, &self.dir).map_err(fault)?;
+        let derivation = match convert::target(spec, &self.dir).map_err(fault)? {
+            Target::Derivation(derivation) => derivation,
+            Target::DrvPath(path) => return self.add(manifest, path, true).map_err(Fault::Input),
+        };
+        let drv_path = match given {
+            Some(path) => path,
+            None => drover_session::drv_path_of(&self.dir, &derivation).map_err(Fault::input)?,
+        };
+        let system = derivation.system.to_string();
+        let ready = Some(Resolved { drv_path, derivation });
+        self.items.push(Item { manifest, ready, source: None, system, is_top: true, needs: BTreeSet::new() });
+        Ok(())
+    }
+
+    fn add(&mut self, manifest: Manifest, source: StorePath, is_top: bool) -> Result<()> {
+        let system = self.resolver.derivation(&source)?.basic.system.to_string();
+        let resolved = self.resolver.try_resolve(&source)?;
+        let (source, needs) = (Some(source), BTreeSet::new());
+        let mut item = Item { manifest, ready: None, source, system, is_top, needs };
+        if let Ok(resolved) = resolved {
+            item.set(&self.dir, resolved)?;
+        }
+        self.items.push(item);
+        Ok(())
+    }
+
+    /// Puts makers before users and keeps the given order otherwise.
+    fn sort(&mut self) -> Result<(), Fault> {
+        self.find_needs().map_err(Fault::Input)?;
+        let items = &self.items;
+        let mut order: Vec<usize> = Vec::with_capacity(items.len());
+        let mut is_placed = vec![false; items.len()];
+        while order.len() < items.len() {
+            let is_next = |i: &usize| !is_placed[*i] && items[*i].needs.iter().all(|need| is_placed[*need]);
+            let Some(next) = (0..items.len()).find(is_next) else {
+                let stuck: Vec<&str> =
+                    (0..items.len()).filter(|i| !is_placed[*i]).map(|i| items[i].name()).collect();
+                return Err(Fault::Input(anyhow!(
+                    "these requests need each other's outputs: {}",
+                    stuck.join(", ")
+                )));
+            };
+            is_placed[next] = true;
+            order.push(next);
+        }
+        let place: BTreeMap<usize, usize> = order.iter().enumerate().map(|(new, old)| (*old, new)).collect();
+        let mut placed: Vec<(usize, Item)> =
+            self.items.drain(..).enumerate().map(|(i, item)| (place[&i], item)).collect();
+        placed.sort_by_key(|(new, _)| *new);
+        for (_, item) in &mut placed {
+            item.needs = item.needs.iter().map(|old| place[old]).collect();
+        }
+        self.items = placed.into_iter().map(|(_, item)| item).collect();
+        Ok(())
+    }
+
+    /// By the paths of outputs, and by their derivations where the paths are not known.
+    fn find_needs(&mut self) -> Result<()> {
+        let mut makers: BTreeMap<StorePath, usize> = BTreeMap::new();
+        let mut sources: BTreeMap<StorePath, usize> = BTreeMap::new();
+        for i in 0..self.items.len() {
+            for path in self.outputs(i)?.unwrap_or_default().into_values() {
+                makers.entry(path).or_insert(i);
+            }
+            if let Some(source) = &self.items[i].source {
+                sources.entry(source.clone()).or_insert(i);
+            }
+        }
+        for item in &mut self.items {
+            let mut needs = BTreeSet::new();
+            if let Some(Resolved { derivation, .. }) = &item.ready {
+                needs.extend(derivation.input_srcs.iter().filter_map(|input| makers.get(input).copied()));
+            }
+            if let Some(source) = &item.source {
+                let drv = self.resolver.derivation(source)?;
+                needs.extend(drv.input_drvs.keys().filter_map(|input| sources.get(input).copied()));
+            }
+            item.needs = needs;
+        }
+        Ok(())
+    }
+
+    /// Whatever is not resolved yet must be so once the items that it needs are built.
+    fn check_sources(&mut self) -> Result<()> {
+        let sources: BTreeSet<_> = self.items.iter().filter_map(|item| item.source.clone()).collect();
+        for item in &self.items {
+            if let (None, Some(source)) = (&item.ready, &item.source)
+                && let Err(missing) = self.resolver.try_resolve(source)?
+                && missing.keys().any(|drv| !sources.contains(drv))
+            {
+                self.resolver.resolve(source)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Item {
+    fn set(&mut self, dir: &StoreDir, resolved: Resolved) -> Result<()> {
+        let made = request::of(dir, &resolved)?;
+        if self.manifest.is_made() {
+            self.manifest.request = made;
+        } else {
+            self.manifest.request.spec.derivation = made.spec.derivation;
+        }
+        self.ready = Some(resolved);
+        Ok(())
+    }
+}
+
+/// Whether a file is a derivation rather than a request.
+pub(crate) fn is_drv(file: &Path) -> bool {
+    file.extension().is_some_and(|extension| extension == "drv")
 }
 
 /// The local store that a `.drv` file lies in, if it lies in one: its inputs are there too.
-pub(crate) fn store_of(file: &std::path::Path) -> Option<String> {
-    let file = std::fs::canonicalize(file).ok()?;
-    let root = file.parent()?.to_str()?.strip_suffix("/nix/store")?;
-    Some(if root.is_empty() { "local".into() } else { root.into() })
-}
-
-fn from_drv(file: &std::path::Path, dir: &StoreDir) -> anyhow::Result<Manifest> {
-    let (mut resolver, _) = request::open("local")?;
-    let path = resolver.add_file(file)?;
-    let request = request::of(dir, &path, &resolver.resolve(&path)?)?;
-    Ok(Manifest::made_from(file.display().to_string(), request))
-}
-
-fn item(manifest: Manifest, dir: &StoreDir) -> Result<Item, Fault> {
-    let spec = &manifest.request.spec;
-    let fault = |error| manifest.fault(&error);
-    let derivation = match convert::target(spec, dir).map_err(fault)? {
-        Target::Derivation(derivation) => derivation,
-        Target::DrvPath(path) => {
-            let from_store = || -> anyhow::Result<BasicDerivation> {
-                let (mut resolver, _) = request::open("local")?;
-                resolver.resolve(&path)
-            };
-            from_store().map_err(Fault::Input)?
-        }
-    };
-    let drv_path = match convert::drv_path(spec, dir).map_err(fault)? {
-        Some(path) => path,
-        None => drover_session::drv_path_of(dir, &derivation).map_err(Fault::input)?,
-    };
-    Ok(Item { manifest, drv_path, derivation, needs: BTreeSet::new() })
-}
-
-/// Puts makers before users and keeps the given order otherwise.
-fn sort(mut items: Vec<Item>, dir: &StoreDir) -> Result<Vec<Item>, Fault> {
-    let mut makers: BTreeMap<StorePath, usize> = BTreeMap::new();
-    for (i, item) in items.iter().enumerate() {
-        for path in item.derivation.output_paths(dir).map_err(Fault::input)?.into_values().flatten() {
-            makers.entry(path).or_insert(i);
-        }
-    }
-    for item in &mut items {
-        let inputs = item.derivation.input_srcs.iter();
-        item.needs = inputs.filter_map(|input| makers.get(input).copied()).collect();
-    }
-    let mut order: Vec<usize> = Vec::with_capacity(items.len());
-    while order.len() < items.len() {
-        let is_ready =
-            |i: &usize| !order.contains(i) && items[*i].needs.iter().all(|need| order.contains(need));
-        let Some(next) = (0..items.len()).find(is_ready) else {
-            let stuck: Vec<&str> =
-                (0..items.len()).filter(|i| !order.contains(i)).map(|i| items[i].name()).collect();
-            return Err(Fault::Input(anyhow!(
-                "these requests need each other's outputs: {}",
-                stuck.join(", ")
-            )));
-        };
-        order.push(next);
-    }
-    let place: BTreeMap<usize, usize> = order.iter().enumerate().map(|(new, old)| (*old, new)).collect();
-    let mut placed: Vec<(usize, Item)> =
-        items.into_iter().enumerate().map(|(i, item)| (place[&i], item)).collect();
-    placed.sort_by_key(|(new, _)| *new);
-    for (_, item) in &mut placed {
-        item.needs = item.needs.iter().map(|old| place[old]).collect();
-    }
-    Ok(placed.into_iter().map(|(_, item)| item).collect())
+pub(crate) fn store_of(file: &Path) -> Option<String> {
+    let root = root_of(file)?;
+    Some(if root == Path::new("/") { "local".into() } else { root.to_str()?.to_owned() })
 }
 
 #[cfg(test)]
@@ -136,8 +266,11 @@ mod tests {
                 )
             })
             .collect();
-        let items = manifest::parse("f", &text)?.into_iter().map(|manifest| item(manifest, &dir));
-        sort(items.collect::<Result<_, _>>()?, &dir)
+        let (resolver, _) = request::open("local").unwrap();
+        let mut queue = Queue { items: Vec::new(), dir, resolver };
+        manifest::parse("f", &text)?.into_iter().try_for_each(|manifest| queue.add_request(manifest))?;
+        queue.sort()?;
+        Ok(queue.items)
     }
 
     #[test]

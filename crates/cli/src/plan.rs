@@ -11,15 +11,16 @@ use drover_nix::{NarInfo, StoreDir, StorePath};
 use crate::args;
 use crate::build::{open_caches, own_cache};
 use crate::exit::{self, Fault, Outcome};
-use crate::{order, output};
+use crate::order::{self, Queue};
+use crate::output;
 
 pub(crate) fn run(args: &args::Plan) -> Outcome {
     let dir = StoreDir::default();
-    let items = order::load(&args.files, &dir)?;
+    let mut queue = Queue::load(&args.files, &dir)?;
     let mut urls = args.caches.clone();
-    urls.extend(args.files.files.iter().filter_map(|file| {
-        file.extension().filter(|extension| *extension == "drv").and_then(|_| order::store_of(file))
-    }));
+    urls.extend(
+        args.files.files.iter().filter(|file| order::is_drv(file)).filter_map(|file| order::store_of(file)),
+    );
     if urls.is_empty() {
         urls.push(own_cache().map_err(Fault::Input)?);
     }
@@ -27,35 +28,44 @@ pub(crate) fn run(args: &args::Plan) -> Outcome {
 
     let mut made = BTreeSet::new();
     let mut text = String::new();
-    for item in &items {
-        let outputs: Vec<StorePath> =
-            item.derivation.output_paths(&dir).map_err(Fault::input)?.into_values().flatten().collect();
-        let mut absent_outputs = 0;
-        for path in &outputs {
-            absent_outputs += usize::from(find(&caches, path)?.is_none());
+    for index in 0..queue.items.len() {
+        let outputs = queue.outputs(index).map_err(Fault::Input)?;
+        let paths: Vec<&StorePath> = outputs.iter().flatten().map(|(_, path)| path).collect();
+        let mut absent = 0;
+        for path in &paths {
+            absent += usize::from(find(&caches, path)?.is_none());
         }
-        let is_known = outputs.len() == item.derivation.outputs.len();
-        if is_known && absent_outputs == 0 {
+        let item = &queue.items[index];
+        if outputs.is_some() && absent == 0 {
             say(&mut text, format_args!("{}: in the cache\n", item.name()))?;
         } else {
-            say(&mut text, format_args!("{}: to be built for {}\n", item.name(), item.derivation.system))?;
-            let closure = Closure::find(&item.derivation.input_srcs, &made, &caches)?;
-            let (paths, bytes) = (closure.found, closure.nar_bytes);
-            say(&mut text, format_args!("  inputs: {paths} paths in the caches, {bytes} bytes\n"))?;
+            say(&mut text, format_args!("{}: to be built for {}\n", item.name(), item.system))?;
+            let closure = match &item.ready {
+                Some(resolved) => Closure::find(&resolved.derivation.input_srcs, &made, &caches)?,
+                None => Closure::default(),
+            };
+            let (found, bytes) = (closure.found, closure.nar_bytes);
+            match &item.ready {
+                Some(_) => {
+                    say(&mut text, format_args!("  inputs: {found} paths in the caches, {bytes} bytes\n"))?
+                }
+                None => say(&mut text, format_args!("  inputs: known when what makes them is built\n"))?,
+            }
             for need in &item.needs {
-                say(&mut text, format_args!("  after: {}\n", items[*need].name()))?;
+                say(&mut text, format_args!("  after: {}\n", queue.items[*need].name()))?;
             }
             for path in &closure.missing {
                 say(&mut text, format_args!("  missing: {}\n", dir.full(path)))?;
             }
         }
-        made.extend(outputs);
+        made.extend(paths.into_iter().cloned());
     }
     output::print_text(&text)?;
     Ok(exit::DONE)
 }
 
 /// What inputs need, as far as the caches know.
+#[derive(Default)]
 struct Closure {
     found: usize,
     nar_bytes: u64,

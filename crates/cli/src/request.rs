@@ -4,14 +4,14 @@ use std::path::Path;
 
 use anyhow::{Context as _, Result};
 use drover_api::{BuildRequest, BuildRequestSpec, convert};
-use drover_nix::{BasicDerivation, StoreDir, StorePath};
+use drover_nix::{StoreDir, StorePath};
 use drover_store::StoreUri;
 
 use crate::args;
 use crate::exit::{self, Fault, Outcome};
 use crate::manifest;
 use crate::output::{self, Format};
-use crate::resolve::Resolver;
+use crate::resolve::{Resolved, Resolver};
 
 /// Longest name that a request gets. Pods are named after it, and pod names are host names.
 const MAX_NAME: usize = 52;
@@ -25,7 +25,8 @@ pub(crate) fn run(args: &args::Request) -> Outcome {
 }
 
 /// The request for a derivation whose inputs are paths.
-pub(crate) fn of(dir: &StoreDir, drv_path: &StorePath, derivation: &BasicDerivation) -> Result<BuildRequest> {
+pub(crate) fn of(dir: &StoreDir, resolved: &Resolved) -> Result<BuildRequest> {
+    let Resolved { drv_path, derivation } = resolved;
     let spec = BuildRequestSpec {
         derivation: Some(convert::from_basic(derivation, dir).with_context(|| drv_path.to_string())?),
         drv_path: Some(dir.full(drv_path)),
@@ -35,27 +36,32 @@ pub(crate) fn of(dir: &StoreDir, drv_path: &StorePath, derivation: &BasicDerivat
 }
 
 fn requests(args: &args::Request) -> Result<Vec<BuildRequest>> {
-    let mut resolver = open(&args.store)?;
-    let dir = resolver.1.clone();
+    let (mut resolver, dir) = open(&args.store)?;
     let mut wanted: Vec<StorePath> = Vec::new();
     for file in &args.derivations {
-        wanted.extend(add(&mut resolver.0, file)?);
+        wanted.extend(add(&mut resolver, file)?);
     }
     if args.recursive {
         let tops = std::mem::take(&mut wanted);
         for top in tops {
-            wanted.extend(resolver.0.closure(&top)?);
+            wanted.extend(resolver.closure(&top)?);
         }
     }
     let mut seen = std::collections::BTreeSet::new();
     wanted.retain(|path| seen.insert(path.clone()));
-    wanted.iter().map(|path| of(&dir, path, &resolver.0.resolve(path)?)).collect()
+    let mut requests = Vec::with_capacity(wanted.len());
+    for path in &wanted {
+        let resolved = resolver.resolve(path)?;
+        requests.push(of(&dir, &resolved)?);
+    }
+    Ok(requests)
 }
 
 /// A resolver over a local store, and the store's directory.
 pub(crate) fn open(store: &str) -> Result<(Resolver, StoreDir)> {
     let layout = StoreUri::parse(store)?.with_environment()?.layout();
-    Ok((Resolver::new(layout.store_dir.clone(), layout.real_store_dir), layout.store_dir))
+    let dir = layout.store_dir.clone();
+    Ok((Resolver::new(layout), dir))
 }
 
 /// The derivations that a file names: itself if it is a `.drv`, else what it shows.
@@ -69,7 +75,7 @@ fn add(resolver: &mut Resolver, file: &Path) -> Result<Vec<StorePath>> {
 }
 
 /// A name that Kubernetes takes (RFC 1123), with enough of the hash that equal names are equal derivations.
-fn name_of(drv_path: &StorePath) -> String {
+pub(crate) fn name_of(drv_path: &StorePath) -> String {
     let name = drv_path.derivation_name().unwrap_or_else(|| drv_path.name());
     let mut label = String::new();
     for c in name.chars().map(|c| c.to_ascii_lowercase()) {
@@ -88,7 +94,7 @@ fn name_of(drv_path: &StorePath) -> String {
 mod tests {
     use std::collections::BTreeMap;
 
-    use drover_nix::{DerivationOutput, OutputName};
+    use drover_nix::{BasicDerivation, ContentAddress, DerivationOutput, HashAlgo, Method, OutputName};
     use proptest::prelude::*;
 
     use super::*;
@@ -114,23 +120,46 @@ mod tests {
             args in proptest::collection::vec(any::<String>(), 0..4),
             env in proptest::collection::btree_map("[a-zA-Z_.0-9~ ]{1,8}", text(), 0..5),
             builder in "[^\u{0}]{1,20}",
+            outputs in outputs(),
         ) {
             let dir = StoreDir::default();
             let derivation = BasicDerivation {
                 name: "x".into(),
-                outputs: BTreeMap::from([(OutputName::out(), DerivationOutput::InputAddressed(path("x")))]),
+                outputs,
                 input_srcs: [path("source")].into(),
                 system: "x86_64-linux".into(),
                 builder: builder.into(),
                 args: args.into_iter().map(Into::into).collect(),
                 env: env.into_iter().map(|(key, value)| (key.into(), value.into())).collect(),
             };
-            let request = of(&dir, &path("x.drv"), &derivation).unwrap();
+            let resolved = Resolved { drv_path: path("x.drv"), derivation };
+            let request = of(&dir, &resolved).unwrap();
+            let derivation = resolved.derivation;
             let yaml = output::yaml(&[request]).unwrap();
             let again = manifest::parse("f", &yaml).unwrap().remove(0).request;
             let again = convert::to_basic(again.spec.derivation.as_ref().unwrap(), &dir).unwrap();
             prop_assert_eq!(again, derivation, "{}", yaml);
         }
+    }
+
+    /// Of every kind that a request can have.
+    fn outputs() -> impl Strategy<Value = BTreeMap<OutputName, DerivationOutput>> {
+        let methods = proptest::sample::select(vec![Method::Flat, Method::Git, Method::Nar, Method::Text]);
+        (0..4, any::<bool>(), methods, any::<bool>()).prop_map(|(kind, sha512, method, several)| {
+            let algo = if sha512 && method != Method::Text { HashAlgo::Sha512 } else { HashAlgo::Sha256 };
+            let mut hasher = drover_nix::hash::Hasher::new(algo);
+            hasher.update(b"x");
+            let fixed = DerivationOutput::CaFixed(ContentAddress { method, hash: hasher.finish() });
+            let output = |name: &OutputName| match kind {
+                0 => DerivationOutput::InputAddressed(path(&name.path_name("x"))),
+                1 => fixed.clone(),
+                2 => DerivationOutput::CaFloating { method, algo },
+                _ => DerivationOutput::Impure { method, algo },
+            };
+            let mut names = vec![OutputName::out()];
+            names.extend((several && kind != 1).then(|| "dev".parse().unwrap()));
+            names.into_iter().map(|name| (name.clone(), output(&name))).collect()
+        })
     }
 
     /// What YAML is known to trip over, and anything.

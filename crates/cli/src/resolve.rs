@@ -7,8 +7,12 @@ use std::io::Read as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, anyhow, bail};
-use drover_nix::derivation::{aterm, json, modulo};
-use drover_nix::{BasicDerivation, Derivation, StoreDir, StorePath};
+use drover_nix::derivation::resolve::DrvOutputs;
+use drover_nix::derivation::{DerivationType, aterm, json, modulo};
+use drover_nix::{BasicDerivation, Derivation, Error, OutputName, StoreDir, StorePath};
+use drover_store::StoreLayout;
+
+use crate::realised::Realised;
 
 /// Derivations that were read, and where to look for more.
 pub(crate) struct Resolver {
@@ -16,12 +20,24 @@ pub(crate) struct Resolver {
     /// Directories with `.drv` files, the preferred one first.
     places: Vec<PathBuf>,
     known: BTreeMap<StorePath, Derivation>,
+    realised: Realised,
+}
+
+/// A derivation whose inputs are paths.
+#[derive(Clone, Debug)]
+pub(crate) struct Resolved {
+    /// The `.drv` that it goes by: where inputs' paths had to be known first, that of the resolved derivation.
+    pub(crate) drv_path: StorePath,
+    pub(crate) derivation: BasicDerivation,
 }
 
 impl Resolver {
-    /// `real_store_dir` is where the files of the store `dir` lie.
-    pub(crate) fn new(dir: StoreDir, real_store_dir: PathBuf) -> Self {
-        Self { dir, places: vec![real_store_dir], known: BTreeMap::new() }
+    /// Reads derivations from this store, and what it knows of their outputs.
+    pub(crate) fn new(layout: StoreLayout) -> Self {
+        let (dir, place) = (layout.store_dir.clone(), layout.real_store_dir.clone());
+        let mut realised = Realised::new(dir.clone());
+        realised.add_store(layout);
+        Self { dir, places: vec![place], known: BTreeMap::new(), realised }
     }
 
     /// Takes in a `.drv` file, given as a file or by the path that it has in the store.
@@ -42,6 +58,9 @@ impl Resolver {
         {
             self.places.push(place.to_path_buf());
         }
+        if let Some(root) = root_of(file) {
+            self.realised.add_store(StoreLayout::in_root(root));
+        }
         self.load(&path)?;
         Ok(path)
     }
@@ -57,17 +76,87 @@ impl Resolver {
         Ok(tops)
     }
 
-    /// The derivation with its inputs as paths.
-    pub(crate) fn resolve(&mut self, path: &StorePath) -> Result<BasicDerivation> {
+    /// The derivation with its inputs as paths. What the stores know of paths that follow from content is used.
+    pub(crate) fn resolve(&mut self, path: &StorePath) -> Result<Resolved> {
+        self.try_resolve(path)?.map_err(|missing| {
+            let error = Error::Unresolved { missing };
+            let troubles = self.realised.troubles().iter().map(|trouble| format!("; not asked: {trouble}"));
+            anyhow!(
+                "cannot resolve {path}: {error}. Build it with `drover build --recursive`, or its inputs with Nix in the \
+                 store that has the .drv files{}",
+                troubles.collect::<String>()
+            )
+        })
+    }
+
+    /// As [`Self::resolve`]; the outer result is about the files, the inner one names what has to be built first.
+    pub(crate) fn try_resolve(
+        &mut self,
+        path: &StorePath,
+    ) -> Result<std::result::Result<Resolved, DrvOutputs>> {
         let drv = self.load(path)?;
         for input in drv.input_drvs.keys() {
             self.load(input).with_context(|| format!("{path} has it as an input"))?;
         }
-        let output_path = |input: &StorePath, output: &drover_nix::OutputName| {
-            let basic = &self.known.get(input)?.basic;
-            basic.outputs.get(output)?.path(&self.dir, &basic.name, output).ok()?
+        self.check_inputs(path, &drv)?;
+        let derivation = match self.with_known_paths(&drv) {
+            Err(Error::Unresolved { .. }) => {
+                let order = self.closure(path)?;
+                let drvs: Vec<_> = order.iter().map(|path| (path.clone(), &self.known[path])).collect();
+                self.realised.look_up(&drvs)?;
+                self.with_known_paths(&drv)
+            }
+            result => result,
         };
-        drv.resolve(&self.dir, output_path).with_context(|| format!("cannot resolve {path}"))
+        let derivation = match derivation {
+            Err(Error::Unresolved { missing }) => return Ok(Err(missing)),
+            result => result.with_context(|| format!("cannot resolve {path}"))?,
+        };
+        let drv_path = match drv.resolves_to_another()? {
+            true => modulo::basic_drv_path(&self.dir, &derivation)?,
+            false => path.clone(),
+        };
+        Ok(Ok(Resolved { drv_path, derivation }))
+    }
+
+    /// Takes note of where an output was found when it was built.
+    pub(crate) fn record(&mut self, drv: &StorePath, output: &OutputName, path: &StorePath) {
+        self.realised.record(drv, output, path.clone());
+    }
+
+    /// The paths of all outputs, if they are known.
+    pub(crate) fn outputs(&mut self, path: &StorePath) -> Result<Option<BTreeMap<OutputName, StorePath>>> {
+        let drv = self.load(path)?;
+        let known =
+            |output: &OutputName| Some((output.clone(), self.realised.output_path(path, &drv, output)?));
+        Ok(drv.basic.outputs.keys().map(known).collect())
+    }
+
+    /// The derivation as its file has it.
+    pub(crate) fn derivation(&mut self, path: &StorePath) -> Result<Derivation> {
+        self.load(path)
+    }
+
+    fn with_known_paths(&self, drv: &Derivation) -> Result<BasicDerivation, Error> {
+        drv.resolve(&self.dir, |input, output| {
+            self.realised.output_path(input, self.known.get(input)?, output)
+        })
+    }
+
+    fn check_inputs(&self, path: &StorePath, drv: &Derivation) -> Result<()> {
+        let kind = drv.basic.kind().with_context(|| path.to_string())?;
+        for (input, outputs) in &drv.input_drvs {
+            let there = &self.known[input].basic;
+            if let Some(absent) = outputs.iter().find(|output| !there.outputs.contains_key(*output)) {
+                bail!("{path} needs output {absent} of {input}, which has no such output");
+            }
+            if !kind.may_use_impure() && there.kind()? == DerivationType::Impure {
+                bail!(
+                    "{path} depends on {input}, which is impure: only impure and fixed-output derivations may do that"
+                );
+            }
+        }
+        Ok(())
     }
 
     /// `path` and all derivations below it, inputs first.
@@ -117,4 +206,11 @@ impl Resolver {
         }
         Ok(drv)
     }
+}
+
+/// The root of the local store that a `.drv` file lies in, if it lies in one.
+pub(crate) fn root_of(file: &Path) -> Option<PathBuf> {
+    let file = std::fs::canonicalize(file).ok()?;
+    let root = file.parent()?.to_str()?.strip_suffix("/nix/store")?;
+    Some(if root.is_empty() { "/".into() } else { root.into() })
 }

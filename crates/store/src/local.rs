@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use drover_nix::derivation::modulo::InputHash;
-use drover_nix::{OutputName, PathInfo, StoreDir, StorePath};
+use drover_nix::{OutputName, PathInfo, Sha256, StoreDir, StorePath};
 use rustix::fs::{Mode, OFlags};
 
 use crate::db::Database;
@@ -138,6 +138,17 @@ impl LocalStore {
     /// The outputs of a valid `.drv` path, as far as they are known from it.
     pub fn derivation_outputs(&self, drv: &StorePath) -> Result<BTreeMap<OutputName, StorePath>, Error> {
         self.database().derivation_outputs(drv)
+    }
+
+    /// Where Nix found an output whose path is not known from its `.drv`, if it built it here and it is still valid.
+    /// `key` is the output's of [`drover_nix::derivation::realisation::keys`].
+    pub fn realised_output(
+        &self,
+        drv: &StorePath,
+        key: &Sha256,
+        output: &OutputName,
+    ) -> Result<Option<StorePath>, Error> {
+        self.database().realised_output(drv, key, output)
     }
 
     /// Valid `.drv` paths that have `path` as an output.

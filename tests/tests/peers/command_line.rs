@@ -12,24 +12,24 @@ use serde_json::Value;
 use xtask::{checkout, run};
 
 /// Somebody's home directory.
-struct Home(tempfile::TempDir);
+pub(crate) struct Home(tempfile::TempDir);
 
 impl Home {
-    fn new() -> Result<Self> {
+    pub(crate) fn new() -> Result<Self> {
         Ok(Self(tempfile::Builder::new().prefix("drover-home-").tempdir_in("/tmp")?))
     }
 
-    fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         self.0.path()
     }
 
     /// Where `drover build` keeps its store unless told otherwise.
-    fn store(&self) -> PathBuf {
+    pub(crate) fn store(&self) -> PathBuf {
         self.path().join(".local/state/drover/store")
     }
 
     /// `drover` in this home, with nothing else of the environment that it looks at.
-    fn drover(&self, args: &[&str]) -> Result<Command> {
+    pub(crate) fn drover(&self, args: &[&str]) -> Result<Command> {
         let mut drover = Command::new(program("drover")?);
         for name in ["XDG_STATE_HOME", "XDG_CACHE_HOME", "DROVER_BUILDER", "KUBECONFIG"] {
             drover.env_remove(name);
@@ -38,7 +38,7 @@ impl Home {
         Ok(drover)
     }
 
-    fn run(&self, args: &[&str]) -> Result<Output> {
+    pub(crate) fn run(&self, args: &[&str]) -> Result<Output> {
         Ok(self.drover(args)?.output()?)
     }
 }

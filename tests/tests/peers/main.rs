@@ -15,6 +15,7 @@ mod hostile;
 mod peer_sshd;
 mod peer_uris;
 mod remote_builds;
+mod requests_ca;
 mod serve;
 mod session;
 mod ssh_bench;

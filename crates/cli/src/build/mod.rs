@@ -9,6 +9,7 @@ mod progress;
 mod setup;
 mod status;
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io;
 use std::path::Path;
@@ -17,7 +18,7 @@ use std::sync::Arc;
 use anyhow::Context as _;
 use drover_api::{BuildRequest, Reason};
 use drover_cache::Cache;
-use drover_nix::StoreDir;
+use drover_nix::{StoreDir, StorePath};
 use drover_serve::BuildOptions;
 use drover_session::{Job, Outcome, Trust};
 use k8s_openapi::jiff::Timestamp;
@@ -27,8 +28,9 @@ use crate::build::child::Child;
 use crate::build::console::Console;
 use crate::build::setup::Setup;
 use crate::exit::{self, Fault};
-use crate::order::{self, Item};
+use crate::order::{Item, Queue};
 use crate::output;
+use crate::resolve::Resolved;
 
 pub(crate) use setup::{open_caches, own_cache};
 
@@ -47,41 +49,73 @@ struct Failed {
 
 pub(crate) fn run(args: &args::Build) -> exit::Outcome {
     let dir = StoreDir::default();
-    let items = order::load(&args::Files { files: args.files.clone() }, &dir)?;
+    let mut queue = Queue::load(&args.files, &dir)?;
     let setup = Setup::new(args, dir)?;
     let console = Console::new(!args.no_progress);
+    let wanted = wanted(&mut queue, &setup)?;
 
-    let mut requests: Vec<BuildRequest> = Vec::with_capacity(items.len());
-    let mut verdicts: Vec<Option<Reason>> = Vec::with_capacity(items.len());
-    for item in &items {
+    let mut requests: Vec<BuildRequest> = Vec::with_capacity(wanted.len());
+    let mut verdicts: BTreeMap<usize, Option<Reason>> = BTreeMap::new();
+    for index in wanted {
         let start = Timestamp::now();
-        let broken = item.needs.iter().find(|need| verdicts[**need].is_some());
+        let broken =
+            queue.items[index].needs.iter().find(|need| verdicts.get(need).is_some_and(Option::is_some));
         let end = match broken {
             Some(need) => End::Failed(Failed {
                 reason: Reason::InputMissing,
-                message: format!("{}, which makes an input, was not built", items[*need].name()),
+                message: format!("{}, which makes an input, was not built", queue.items[*need].name()),
                 log_tail: vec![],
             }),
-            None => build(item, &setup, &console)?,
+            None => {
+                let resolved = queue.resolve(index).map_err(Fault::Input)?.clone();
+                build(&queue.items[index], &resolved, &setup, &console)?
+            }
         };
-        console.line(&summary(item, &end));
-        verdicts.push(match &end {
-            End::Done(_) => None,
+        console.line(&summary(&queue.items[index], &end));
+        let verdict = match &end {
+            End::Done(outcome) => {
+                queue.record(index, outcome.outputs.iter().map(|(name, output)| (name, &output.path)));
+                None
+            }
             End::Failed(failed) => Some(failed.reason),
-        });
-        requests.push(status::with_status(item, &end, &setup.dir, start, Timestamp::now()));
+        };
+        verdicts.insert(index, verdict);
+        requests.push(status::with_status(&queue.items[index], &end, &setup.dir, start, Timestamp::now()));
     }
     output::print(&requests, args.output)?;
-    Ok(match verdicts.iter().flatten().max_by_key(|reason| reason.is_infrastructure()) {
+    Ok(match verdicts.into_values().flatten().max_by_key(|reason| reason.is_infrastructure()) {
         None => exit::DONE,
         Some(reason) if reason.is_infrastructure() => exit::INFRASTRUCTURE,
         Some(_) => exit::BUILD_FAILED,
     })
 }
 
+/// What was asked for, and of what is below it as much as is not in the caches, in order.
+fn wanted(queue: &mut Queue, setup: &Setup) -> Result<BTreeSet<usize>, Fault> {
+    let mut wanted = BTreeSet::new();
+    let mut seen = BTreeSet::new();
+    let mut open: Vec<usize> = (0..queue.items.len()).filter(|index| queue.items[*index].is_top).collect();
+    while let Some(index) = open.pop() {
+        if !seen.insert(index) {
+            continue;
+        }
+        let is_there = match queue.outputs(index).map_err(Fault::Input)? {
+            Some(outputs) => outputs.values().all(|path| setup.has(path)),
+            None => false,
+        };
+        if queue.items[index].is_top || !is_there {
+            wanted.insert(index);
+        }
+        if !is_there {
+            open.extend(&queue.items[index].needs);
+        }
+    }
+    Ok(wanted)
+}
+
 /// Builds one request. Fails only where not even the builder could be started.
-fn build(item: &Item, setup: &Setup, console: &Console) -> Result<End, Fault> {
-    let job = job(item, setup);
+fn build(item: &Item, resolved: &Resolved, setup: &Setup, console: &Console) -> Result<End, Fault> {
+    let job = job(item, resolved, setup);
     match drover_session::all_outputs_in_cache(&job) {
         Ok(Some(outcome)) => return Ok(End::Done(Box::new(outcome))),
         Ok(None) => {}
@@ -95,7 +129,7 @@ fn build(item: &Item, setup: &Setup, console: &Console) -> Result<End, Fault> {
     observer.end();
     let end = child.finish().map_err(Fault::Infrastructure)?;
     // The log is worth keeping even if the build failed, and no reason to fail if it cannot be kept.
-    if let Err(error) = keep_log(&*setup.push, item, &end.log_file) {
+    if let Err(error) = keep_log(&*setup.push, &resolved.drv_path, &end.log_file) {
         console.line(&format!("warning: {error:#}"));
     }
     Ok(match result {
@@ -110,12 +144,12 @@ fn build(item: &Item, setup: &Setup, console: &Console) -> Result<End, Fault> {
     })
 }
 
-fn job(item: &Item, setup: &Setup) -> Job {
+fn job(item: &Item, resolved: &Resolved, setup: &Setup) -> Job {
     let spec = &item.manifest.request.spec;
     Job {
         dir: setup.dir.clone(),
-        drv_path: item.drv_path.clone(),
-        derivation: item.derivation.clone(),
+        drv_path: resolved.drv_path.clone(),
+        derivation: resolved.derivation.clone(),
         options: BuildOptions {
             max_silent_seconds: spec.max_silent_seconds.unwrap_or(0).into(),
             timeout_seconds: spec.timeout_seconds.unwrap_or(0).into(),
@@ -146,10 +180,10 @@ fn headline(message: &str) -> String {
     lines.collect::<Vec<_>>().join("\n").trim_end_matches([';', '\n']).to_owned()
 }
 
-fn keep_log(cache: &dyn Cache, item: &Item, log_file: &Path) -> anyhow::Result<()> {
+fn keep_log(cache: &dyn Cache, drv_path: &StorePath, log_file: &Path) -> anyhow::Result<()> {
     let keep = || -> anyhow::Result<()> {
         let mut log = io::BufReader::new(File::open(log_file)?);
-        Ok(cache.put_log(&item.drv_path, &mut log)?)
+        Ok(cache.put_log(drv_path, &mut log)?)
     };
     keep().with_context(|| format!("cannot keep the log in {}", cache.url()))
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use drover_cache::{Cache, CacheOptions};
-use drover_nix::StoreDir;
+use drover_nix::{StoreDir, StorePath};
 use tempfile::TempDir;
 
 use crate::args;
@@ -47,6 +47,13 @@ impl Setup {
     }
 }
 
+impl Setup {
+    /// Whether a cache has the path and says so. One that cannot be asked is found out by who needs it.
+    pub(super) fn has(&self, path: &StorePath) -> bool {
+        self.caches.iter().any(|cache| matches!(cache.narinfo(path), Ok(Some(_))))
+    }
+}
+
 /// Opens the caches that `urls` name.
 pub(crate) fn open_caches(urls: &[String], keys: &[String], dir: &StoreDir) -> Result<Caches, Fault> {
     let keys = keys.iter().map(|key| key.parse().with_context(|| format!("public key {key}")));
@@ -75,8 +82,7 @@ fn caches(args: &args::Build, dir: &StoreDir) -> Result<(Caches, Arc<dyn Cache>)
         }
     };
     // The inputs of a .drv in a store are in that store.
-    for file in args.files.iter().filter(|file| file.extension().is_some_and(|extension| extension == "drv"))
-    {
+    for file in args.files.files.iter().filter(|file| order::is_drv(file)) {
         if let Some(store) = order::store_of(file)
             && !urls.contains(&store)
         {

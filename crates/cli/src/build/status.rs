@@ -28,7 +28,7 @@ pub(super) fn with_status(
         End::Done(outcome) => done(outcome, dir, stop),
         End::Failed(failed) => failure(failed, start, stop),
     };
-    status.drv_path = Some(dir.full(&item.drv_path));
+    status.drv_path = item.ready.as_ref().map(|resolved| dir.full(&resolved.drv_path));
     status.start_time = Some(Time(start));
     status.completion_time = Some(Time(stop));
     let duration = Duration::try_from(stop.duration_since(start)).unwrap_or_default();

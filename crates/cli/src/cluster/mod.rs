@@ -28,7 +28,12 @@ const FIELD_MANAGER: &str = "drover";
 
 pub(crate) fn submit(args: &args::Submit) -> Outcome {
     // Order and content are checked here, before anything is sent: all or nothing is friendlier than half.
-    let items = order::load(&args.files, &StoreDir::default())?;
+    let mut queue = order::Queue::load(&args.files, &StoreDir::default())?;
+    for index in 0..queue.items.len() {
+        // A cluster builds what it gets at once: what is to be resolved later cannot be sent.
+        queue.resolve(index).map_err(Fault::Input)?;
+    }
+    let items = queue.items;
     run(async {
         let cluster = Cluster::connect(&args.target).await?;
         let mut names = Vec::new();

@@ -18,6 +18,7 @@ pub mod json;
 pub mod modulo;
 pub mod placeholder;
 pub mod proof;
+pub mod realisation;
 pub mod resolve;
 #[cfg(test)]
 mod tests;

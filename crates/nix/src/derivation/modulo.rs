@@ -116,7 +116,7 @@ pub fn basic_drv_path(dir: &StoreDir, drv: &BasicDerivation) -> Result<StorePath
 }
 
 /// The hash of the text with its inputs replaced. None if one of them is deferred.
-fn hash(
+pub(super) fn hash(
     dir: &StoreDir,
     drv: &Derivation,
     input: &mut dyn FnMut(&StorePath) -> Result<InputHash, Error>,

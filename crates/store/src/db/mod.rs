@@ -1,6 +1,6 @@
 //! The SQLite database, schema 10 (Nix: schema.sql, local-store.cc, sqlite.cc): connections and transactions.
 //!
-//! What is asked is in [`query`], what is written in [`register`]. Columns as Nix writes them: `path` and `deriver` are
+//! What is asked is in [`query`] and [`build_trace`], what is written in [`register`]. Columns as Nix writes them: `path` and `deriver` are
 //! full logical paths, `hash` is `sha256:` and hexadecimal, absent values are NULL and never empty.
 
 use std::path::{Path, PathBuf};
@@ -13,6 +13,7 @@ use rusqlite::{Connection, ErrorCode, OpenFlags, TransactionBehavior, ffi};
 
 use crate::{Access, Error};
 
+mod build_trace;
 mod query;
 mod register;
 
