@@ -3,7 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
-use drover_serve::BuildStatus;
+use drover_serve::{BuildResult, BuildStatus, Cause};
 
 /// Every variant names the act that failed.
 #[derive(Debug, thiserror::Error)]
@@ -18,6 +18,12 @@ pub(crate) enum Error {
     /// The sandbox could not be set up; no instruction of the builder ran.
     #[error("{why}")]
     Sandbox { why: String },
+    /// This machine allows no sandbox of the kind that is asked for, and will not however often it is tried.
+    #[error("this machine allows no sandbox: {why}")]
+    Unfit { why: String },
+    /// A process that builds depend on was ended by something else.
+    #[error("{why}")]
+    Lost { why: String },
     #[error(transparent)]
     Store(#[from] drover_store::Error),
     #[error(transparent)]
@@ -36,7 +42,8 @@ impl Error {
         match self {
             Self::File { .. } => "file",
             Self::System { .. } => "system",
-            Self::Sandbox { .. } => "sandbox",
+            Self::Sandbox { .. } | Self::Unfit { .. } => "sandbox",
+            Self::Lost { .. } => "lost",
             Self::Store(error) => error.category(),
             Self::Nix(error) => error.category(),
             Self::Cancelled { .. } => "cancelled",
@@ -56,6 +63,17 @@ impl Error {
             error if error.is_disk_full() => BuildStatus::TransientFailure,
             _ => BuildStatus::MiscFailure,
         }
+    }
+
+    /// The answer to who asked for a build that ended so.
+    pub(crate) fn to_result(&self) -> BuildResult {
+        let message = self.to_string();
+        let message = match self {
+            Self::Lost { .. } => Cause::Killed.say(&message),
+            error if error.is_disk_full() => Cause::DiskFull.say(&message),
+            _ => message,
+        };
+        BuildResult::failure(self.status(), message)
     }
 
     /// Whether a file system had no room left.
@@ -126,5 +144,20 @@ mod tests {
         let other = Error::file("write", "/x")(io::Error::from(io::ErrorKind::NotFound));
         assert_eq!((other.status(), other.category()), (BuildStatus::MiscFailure, "file"));
         assert_eq!(Error::output("no").status(), BuildStatus::OutputRejected);
+    }
+
+    #[test]
+    fn results_name_what_the_machine_failed_with() {
+        let cause = |error: &Error| Cause::of(&error.to_result());
+        for kind in [io::ErrorKind::StorageFull, io::ErrorKind::QuotaExceeded] {
+            assert_eq!(cause(&Error::file("write", "/x")(kind.into())), Some(Cause::DiskFull));
+            let of_store = drover_store::Error::Io { act: "write", path: "/x".into(), source: kind.into() };
+            assert_eq!(cause(&of_store.into()), Some(Cause::DiskFull));
+        }
+        assert_eq!(cause(&Error::Lost { why: "it is gone".into() }), Some(Cause::Killed));
+        assert_eq!(cause(&Error::file("write", "/x")(io::ErrorKind::NotFound.into())), None);
+        // Limits on namespaces have the error of a full disk.
+        let why = "cannot clone: No space left on device".into();
+        assert_eq!(cause(&Error::Sandbox { why }), None);
     }
 }

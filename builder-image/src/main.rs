@@ -25,6 +25,9 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use crate::build::Builder;
 use crate::cli::{Cli, Command};
 
+/// Exit code where the machine allows no sandbox (sysexits.h: EX_CONFIG): starting again is of no use. The operator knows
+/// it, and the 2 of options that are not understood.
+const UNFIT: u8 = 78;
 /// How long the last line may wait for room.
 const LAST_WORDS: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 /// Bytes that a pipe which has room at all takes without waiting (PIPE_BUF).
@@ -51,7 +54,10 @@ fn main() -> ExitCode {
         Ok(code) => code,
         Err(error) => {
             complain(&format!("drover-builder: {}\n", error::one_line(&error)));
-            ExitCode::FAILURE
+            match error.downcast_ref() {
+                Some(error::Error::Unfit { .. }) => ExitCode::from(UNFIT),
+                _ => ExitCode::FAILURE,
+            }
         }
     }
 }

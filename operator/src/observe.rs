@@ -105,21 +105,28 @@ pub fn view(pod: &Pod) -> Option<PodView> {
         let pod_reason = status.and_then(|status| status.reason.clone());
         let container_reason = terminated.and_then(|end| end.reason.clone());
         let pod_message = status.and_then(|status| status.message.clone());
-        let container_message = terminated.map(|end| match end.message.as_deref() {
-            Some(message) if !message.is_empty() => message.to_owned(),
-            _ => format!("exit code {}", end.exit_code),
-        });
+        let exit_code = terminated.map(|end| end.exit_code);
+        // The container's message is the end of its log, where a build may have the last word.
+        let words = terminated.and_then(|end| end.message.as_deref());
+        let last_line = words.and_then(|words| words.lines().rfind(|line| !line.trim().is_empty()));
         PodEnd {
             reason: pod_reason.or(container_reason).unwrap_or_else(|| phase.to_owned()),
-            message: pod_message.or(container_message).unwrap_or_default(),
+            message: pod_message
+                .or_else(|| exit_code.map(|code| format!("exit code {code}")))
+                .unwrap_or_default(),
+            exit_code,
+            last_line: last_line.map(|line| line.trim().to_owned()),
         }
     });
     let conditions = status.and_then(|status| status.conditions.as_ref());
-    let unschedulable = conditions
-        .into_iter()
-        .flatten()
-        .find(|condition| condition.type_ == "PodScheduled" && condition.status == "False")
-        .and_then(|condition| condition.message.clone());
+    let condition = |kind: &str, status: &str| {
+        let mut all = conditions.into_iter().flatten();
+        all.find(|condition| condition.type_ == kind && condition.status == status)
+    };
+    let unschedulable = condition("PodScheduled", "False").and_then(|condition| condition.message.clone());
+    let disruption = condition("DisruptionTarget", "True").map(|condition| {
+        (condition.reason.clone().unwrap_or_default(), condition.message.clone().unwrap_or_default())
+    });
     Some(PodView {
         name: pod.name_any(),
         namespace: pod.namespace().unwrap_or_default(),
@@ -133,6 +140,7 @@ pub fn view(pod: &Pod) -> Option<PodView> {
             (waiting.reason.clone().unwrap_or_default(), waiting.message.clone().unwrap_or_default())
         }),
         ended,
+        disruption,
         image: container
             .filter(|container| !container.image_id.is_empty())
             .map(|container| container.image_id.clone()),
@@ -199,6 +207,22 @@ status: {status}
         let killed = "{phase: Failed, containerStatuses: [{name: builder, imageID: x, image: i, ready: false, \
                       restartCount: 0, state: {terminated: {exitCode: 137, reason: OOMKilled}}}]}";
         assert_eq!(end(killed), ("OOMKilled".into(), "exit code 137".into()));
+        let refused =
+            pod("{phase: Failed, containerStatuses: [{name: builder, imageID: x, image: i, ready: false, \
+                      restartCount: 0, state: {terminated: {exitCode: 78, reason: Error, \
+                      message: 'first\n\n  last\n\n'}}}]}"
+                .replace("\\n", "\n")
+                .as_str())
+            .ended
+            .unwrap();
+        assert_eq!((refused.exit_code, refused.last_line.as_deref()), (Some(78), Some("last")));
+        assert_eq!(refused.message, "exit code 78", "what was written is not Kubernetes' word");
+        let drained = pod("{phase: Running, conditions: [{type: DisruptionTarget, status: 'True', \
+                           reason: EvictionByEvictionAPI, message: drained}]}");
+        assert_eq!(drained.disruption, Some(("EvictionByEvictionAPI".into(), "drained".into())));
+        let over =
+            pod("{phase: Running, conditions: [{type: DisruptionTarget, status: 'False', reason: x}]}");
+        assert_eq!((over.disruption, over.ended), (None, None));
         assert_eq!(end("{phase: Succeeded}"), ("Succeeded".into(), String::new()));
     }
 }

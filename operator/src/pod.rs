@@ -100,6 +100,8 @@ impl PodPlan<'_> {
                 "name": CONTAINER,
                 "image": settings.builder_image,
                 "imagePullPolicy": settings.builder_pull_policy,
+                // A builder that refuses to run says why in its log's last line, which so becomes part of the pod's end.
+                "terminationMessagePolicy": "FallbackToLogsOnError",
                 "ports": [{"name": "ssh", "containerPort": BUILDER_PORT, "protocol": "TCP"}],
                 // No capability is added, and seccomp stays as it is: RuntimeDefault refuses unshare. With a
                 // user namespace of its own and /proc unmasked, the builder nests Nix's whole sandbox.
@@ -312,6 +314,7 @@ mod tests {
         assert_eq!(spec["restartPolicy"], "Never");
         assert_eq!(spec["activeDeadlineSeconds"], 86_400);
         assert_eq!(spec["nodeSelector"]["kubernetes.io/arch"], "amd64");
+        assert_eq!(spec["containers"][0]["terminationMessagePolicy"], "FallbackToLogsOnError");
         let context = &spec["containers"][0]["securityContext"];
         assert_eq!(context["procMount"], "Unmasked");
         assert_eq!(context["allowPrivilegeEscalation"], false);

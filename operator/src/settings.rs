@@ -7,6 +7,10 @@ pub const STATUS_MANAGER: &str = "drover-operator-status";
 /// Port that builders listen on.
 pub const BUILDER_PORT: u16 = 2222;
 
+/// Exit codes of builders that will not run on such a pod, however often they are started: options that they do not know,
+/// and a machine that allows no sandbox of the kind that is asked for. The last line of the log says which.
+pub const BUILDER_REFUSES: [i32; 2] = [2, 78];
+
 #[derive(Clone, Debug)]
 pub struct Settings {
     /// Namespace of the operator: its seed and the Secrets that classes name are here.

@@ -64,6 +64,8 @@ pub struct PodView {
     pub waiting: Option<(String, String)>,
     /// It will not run again: how it ended.
     pub ended: Option<PodEnd>,
+    /// The cluster is about to end it, or has: reason and message of its condition `DisruptionTarget`.
+    pub disruption: Option<(String, String)>,
     /// Image of the builder's container, with digest once it runs.
     pub image: Option<String>,
 }
@@ -73,7 +75,12 @@ pub struct PodView {
 pub struct PodEnd {
     /// The pod's reason (`Evicted`, `DeadlineExceeded`) or its container's (`OOMKilled`, `Error`).
     pub reason: String,
+    /// What Kubernetes says about it; nothing that the build could have written.
     pub message: String,
+    /// Of the builder's container, if that has ended.
+    pub exit_code: Option<i32>,
+    /// The last line that the builder's container wrote.
+    pub last_line: Option<String>,
 }
 
 /// What a session has reached. Comparable, so that "later than" can be asked.
@@ -99,6 +106,8 @@ pub struct SessionView {
     /// Last lines of the build's log so far.
     pub log_tail: Vec<String>,
     pub end: Option<SessionEnd>,
+    /// When that was.
+    pub end_time: Option<Timestamp>,
 }
 
 /// How a session ended.

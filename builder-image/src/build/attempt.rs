@@ -13,12 +13,13 @@ use drover_store::{LocalStore, PathLock, Wait};
 
 use super::attrs::Attributes;
 use super::cancel::{Event, Interest};
+use super::evidence::Watch;
 use super::graph::Known;
 use super::ids::BuildIds;
 use super::log::BuildLog;
 use super::scratch::{BUILD_DIR, Scratch};
 use super::supervise::Limits;
-use super::{Builder, confine, env, graph, outputs, supervise};
+use super::{Builder, confine, env, graph, outputs, supervise, verdict};
 use crate::error::Error;
 use crate::sandbox::launch;
 use crate::sandbox::plan::Layout;
@@ -146,10 +147,12 @@ impl Attempt<'_> {
             max_log_bytes: Some(options.max_log_bytes).filter(|bytes| *bytes > 0),
         };
         self.interest.check()?;
+        let watch = Watch::begin(&builder.company);
         let running = launch::start(&plan, ids.foreign()).map_err(Error::system("start the sandbox"))?;
         self.interest.runs();
         let (end, tail) = supervise::supervise(running, &limits, self.log, self.interest)?;
-        let result = match builder.verdict(self.drv_path, kind, &end, &tail) {
+        let evidence = watch.end(store.layout());
+        let result = match verdict::failure(&dir.full(self.drv_path), kind, &end, &tail, &evidence) {
             None => outputs::Finished {
                 store,
                 drv_path: self.drv_path,

@@ -2,8 +2,9 @@
 //!
 //! In the order of its story: what has to be built first ([`goals`]), who else in this process builds it ([`shared`]) and
 //! who wants it ([`cancel`]), whether it can be built here ([`accept`]), the one attempt ([`attempt`]): locks, ids ([`ids`]),
-//! directories ([`scratch`], [`root`], [`skeleton`]), what the builder sees ([`attrs`], [`graph`], [`env`]), the sandbox ([`confine`], `crate::sandbox`), the
-//! watch over it ([`supervise`], [`log`]); how it ended ([`verdict`]) and what becomes of its outputs ([`outputs`],
+//! directories ([`scratch`], [`root`], [`skeleton`]), what the builder sees ([`attrs`], [`graph`], [`env`]), the sandbox
+//! ([`confine`], `crate::sandbox`), the watch over it ([`supervise`], [`log`]); how it ended ([`evidence`], [`verdict`]) and what
+//! becomes of its outputs ([`outputs`],
 //! [`checks`]). Nothing here speaks a protocol.
 
 mod accept;
@@ -13,6 +14,7 @@ pub(crate) mod cancel;
 mod checks;
 mod confine;
 mod env;
+mod evidence;
 pub(crate) mod goals;
 mod graph;
 mod ids;
@@ -38,6 +40,7 @@ use self::attempt::Attempt;
 use self::attrs::Attributes;
 use self::cancel::{Cancel, Interest};
 use self::confine::Ladder;
+use self::evidence::Company;
 use self::log::Log;
 use self::shared::{Entry, Identity, Joined, Own, Registry};
 use self::skeleton::Placed;
@@ -70,6 +73,7 @@ pub(crate) struct Builder {
     /// Of builds without network access.
     skeleton: Arc<Mutex<Option<Placed>>>,
     ladder: Ladder,
+    company: Company,
 }
 
 /// One request.
@@ -91,6 +95,7 @@ impl Builder {
             running: Registry::default(),
             skeleton: Arc::default(),
             ladder: Ladder::default(),
+            company: Company::default(),
         }
     }
 
@@ -101,7 +106,7 @@ impl Builder {
             if !matches!(error, Error::Verdict { .. }) {
                 request.log.note(&format!("{}: {error}", error.category()));
             }
-            BuildResult::failure(error.status(), error.to_string())
+            error.to_result()
         })
     }
 
@@ -161,7 +166,7 @@ impl Builder {
                 if !matches!(error, Error::Verdict { .. }) {
                     log.note(&format!("{}: {error}", error.category()));
                 }
-                BuildResult::failure(error.status(), error.to_string())
+                error.to_result()
             }
         };
         if result.status != BuildStatus::AlreadyValid {

@@ -30,7 +30,10 @@ pub(crate) struct Limits {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) enum End {
     Exited(i32),
+    /// By a signal that this program has not sent.
     Signalled(i32),
+    /// It closed its output and ran on, and was killed for that.
+    Closed,
     TimedOut(Duration),
     Silent(Duration),
     LogLimit(u64),
@@ -39,6 +42,8 @@ pub(crate) enum End {
     NotExecuted(String),
     /// The builder never ran.
     SetUp(String),
+    /// The process that watches over builds is gone, and this one with it.
+    Lost,
 }
 
 /// Sees a build to its end. Everything that ran in it is gone when this returns.
@@ -176,6 +181,8 @@ fn next_end(running: &mut Running) -> Result<Option<End>, Error> {
         None | Some(Report::Ready) => None,
         Some(Report::Exited(code)) => Some(End::Exited(code)),
         Some(Report::Signalled(signal)) => Some(End::Signalled(signal)),
+        Some(Report::Killed) => Some(End::Closed),
+        Some(Report::Lost) => Some(End::Lost),
         Some(Report::NotExecuted(why)) => Some(End::NotExecuted(why)),
         Some(Report::Failed(why)) => Some(End::SetUp(why)),
     })

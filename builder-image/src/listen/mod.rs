@@ -41,6 +41,7 @@ use self::lobby::Lobby;
 use self::wire::Plug;
 use crate::build::Builder;
 use crate::build::log::Log;
+use crate::error::Error;
 use crate::sandbox::launch;
 
 /// Connections that have not logged in yet, at most.
@@ -75,7 +76,7 @@ pub(crate) struct Options<'a> {
 
 /// Serves until the program is told to stop.
 pub(crate) fn run(options: &Options<'_>, builder: Builder) -> anyhow::Result<()> {
-    let rung = builder.rung()?;
+    let rung = builder.rung().map_err(|error| Error::Unfit { why: error.to_string() })?;
     let rules = rules(options.authorized_keys)?;
     let host_key = host_key::load(options.host_key)?;
     let public = host_key::public_line(&host_key)?;

@@ -51,6 +51,8 @@ struct Build {
     pidfd: OwnedFd,
     control: UnixStream,
     killed: bool,
+    /// It was on its way out when it was killed, so that its end is not due to that.
+    was_ending: bool,
 }
 
 /// Serves requests until there can be no more. What runs then dies with this process.
@@ -80,6 +82,7 @@ fn serve(groups: &io::Result<()>) -> io::Result<()> {
                 continue;
             }
             if let_go && !build.killed {
+                build.was_ending = linux::is_ending(build.pid);
                 process::pidfd_send_signal(&build.pidfd, Signal::KILL)?;
                 build.killed = true;
             }
@@ -91,7 +94,14 @@ fn serve(groups: &io::Result<()>) -> io::Result<()> {
             let isolation = request.birth.isolation;
             match spawn(&request.birth, groups, &request.control, request.terminal) {
                 Ok((pid, pidfd)) => {
-                    builds.push(Build { isolation, pid, pidfd, control: request.control, killed: false });
+                    builds.push(Build {
+                        isolation,
+                        pid,
+                        pidfd,
+                        control: request.control,
+                        killed: false,
+                        was_ending: false,
+                    });
                 }
                 Err(why) => Report::Failed(why).send(&request.control),
             }
@@ -173,6 +183,7 @@ impl Build {
         }
         let report = match status.map(|(_, status)| (status.exit_status(), status.terminating_signal())) {
             Some((Some(code), _)) => Report::Exited(code),
+            Some((_, Some(libc::SIGKILL))) if self.killed && !self.was_ending => Report::Killed,
             Some((_, Some(signal))) => Report::Signalled(signal),
             _ => Report::Failed("the builder ended in an unknown way".into()),
         };

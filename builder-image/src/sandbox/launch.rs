@@ -40,7 +40,12 @@ pub(crate) enum Report {
     /// It could not be set up. Says why.
     Failed(String),
     Exited(i32),
+    /// By a signal that this program has not sent.
     Signalled(i32),
+    /// By ours.
+    Killed,
+    /// The helper is gone, and the build with it. Nothing else is known.
+    Lost,
 }
 
 impl Report {
@@ -51,6 +56,8 @@ impl Report {
             Self::Failed(why) => format!("failed {}\n", why.replace('\n', " ")),
             Self::Exited(code) => format!("exited {code}\n"),
             Self::Signalled(signal) => format!("signalled {signal}\n"),
+            Self::Killed => "killed\n".to_owned(),
+            Self::Lost => "lost\n".to_owned(),
         };
         // Without a reader there is nobody to tell, and the end of the socket ends the build.
         let _no_reader = control.write_all(line.as_bytes());
@@ -64,6 +71,8 @@ impl Report {
             "failed" => Self::Failed(rest.to_owned()),
             "exited" => Self::Exited(rest.parse().ok()?),
             "signalled" => Self::Signalled(rest.parse().ok()?),
+            "killed" => Self::Killed,
+            "lost" => Self::Lost,
             _ => return None,
         })
     }
@@ -185,9 +194,8 @@ impl Running {
         &self.control
     }
 
-    /// The next report, or None if there is none yet. A helper that is gone without a word has failed.
+    /// The next report, or None if there is none yet.
     pub(crate) fn report(&mut self) -> io::Result<Option<Report>> {
-        let died = || Report::Failed("the sandbox's helper process died".into());
         let mut chunk = [0; 256];
         loop {
             if let Some(end) = self.pending.iter().position(|byte| *byte == b'\n') {
@@ -198,13 +206,15 @@ impl Running {
                 });
             }
             match self.control.read(&mut chunk) {
-                Ok(0) => return Ok(Some(died())),
+                Ok(0) => return Ok(Some(Report::Lost)),
                 Ok(_) if self.pending.len() >= MAX_REPORT_LEN => {}
                 Ok(count) => self.pending.extend(chunk.get(..count).unwrap_or_default()),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
                 // The helper ended with words of ours unread.
-                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(Some(died())),
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {
+                    return Ok(Some(Report::Lost));
+                }
                 Err(error) => return Err(error),
             }
         }
@@ -329,6 +339,8 @@ mod tests {
             Report::NotExecuted("c".into()),
             Report::Exited(3),
             Report::Signalled(9),
+            Report::Killed,
+            Report::Lost,
         ];
         for report in &reports {
             report.send(&ours);

@@ -14,6 +14,9 @@ use super::kernel::Kernel;
 use super::plan::Command;
 use super::{landlock, seccomp};
 
+/// A process's flag for being on its way out (Linux: sched.h, PF_EXITING).
+const EXITING: u64 = 4;
+
 /// The calling process, which has one thread.
 pub(crate) struct Linux;
 
@@ -170,6 +173,18 @@ pub(super) fn dead_child() -> Option<process::Pid> {
     if result == 0 { process::Pid::from_raw(pid) } else { None }
 }
 
+/// Whether a process is past the point where anything but itself decides how it ends. Its files close a moment after that,
+/// and who sees them closed may come to kill it before it can be waited for.
+pub(super) fn is_ending(pid: process::Pid) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero())).unwrap_or_default();
+    flags(&stat).is_none_or(|flags| flags & EXITING != 0)
+}
+
+/// The ninth field of `/proc/PID/stat` (proc_pid_stat(5)); the second may hold anything, and ends with the last parenthesis.
+fn flags(stat: &str) -> Option<u64> {
+    stat.rsplit_once(')')?.1.split_whitespace().nth(6)?.parse().ok()
+}
+
 /// Handlers that a program inherits are Rust's ignored SIGPIPE and whatever our own parent ignored.
 #[allow(unsafe_code)]
 fn default_signals() -> io::Result<()> {
@@ -284,4 +299,25 @@ fn exec(command: &Command) -> io::Error {
 
 pub(super) fn check(result: libc::c_long) -> io::Result<libc::c_long> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn flags_of_a_process() {
+        assert_eq!(flags("7 (a) b) S 1 7 7 0 -1 4194308 0 0"), Some(4_194_308));
+        assert_eq!(flags(""), None);
+        let mut child =
+            std::process::Command::new("/bin/cat").stdin(std::process::Stdio::piped()).spawn().unwrap();
+        let pid = process::Pid::from_child(&child);
+        assert!(!is_ending(pid));
+        child.kill().unwrap();
+        // Waits without reaping: the number is not given to another process.
+        let ended = process::WaitIdOptions::EXITED | process::WaitIdOptions::NOWAIT;
+        process::waitid(process::WaitId::Pid(pid), ended).unwrap();
+        assert!(is_ending(pid));
+        child.wait().unwrap();
+    }
 }

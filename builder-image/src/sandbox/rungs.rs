@@ -188,6 +188,7 @@ fn try_steps(isolation: Isolation, ids: Ids, steps: Vec<Step>) -> Result<(), Str
             Some(Report::Exited(0)) => return Ok(()),
             Some(Report::Failed(why) | Report::NotExecuted(why)) => return Err(why),
             Some(Report::Ready) => {}
+            Some(Report::Lost) => return Err("cannot try the sandbox: its helper process died".into()),
             Some(other) => return Err(format!("cannot try the sandbox: it ended with {other:?}")),
             None => {
                 let ready = poll(&mut [PollFd::new(running.control(), PollFlags::IN)], Some(&PROBE_TIMEOUT));

@@ -15,7 +15,8 @@ pub enum Kind {
     Success,
     /// The end: the request, its class or its build is at fault. Trying again as it is gives the same.
     Failure,
-    /// The machinery is at fault: counts against `retries.infrastructure`, and is the end when that is used up.
+    /// The machinery is at fault, or gave the build too little: not the builder's verdict, and another try elsewhere may
+    /// come out otherwise. Counts against `retries.infrastructure`, and is the end when that is used up.
     Infrastructure,
 }
 
@@ -83,8 +84,6 @@ reasons! {
     NotDeterministic Failure "Builds of the same derivation differ; the message names the outputs.",
     InputMissing Failure "An input is in no cache and no request builds it; the message names it. Copy it to a cache.",
     InputHashMismatch Failure "A cache delivered an input that is not what it announced. Repair the cache.",
-    OutOfMemory Failure "The build needed more memory than it has. Raise `spec.resources`.",
-    DiskFull Failure "The build needed more disk than it has. Raise `spec.resources`.",
     Cancelled Failure "`spec.cancel` was set.",
     Unplaceable Failure "No pod of this class can ever run; the message says why.",
     ClassNotAllowed Failure "The class is not for this namespace (`spec.allowedNamespaces` of the class).",
@@ -92,8 +91,14 @@ reasons! {
     InvalidDerivation Failure "The derivation makes no sense; the message names the field.",
     PathNotProven Failure
         "An output path does not follow from what the request shows, and the class trusts nothing else.",
+    OutOfMemory Infrastructure "The build needed more memory than it has. Raise `spec.resources`.",
+    DiskFull Infrastructure "The build needed more disk than it has. Raise `spec.resources`.",
+    Evicted Infrastructure "The builder's pod was evicted, preempted or drained, or its node shut down.",
+    NodeLost Infrastructure "The builder's node is gone or does not answer.",
+    BuilderLost Infrastructure "Something else than the build ended its process, the builder or the builder's pod.",
+    ConnectionLost Infrastructure "The connection to the builder broke, and the pod does not say why.",
     InfrastructureFailure Infrastructure
-        "A node, a pod, a connection, a cache or the operator failed, more often than `retries.infrastructure`.",
+        "A node, a cache, a builder's machine or the operator failed; the message says what.",
 }
 
 impl Reason {
@@ -149,6 +154,25 @@ mod tests {
             assert!(reason.description().ends_with('.'), "{word}");
         }
         assert_eq!(Reason::parse("Nonsense"), None);
+    }
+
+    /// Whose budget pays, and what `drover` exits with, follow from this.
+    #[test]
+    fn what_the_machinery_is_at_fault_for() {
+        let infrastructure: Vec<&str> =
+            Reason::ALL.iter().filter(|reason| reason.is_infrastructure()).map(|r| r.as_str()).collect();
+        assert_eq!(
+            infrastructure,
+            [
+                "OutOfMemory",
+                "DiskFull",
+                "Evicted",
+                "NodeLost",
+                "BuilderLost",
+                "ConnectionLost",
+                "InfrastructureFailure"
+            ]
+        );
     }
 
     #[test]

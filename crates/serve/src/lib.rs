@@ -6,12 +6,13 @@
 //! [`wire`], and nothing is allocated because a peer says so.
 //!
 //! In the order of its story: [`Version`] and greeting, [`wire`] primitives, what commands carry ([`BuildOptions`],
-//! [`BuildResult`], path infos, derivations), one file a command in `commands`, and the two halves, [`Client`] and
+//! [`BuildResult`] and [`Cause`], path infos, derivations), one file a command in `commands`, and the two halves, [`Client`] and
 //! [`serve`]. The protocol has no error frames: whatever goes wrong ends the session, except for a build that fails,
 //! which is an answer like any other.
 
 mod build_options;
 mod build_result;
+mod cause;
 mod client;
 mod commands;
 mod derivation;
@@ -29,6 +30,7 @@ pub mod wire;
 
 pub use build_options::BuildOptions;
 pub use build_result::{BuildResult, BuildStatus, BuiltOutput};
+pub use cause::Cause;
 pub use client::Client;
 pub use commands::build_paths::BuildTarget;
 pub use error::{BoxError, Error};

@@ -6,6 +6,8 @@ use std::fmt;
 #[non_exhaustive]
 pub enum Reason {
     BuildFailed,
+    BuilderLost,
+    ConnectionLost,
     DiskFull,
     InfrastructureFailure,
     InputHashMismatch,
@@ -27,6 +29,8 @@ impl Reason {
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::BuildFailed => "BuildFailed",
+            Self::BuilderLost => "BuilderLost",
+            Self::ConnectionLost => "ConnectionLost",
             Self::DiskFull => "DiskFull",
             Self::InfrastructureFailure => "InfrastructureFailure",
             Self::InputHashMismatch => "InputHashMismatch",
@@ -81,9 +85,15 @@ impl Failure {
         }
     }
 
-    /// A session that broke while doing `act`.
+    /// A session that broke while doing `act`. The protocol has no words for why; who runs the builder may know more.
     pub(crate) fn builder(act: &str) -> impl FnOnce(drover_serve::Error) -> Self {
-        move |error| Self::infrastructure(format!("{act}: {error}"), error)
+        move |error| {
+            let reason = match error.is_disconnect() {
+                true => Reason::ConnectionLost,
+                false => Reason::InfrastructureFailure,
+            };
+            Self { reason, ..Self::infrastructure(format!("{act}: {error}"), error) }
+        }
     }
 
     pub(crate) fn cache(act: &str) -> impl FnOnce(drover_cache::Error) -> Self {

@@ -507,7 +507,7 @@ fn a_builder_that_goes_away() {
     for len in [0, 8, 16, 20] {
         let greeting = [0x5452_eecb_u64.to_le_bytes(), 0x207_u64.to_le_bytes(), [0; 8]].concat();
         let failure = run(&greeting[..len], io::sink(), &job, &mut |_| {}).unwrap_err();
-        assert_eq!((failure.reason, failure.infrastructure), (Reason::InfrastructureFailure, true));
+        assert_eq!((failure.reason, failure.infrastructure), (Reason::ConnectionLost, true));
     }
 }
 

@@ -7,9 +7,10 @@ use drover_api::{Phase, Reason};
 use drover_nix::StoreDir;
 use jiff::{SignedDuration, Timestamp};
 
+use super::blame::{Failure, of_pod};
 use super::{Accepted, Action, Plan, Requeue, end, go_on, strays};
 use crate::status::Draft;
-use crate::world::{PodEnd, PodView, SessionEnd, SessionView, Stage, World};
+use crate::world::{PodView, SessionEnd, SessionView, Stage, World};
 
 /// A running attempt is looked at again after this long even if nothing happened.
 pub(super) const PATIENCE: Duration = Duration::from_secs(60);
@@ -18,6 +19,9 @@ const FIRST_BACKOFF: Duration = Duration::from_secs(1);
 const LONGEST_BACKOFF: Duration = Duration::from_secs(300);
 /// A pod finds its node in milliseconds. Only one that takes longer is worth a write that says so.
 const SCHEDULING_GRACE: Duration = Duration::from_secs(2);
+
+/// How long a pod's status may lag behind its end: the kubelet looks once a second, and kills before it reports.
+const POD_LAG: Duration = Duration::from_secs(10);
 
 /// What is known once the request has a class.
 pub(super) fn note_accepted(draft: &mut Draft, accepted: &Accepted<'_>) {
@@ -58,16 +62,13 @@ pub(super) fn lead(world: &World, mut draft: Draft, now: Timestamp) -> Plan {
                 draft.succeed(Reason::Built, outputs.clone());
                 return end(world, draft);
             }
-            // What the pod says of its end is nearer to the cause than a connection that broke.
             Some(SessionEnd::Failed { reason, message, infrastructure }) => {
-                let cause =
-                    pod.filter(|_| *infrastructure).and_then(|pod| pod.ended.as_ref()).map(pod_verdict);
-                let failure = cause.unwrap_or_else(|| Failure {
-                    reason: *reason,
-                    message: message.clone(),
-                    infrastructure: *infrastructure,
-                });
-                return failed(world, draft, failure, now);
+                let said =
+                    Failure { reason: *reason, message: message.clone(), infrastructure: *infrastructure };
+                return match blame(said, pod, session.end_time, now) {
+                    Ok(failure) => failed(world, draft, failure, now),
+                    Err(wait) => go_on(draft, strays(world, Some(number)), wait),
+                };
             }
             None => {}
         }
@@ -75,21 +76,38 @@ pub(super) fn lead(world: &World, mut draft: Draft, now: Timestamp) -> Plan {
     match pod {
         None if pod_was_seen || session.is_some() => {
             let message = "the builder's pod is gone: it was deleted, or its node was".into();
-            failed(world, draft, Failure::infrastructure(message), now)
+            failed(world, draft, Failure::infrastructure(Reason::BuilderLost, message), now)
         }
         None => {
             let mut actions = strays(world, Some(number));
             actions.push(Action::CreatePod { attempt: number });
             go_on(draft, actions, PATIENCE)
         }
-        Some(pod) if pod.deleting => {
-            let message = format!("pod {} is being deleted, and not by the operator", pod.name);
-            failed(world, draft, Failure::infrastructure(message), now)
-        }
-        Some(pod) => match &pod.ended {
-            Some(ended) => failed(world, draft, pod_verdict(ended), now),
+        Some(pod) => match of_pod(pod) {
+            Some(failure) => failed(world, draft, failure, now),
             None => wait_for(world, draft, pod, session, now),
         },
+    }
+}
+
+/// Who is to blame for a session that failed; or how long the pod may still take to say so.
+fn blame(
+    said: Failure,
+    pod: Option<&PodView>,
+    end_time: Option<Timestamp>,
+    now: Timestamp,
+) -> Result<Failure, Duration> {
+    // What a session knows for certain stands; a connection that broke is only what the pod's end looks like from here.
+    let vague =
+        matches!(said.reason, Reason::ConnectionLost | Reason::BuilderLost | Reason::InfrastructureFailure);
+    let Some(pod) = pod.filter(|_| vague) else { return Ok(said) };
+    if let Some(failure) = of_pod(pod) {
+        return Ok(failure);
+    }
+    let since = end_time.and_then(|end| Duration::try_from(now.duration_since(end)).ok());
+    match POD_LAG.saturating_sub(since.unwrap_or(POD_LAG)) {
+        left if left.is_zero() || said.reason != Reason::ConnectionLost => Ok(said),
+        left => Err(left),
     }
 }
 
@@ -139,19 +157,6 @@ fn wait_for(
     go_on(draft, actions, PATIENCE)
 }
 
-/// What went wrong with an attempt.
-struct Failure {
-    reason: Reason,
-    message: String,
-    infrastructure: bool,
-}
-
-impl Failure {
-    fn infrastructure(message: String) -> Self {
-        Self { reason: Reason::InfrastructureFailure, message, infrastructure: true }
-    }
-}
-
 /// Ends the attempt; the request as well if its budget is used up.
 fn failed(world: &World, mut draft: Draft, failure: Failure, now: Timestamp) -> Plan {
     let Failure { reason, message, infrastructure } = failure;
@@ -180,20 +185,7 @@ fn failed(world: &World, mut draft: Draft, failure: Failure, now: Timestamp) -> 
 }
 
 fn is_worth_another(reason: Reason) -> bool {
-    matches!(reason, Reason::BuildFailed | Reason::TimedOut | Reason::MaxSilentExceeded | Reason::OutOfMemory)
-}
-
-/// What the end of a pod means. The pod never ends by itself while all is well: the builder listens until it is told.
-fn pod_verdict(ended: &PodEnd) -> Failure {
-    let message = match ended.message.as_str() {
-        "" => format!("the builder's pod ended: {}", ended.reason),
-        message => format!("the builder's pod ended: {}: {message}", ended.reason),
-    };
-    match ended.reason.as_str() {
-        "OOMKilled" => Failure { reason: Reason::OutOfMemory, message, infrastructure: false },
-        "DeadlineExceeded" => Failure { reason: Reason::TimedOut, message, infrastructure: false },
-        _ => Failure::infrastructure(message),
-    }
+    matches!(reason, Reason::BuildFailed | Reason::TimedOut | Reason::MaxSilentExceeded)
 }
 
 fn note_pod(draft: &mut Draft, pod: &PodView) {

@@ -9,10 +9,11 @@
 //! again. Every action can be repeated.
 //!
 //! In the order of a request's life: [`accept`] checks what was asked for, [`attempt`] leads one try from pod to
-//! verdict.
+//! verdict, [`blame`] reads from a pod why it ended.
 
 mod accept;
 mod attempt;
+mod blame;
 #[cfg(test)]
 mod tests;
 

@@ -21,9 +21,18 @@ enum Event {
     Schedule,
     /// The session reaches its next stage; behind the last one, it finishes.
     Advance,
+    /// The machinery fails, and says so.
+    SessionFails,
+    /// The connection breaks; the pod may have more to say, or not.
     SessionBreaks,
     BuildFails,
+    /// The builder says that the build had too little memory.
+    OutOfMemory,
     PodEvicted,
+    /// The pod's container is killed for want of memory, all of it.
+    PodOutOfMemory,
+    /// The builder does not run on such a pod.
+    BuilderRefuses,
     /// Somebody deletes the pod, or its node goes: no trace is left.
     PodGone,
     /// The operator starts anew.
@@ -185,6 +194,7 @@ impl Sim {
                     unschedulable: None,
                     waiting: None,
                     ended: None,
+                    disruption: None,
                     image: None,
                 });
             }
@@ -196,6 +206,7 @@ impl Sim {
                     sandbox: None,
                     log_tail: vec![],
                     end: None,
+                    end_time: None,
                 });
             }
             Action::StopSession => self.session = None,
@@ -215,6 +226,17 @@ impl Sim {
 
     fn happen(&mut self, event: Event) {
         self.now = self.now.saturating_add(SignedDuration::from_secs(1)).unwrap();
+        let failed = |reason: Reason, message: &str| {
+            let infrastructure = reason.is_infrastructure();
+            Some(SessionEnd::Failed { reason, message: message.into(), infrastructure })
+        };
+        let end = match event {
+            Event::SessionFails => failed(Reason::InfrastructureFailure, "the cache does not answer"),
+            Event::SessionBreaks => failed(Reason::ConnectionLost, "connection lost"),
+            Event::BuildFails => failed(Reason::BuildFailed, "builder failed with exit code 1"),
+            Event::OutOfMemory => failed(Reason::OutOfMemory, "out of memory: builder failed"),
+            _ => None,
+        };
         let running = self.session.as_mut().filter(|session| session.end.is_none());
         match (event, running) {
             (Event::Schedule, _) => self.pods.iter_mut().for_each(|pod| pod.node = Some("node".into())),
@@ -227,34 +249,34 @@ impl Sim {
                         transfer: Transfer::default(),
                         timings: Timings::default(),
                     });
+                    session.end_time = Some(self.now);
                 }
             },
-            (Event::SessionBreaks, Some(session)) => {
-                session.end = Some(SessionEnd::Failed {
-                    reason: Reason::InfrastructureFailure,
-                    message: "connection lost".into(),
-                    infrastructure: true,
-                });
-            }
-            (Event::BuildFails, Some(session)) => {
-                session.log_tail = vec!["error: no".into()];
-                session.end = Some(SessionEnd::Failed {
-                    reason: Reason::BuildFailed,
-                    message: "builder failed with exit code 1".into(),
-                    infrastructure: false,
-                });
-            }
-            (Event::PodEvicted, _) => {
-                for pod in &mut self.pods {
-                    pod.ended = Some(PodEnd { reason: "Evicted".into(), message: String::new() });
+            (_, Some(session)) if end.is_some() => {
+                if event == Event::BuildFails {
+                    session.log_tail = vec!["error: no".into()];
                 }
+                (session.end, session.end_time) = (end, Some(self.now));
             }
+            (Event::PodEvicted, _) => self.pods_end("Evicted", None),
+            (Event::PodOutOfMemory, _) => self.pods_end("OOMKilled", Some(137)),
+            (Event::BuilderRefuses, _) => self.pods_end("Error", Some(78)),
             (Event::PodGone, _) => self.pods.clear(),
             (Event::Crash, _) => self.crash(),
             (Event::StaleRequest, _) => self.stale = true,
             (Event::Wait, _) => self.now = self.now.saturating_add(SignedDuration::from_secs(30)).unwrap(),
-            (Event::Advance | Event::SessionBreaks | Event::BuildFails, None) => {}
+            (_, None) | (_, Some(_)) => {}
         }
+    }
+
+    fn pods_end(&mut self, reason: &str, exit_code: Option<i32>) {
+        let end = PodEnd {
+            reason: reason.into(),
+            message: String::new(),
+            exit_code,
+            last_line: Some("no sandbox here".into()),
+        };
+        self.pods.iter_mut().for_each(|pod| pod.ended = Some(end.clone()));
     }
 
     /// Lets everything go well from here until the request is settled.
@@ -290,9 +312,13 @@ fn event() -> impl Strategy<Value = Event> {
     prop_oneof![
         4 => Just(Event::Schedule),
         8 => Just(Event::Advance),
+        1 => Just(Event::SessionFails),
         1 => Just(Event::SessionBreaks),
         1 => Just(Event::BuildFails),
+        1 => Just(Event::OutOfMemory),
         1 => Just(Event::PodEvicted),
+        1 => Just(Event::PodOutOfMemory),
+        1 => Just(Event::BuilderRefuses),
         1 => Just(Event::PodGone),
         1 => Just(Event::Crash),
         1 => Just(Event::StaleRequest),
@@ -403,7 +429,100 @@ fn infrastructure_failures_end_with_the_budget() {
     }
     sim.settle();
     sim.check_settled();
-    assert_eq!((reason(&sim).as_str(), sim.pods_created), ("InfrastructureFailure", 3));
+    assert_eq!((reason(&sim).as_str(), sim.pods_created), ("Evicted", 3));
+}
+
+/// A new simulation in the middle of its build.
+fn building(retries: u32) -> Sim {
+    let mut spec = spec();
+    spec.retries.infrastructure = retries;
+    let mut sim = Sim::new(spec, class());
+    begin(&mut sim);
+    sim
+}
+
+/// From nothing, or from an attempt that ended, to a build that runs.
+fn begin(sim: &mut Sim) {
+    for _ in 0..6 {
+        for event in [Event::Wait, Event::Schedule] {
+            sim.happen(event);
+            sim.pass(usize::MAX);
+        }
+    }
+    assert!(sim.session.as_ref().is_some_and(|session| session.end.is_none()), "{:#?}", sim.request.status);
+}
+
+fn attempts(sim: &Sim) -> Vec<(String, bool)> {
+    let attempts = &sim.request.status.as_ref().unwrap().attempts;
+    let ended = attempts.iter().filter(|attempt| attempt.end_time.is_some());
+    ended.map(|attempt| (attempt.reason.clone().unwrap(), attempt.infrastructure)).collect()
+}
+
+#[test]
+fn too_little_memory_is_no_verdict_but_has_its_name() {
+    let mut sim = building(1);
+    sim.happen(Event::OutOfMemory);
+    sim.pass(usize::MAX);
+    assert_eq!(reason(&sim), "Retrying");
+    begin(&mut sim);
+    sim.happen(Event::PodOutOfMemory);
+    sim.pass(usize::MAX);
+    sim.check_settled();
+    assert_eq!((reason(&sim).as_str(), sim.verdicts.as_slice()), ("OutOfMemory", &[false][..]));
+    assert_eq!(attempts(&sim), [("OutOfMemory".to_owned(), true), ("OutOfMemory".to_owned(), true)]);
+    // The build's own budget would not have paid for it.
+    let mut spec = spec();
+    (spec.retries.infrastructure, spec.retries.build) = (0, 5);
+    let mut sim = Sim::new(spec, class());
+    begin(&mut sim);
+    sim.happen(Event::OutOfMemory);
+    sim.pass(usize::MAX);
+    sim.check_settled();
+    assert_eq!(sim.pods_created, 1);
+}
+
+#[test]
+fn a_connection_that_broke_lets_the_pod_speak_first() {
+    let mut sim = building(3);
+    sim.happen(Event::SessionBreaks);
+    let plan = sim.pass(usize::MAX);
+    assert!(attempts(&sim).is_empty(), "the pod may say why");
+    assert!(matches!(plan.requeue, Requeue::After(wait) if wait <= Duration::from_secs(10)), "{plan:?}");
+    sim.happen(Event::PodOutOfMemory);
+    sim.pass(usize::MAX);
+    assert_eq!(attempts(&sim), [("OutOfMemory".to_owned(), true)]);
+
+    // It says nothing.
+    let mut sim = building(3);
+    sim.happen(Event::SessionBreaks);
+    sim.pass(usize::MAX);
+    sim.happen(Event::Wait);
+    sim.pass(usize::MAX);
+    assert_eq!(attempts(&sim), [("ConnectionLost".to_owned(), true)]);
+
+    // It has nothing to do with the pod.
+    let mut sim = building(3);
+    sim.happen(Event::SessionFails);
+    sim.pass(usize::MAX);
+    assert_eq!(attempts(&sim), [("InfrastructureFailure".to_owned(), true)]);
+
+    // What the builder has said for certain stands, whatever became of its pod then.
+    let mut sim = building(3);
+    sim.happen(Event::OutOfMemory);
+    sim.happen(Event::PodEvicted);
+    sim.pass(usize::MAX);
+    assert_eq!(attempts(&sim), [("OutOfMemory".to_owned(), true)]);
+}
+
+#[test]
+fn a_builder_that_refuses_is_asked_once() {
+    let mut sim = building(5);
+    sim.happen(Event::BuilderRefuses);
+    sim.pass(usize::MAX);
+    sim.check_settled();
+    assert_eq!((reason(&sim).as_str(), sim.pods_created), ("Unplaceable", 1));
+    let message = sim.request.status.unwrap().failure.unwrap().message;
+    assert!(message.ends_with("no sandbox here"), "{message}");
 }
 
 #[test]

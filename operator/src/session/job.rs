@@ -194,6 +194,8 @@ mod tests {
         use drover_session::Reason as R;
         for reason in [
             R::BuildFailed,
+            R::BuilderLost,
+            R::ConnectionLost,
             R::DiskFull,
             R::InfrastructureFailure,
             R::InputHashMismatch,

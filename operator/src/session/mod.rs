@@ -16,6 +16,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use drover_api::BuildRequest;
 use futures::channel::mpsc::UnboundedSender;
+use jiff::Timestamp;
 use kube::runtime::reflector::ObjectRef;
 use tokio::sync::watch;
 
@@ -70,6 +71,7 @@ impl Sessions {
                 sandbox: None,
                 log_tail: vec![],
                 end: None,
+                end_time: None,
             }),
             tail: Mutex::default(),
             request: assignment.request.clone(),
@@ -137,7 +139,9 @@ impl Progress {
     }
 
     fn end(&self, end: SessionEnd) {
-        self.lock().end = Some(end);
+        let mut view = self.lock();
+        (view.end, view.end_time) = (Some(end), Some(Timestamp::now()));
+        drop(view);
         self.notify();
     }
 

@@ -60,10 +60,10 @@ pub(super) async fn run(
     };
     let (connection, pipes) = match reached {
         Ok(Ok(reached)) => reached,
-        Ok(Err(error)) => return infrastructure(error.to_string()),
+        Ok(Err(error)) => return unreachable(error.to_string()),
         Err(_) => {
             let seconds = REACH_TIMEOUT.as_secs();
-            return infrastructure(format!(
+            return unreachable(format!(
                 "the builder in pod {} did not answer within {seconds} s",
                 assignment.pod
             ));
@@ -183,4 +183,8 @@ fn keep_log(job: &Job, log: Log) {
 
 fn infrastructure(message: String) -> SessionEnd {
     SessionEnd::Failed { reason: Reason::InfrastructureFailure, message, infrastructure: true }
+}
+
+fn unreachable(message: String) -> SessionEnd {
+    SessionEnd::Failed { reason: Reason::ConnectionLost, message, infrastructure: true }
 }

@@ -68,7 +68,7 @@ fn a_pod_is_made_and_its_loss_is_an_attempt(world: &World) -> Result<()> {
     world.wait_gone(&pod)?;
     let status = world.status("lost")?;
     let first = &status["attempts"][0];
-    ensure!(first["reason"] == "InfrastructureFailure" && first["infrastructure"] == true, "{status}");
+    ensure!(first["reason"] == "Evicted" && first["infrastructure"] == true, "{status}");
     ensure!(first["message"].as_str().is_some_and(|m| m.contains("low on memory")), "{status}");
     ensure!(status["attempts"].as_array().is_some_and(|all| all.len() == 2), "{status}");
 
