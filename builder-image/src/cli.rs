@@ -26,6 +26,10 @@ Options:
   --sandbox RUNG            the weakest sandbox that builds may have: nested, nested-admin or pod (default: nested); the
                             strongest that works is used
   --sandbox-shell PATH      a static shell that builds see as /bin/sh (default: busybox, where there is one)
+  --netrc-file FILE         users and passwords by host, for builtin:fetchurl; no build sees the file
+  --ssl-cert-file FILE      certificate authorities that builds which fetch trust (default: NIX_SSL_CERT_FILE,
+                            SSL_CERT_FILE, or the machine's own)
+  --hashed-mirrors LIST     URLs below which builtin:fetchurl looks for flat files by their hashes first
   --cores NUMBER            NIX_BUILD_CORES (default: 0, as many as there are)
   --system SYSTEM           what this machine builds for (default: its own)
   --extra-platforms LIST    what else it builds for
@@ -73,6 +77,9 @@ pub(crate) struct Cli {
     /// The weakest that is allowed.
     pub sandbox: Rung,
     pub sandbox_shell: Option<PathBuf>,
+    pub netrc_file: Option<PathBuf>,
+    pub ssl_cert_file: Option<PathBuf>,
+    pub hashed_mirrors: Vec<String>,
     /// 0 for as many as there are.
     pub cores: usize,
     pub system: Option<String>,
@@ -94,6 +101,9 @@ pub(crate) fn parse(words: impl IntoIterator<Item = String>) -> Result<Cli, Stri
         linger_seconds: 0,
         sandbox: Rung::Nested,
         sandbox_shell: None,
+        netrc_file: None,
+        ssl_cert_file: None,
+        hashed_mirrors: Vec::new(),
         cores: 0,
         system: None,
         extra_platforms: None,
@@ -148,6 +158,9 @@ pub(crate) fn parse(words: impl IntoIterator<Item = String>) -> Result<Cli, Stri
             "--authorized-key" => authorized_keys.push(value()?),
             "--host-key" => host_key = Some(value()?.into()),
             "--sandbox-shell" => cli.sandbox_shell = Some(value()?.into()),
+            "--netrc-file" => cli.netrc_file = Some(value()?.into()),
+            "--ssl-cert-file" => cli.ssl_cert_file = Some(value()?.into()),
+            "--hashed-mirrors" => cli.hashed_mirrors = list(&value()?),
             "--linger" => cli.linger_seconds = number(&name, &value()?)?,
             "--cores" => cli.cores = number(&name, &value()?)?,
             "--max-sessions" => max_sessions = number(&name, &value()?)?,
@@ -270,6 +283,10 @@ mod tests {
         let all = GcOptions { max_freed: None, keep_outputs: true, keep_derivations: false, dry_run: true };
         assert_eq!(parse(line).unwrap().command, Command::Gc(all));
         assert_eq!(parse("--help").unwrap().command, Command::Help);
+        let line = "serve --netrc-file /n --ssl-cert-file=/c --hashed-mirrors http://a,http://b";
+        let cli = parse(line).unwrap();
+        assert_eq!((cli.netrc_file, cli.ssl_cert_file), (Some("/n".into()), Some("/c".into())));
+        assert_eq!(cli.hashed_mirrors, ["http://a", "http://b"]);
         let features = parse("serve --system-features kvm,big-parallel").unwrap().system_features.unwrap();
         assert_eq!(features, ["kvm", "big-parallel"]);
     }

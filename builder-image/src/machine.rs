@@ -6,7 +6,7 @@ use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::build::Settings;
+use crate::build::{Fetching, Settings};
 use crate::cli::Cli;
 use crate::sandbox::rungs::Ids;
 
@@ -33,7 +33,23 @@ pub(crate) fn settings(cli: &Cli) -> anyhow::Result<Settings> {
         Some(path) => Some(named_shell(&path)?),
         None => usual_shell(),
     };
-    Ok(Settings { sandbox_shell, cores, systems, features, ids: Ids::detect(), sandbox: cli.sandbox, linger })
+    let fetching = Fetching {
+        netrc: cli.netrc_file.as_deref().map(|path| readable("--netrc-file", path)).transpose()?,
+        certificates: cli
+            .ssl_cert_file
+            .as_deref()
+            .map(|path| readable("--ssl-cert-file", path))
+            .transpose()?,
+        mirrors: cli.hashed_mirrors.clone(),
+    };
+    let (ids, sandbox) = (Ids::detect(), cli.sandbox);
+    Ok(Settings { sandbox_shell, cores, systems, features, ids, sandbox, fetching, linger })
+}
+
+/// A file that the user named, which may change later but has to be there now. Absolute.
+fn readable(option: &str, path: &Path) -> anyhow::Result<PathBuf> {
+    let opened = File::open(path).and_then(|_| std::path::absolute(path));
+    opened.map_err(|error| anyhow::anyhow!("cannot read {}, named by {option}: {error}", path.display()))
 }
 
 /// Nix's name of the system that this program was built for.

@@ -1,11 +1,13 @@
 //! `drover-builder`: one program that owns a store and builds into it.
 //!
 //! In the order of its story: the command line ([`cli`]), a session on standard input and output ([`stdio`]) or over
-//! SSH ([`listen`]), what it answers ([`backend`]), how a derivation is built ([`build`]) and in what ([`sandbox`]).
+//! SSH ([`listen`]), what it answers ([`backend`]), how a derivation is built ([`build`]), in what ([`sandbox`]), and the
+//! builders that are part of this program ([`builtin`]).
 //! Only [`listen`] is asynchronous; everything below it is plain threads.
 
 mod backend;
 mod build;
+mod builtin;
 mod cli;
 mod error;
 mod listen;

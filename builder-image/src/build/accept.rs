@@ -4,7 +4,7 @@ use drover_nix::derivation::DerivationType;
 use drover_nix::{BasicDerivation, DerivationOutput, StorePath};
 
 use super::attrs::Attributes;
-use super::{Builder, outputs};
+use super::{Builder, builtins, outputs};
 use crate::error::Error;
 
 impl Builder {
@@ -18,11 +18,9 @@ impl Builder {
         let kind = drv.kind()?;
         let full = self.store.store_dir().full(drv_path);
         let refuse = |why: String| Err(Error::input(format!("cannot build '{full}': {why}")));
-        if drv.builder.starts_with(b"builtin:") {
-            return refuse(format!("the built-in builder `{}` is not supported", drv.builder));
-        }
         let system = drv.system.to_string();
-        if !self.settings.systems.contains(&system) {
+        // What is part of this program runs wherever this program does.
+        if !builtins::is_builtin(drv) && !self.settings.systems.contains(&system) {
             let have = self.settings.systems.join(", ");
             return refuse(format!("it is for system `{system}`, and this builder builds for: {have}"));
         }

@@ -19,10 +19,10 @@ use super::ids::BuildIds;
 use super::log::BuildLog;
 use super::scratch::{BUILD_DIR, Scratch};
 use super::supervise::Limits;
-use super::{Builder, confine, env, graph, outputs, supervise, verdict};
+use super::{Builder, builtins, confine, env, graph, outputs, supervise, verdict};
 use crate::error::Error;
 use crate::sandbox::launch;
-use crate::sandbox::plan::Layout;
+use crate::sandbox::plan::{Command, Layout, Program};
 
 /// How often a uid is looked for when all are in use, which no lock tells.
 const RETRY: Duration = Duration::from_millis(200);
@@ -139,7 +139,8 @@ impl Attempt<'_> {
         let made: BTreeSet<&StorePath> = outputs.values().collect();
         let visible = inputs.iter().filter(|path| !made.contains(path));
         let layout = self.layout(&scratch, &ids, visible)?;
-        let plan = confine::nested(rung, &layout, &ids, prepared.command);
+        let command = self.command(prepared.command, outputs)?;
+        let plan = confine::nested(rung, &layout, &ids, command);
         let seconds = |seconds: u64| (seconds > 0).then(|| Duration::from_secs(seconds));
         let limits = Limits {
             timeout: seconds(options.timeout_seconds),
@@ -168,11 +169,21 @@ impl Attempt<'_> {
             Some(error) => Err(error),
         };
         // Of a build that was cancelled nobody is there to look at anything.
-        if options.keep_failed && matches!(result, Err(Error::Verdict { .. })) {
+        if options.keep_failed && !builtins::is_builtin(drv) && matches!(result, Err(Error::Verdict { .. })) {
             let kept = scratch.keep();
             self.log.note(&format!("keeping build directory {}", kept.display()));
         }
         result
+    }
+
+    /// What runs in the sandbox: `program`, unless the derivation names a builder that is part of this one.
+    fn command(&self, program: Program, outputs: &BTreeMap<OutputName, StorePath>) -> Result<Command, Error> {
+        let Self { builder, drv, kind, .. } = *self;
+        if !builtins::is_builtin(drv) {
+            return Ok(Command::Program(program));
+        }
+        let (dir, fetching) = (builder.store.store_dir(), &builder.settings.fetching);
+        builtins::job(dir, drv, kind, outputs, &program, fetching).map(Command::Builtin)
     }
 
     /// The closure of the derivation's inputs, all of it valid.

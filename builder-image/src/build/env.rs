@@ -12,7 +12,7 @@ use serde_json::Value;
 use super::attrs::{self, Attributes};
 use super::graph::Graphs;
 use crate::error::Error;
-use crate::sandbox::plan::Command;
+use crate::sandbox::plan::Program;
 
 /// What the environment depends on.
 pub(crate) struct Inputs<'a> {
@@ -33,7 +33,7 @@ pub(crate) struct Inputs<'a> {
 /// What is executed, and the files that it expects in its build directory, by name.
 #[derive(Debug)]
 pub(crate) struct Prepared {
-    pub command: Command,
+    pub command: Program,
     pub files: BTreeMap<String, Vec<u8>>,
 }
 
@@ -91,7 +91,7 @@ pub(crate) fn prepare(inputs: &Inputs<'_>) -> Result<Prepared, Error> {
     }
     let env = env.iter().map(|(key, value)| variable(key, value)).collect::<Result<_, _>>()?;
     let program = c_string("the builder's path", &inputs.drv.builder)?;
-    Ok(Prepared { command: Command { program, argv, env }, files })
+    Ok(Prepared { command: Program { program, argv, env }, files })
 }
 
 /// The text that stands for an output where its path is not known (Nix: hashPlaceholder).

@@ -2,7 +2,7 @@
 //!
 //! In the order of its story: what has to be built first ([`goals`]), who else in this process builds it ([`shared`]) and
 //! who wants it ([`cancel`]), whether it can be built here ([`accept`]), the one attempt ([`attempt`]): locks, ids ([`ids`]),
-//! directories ([`scratch`], [`root`], [`skeleton`]), what the builder sees ([`attrs`], [`graph`], [`env`]), the sandbox
+//! directories ([`scratch`], [`root`], [`skeleton`]), what the builder sees ([`attrs`], [`graph`], [`env`], [`builtins`]), the sandbox
 //! ([`confine`], `crate::sandbox`), the watch over it ([`supervise`], [`log`]); how it ended ([`evidence`], [`verdict`]) and what
 //! becomes of its outputs ([`outputs`],
 //! [`checks`]). Nothing here speaks a protocol.
@@ -10,6 +10,7 @@
 mod accept;
 mod attempt;
 mod attrs;
+mod builtins;
 pub(crate) mod cancel;
 mod checks;
 mod confine;
@@ -38,6 +39,7 @@ use drover_store::{LocalStore, TempRoots};
 
 use self::attempt::Attempt;
 use self::attrs::Attributes;
+pub(crate) use self::builtins::Fetching;
 use self::cancel::{Cancel, Interest};
 use self::confine::Ladder;
 use self::evidence::Company;
@@ -60,6 +62,7 @@ pub(crate) struct Settings {
     pub ids: Ids,
     /// The weakest sandbox that builds may have.
     pub sandbox: Rung,
+    pub fetching: Fetching,
     /// How long a build outlives the last session that wants it.
     pub linger: Duration,
 }

@@ -7,6 +7,7 @@ use std::sync::PoisonError;
 use drover_nix::derivation::DerivationType;
 
 use super::Builder;
+use super::builtins::Fetching;
 use super::ids::BuildIds;
 use super::scratch::{self, BUILD_DIR};
 use super::skeleton::{Placed, Skeleton};
@@ -59,7 +60,7 @@ impl Builder {
                     skeleton.bind(&real, file)?;
                 }
             }
-            if let Some(bundle) = certificates() {
+            if let Some(bundle) = certificates(&self.settings.fetching) {
                 skeleton.bind(&bundle, "/etc/ssl/certs/ca-certificates.crt")?;
             }
         }
@@ -78,10 +79,11 @@ impl Builder {
     }
 }
 
-/// The certificates that this machine trusts, for builds that fetch.
-fn certificates() -> Option<PathBuf> {
-    let named =
+/// The file of certificate authorities that builds which fetch trust: the one that was named, else this machine's.
+pub(super) fn certificates(fetching: &Fetching) -> Option<PathBuf> {
+    let environment =
         ["NIX_SSL_CERT_FILE", "SSL_CERT_FILE"].into_iter().filter_map(std::env::var_os).map(PathBuf::from);
+    let named = fetching.certificates.clone().into_iter().chain(environment);
     let usual = [PathBuf::from("/etc/ssl/certs/ca-certificates.crt")];
     named.chain(usual).find_map(|path| std::fs::canonicalize(path).ok().filter(|path| path.is_file()))
 }

@@ -197,7 +197,7 @@ fn become_builder(control: &UnixStream, terminal: &OwnedFd, go: io::PipeReader) 
     let code = match prepare(control, terminal, go) {
         Ok((steps, command)) => {
             match run(&steps, &command, &mut Linux, &mut || Report::Ready.send(control)) {
-                Ok(()) => 0,
+                Ok(code) => code,
                 Err(report) => {
                     report.send(control);
                     1

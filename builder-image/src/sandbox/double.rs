@@ -8,7 +8,8 @@ use rustix::process::Pid;
 
 use super::birth::Act;
 use super::kernel::{Kernel, Parent};
-use super::plan::{BareLayout, Command, IdMap, Isolation, Layout, Namespaces, Step};
+use super::plan::{BareLayout, IdMap, Isolation, Layout, Namespaces, Program, Step};
+use crate::builtin::Job;
 
 #[derive(Default)]
 pub(crate) struct Recorder {
@@ -103,9 +104,12 @@ impl Kernel for Recorder {
     fn ids(&mut self, uid: u32, gid: u32) -> io::Result<()> {
         self.act(format!("ids {uid} {gid}"))
     }
-    fn exec(&mut self, _: &Command) -> io::Error {
+    fn exec(&mut self, _: &Program) -> io::Error {
         let _recorded = self.act("exec");
         io::Error::from(io::ErrorKind::NotFound)
+    }
+    fn builtin(&mut self, job: &Job) -> io::Result<i32> {
+        self.act(format!("builtin {}", job.name)).map(|()| 7)
     }
 }
 

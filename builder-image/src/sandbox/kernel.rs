@@ -10,7 +10,8 @@ use std::path::{Path, PathBuf};
 
 use rustix::process::Pid;
 
-use super::plan::{Command, IdMap, Isolation};
+use super::plan::{IdMap, Isolation, Program};
+use crate::builtin::Job;
 
 /// Acts on the calling process. Called by a process with one thread, between clone and exec.
 pub(crate) trait Kernel {
@@ -37,7 +38,9 @@ pub(crate) trait Kernel {
     fn limits_and_umask(&mut self) -> io::Result<()>;
     fn ids(&mut self, uid: u32, gid: u32) -> io::Result<()>;
     /// Returns only if it failed.
-    fn exec(&mut self, command: &Command) -> io::Error;
+    fn exec(&mut self, program: &Program) -> io::Error;
+    /// Runs a built-in builder to its end, in a process with no descriptor but the standard three. Its exit code.
+    fn builtin(&mut self, job: &Job) -> io::Result<i32>;
 }
 
 /// Acts of the process that clones builds' processes. It has one thread.

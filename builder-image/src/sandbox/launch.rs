@@ -21,12 +21,16 @@ use rustix::pty::OpenptFlags;
 use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
 
 use super::linux::dead_child;
-use super::plan::{Command, Plan, Step};
+use super::plan::{Command, Plan, Program, Step};
+use crate::builtin::Job;
 
 /// The word that makes this program the helper.
 pub(crate) const HELPER_COMMAND: &str = "sandbox-child";
-/// Most bytes of each of a plan's three parts. The kernel takes far less for arguments and environment.
+/// Most bytes of each part of a plan. The kernel takes far less for arguments and environment.
 const MAX_PART_LEN: u32 = 64 << 20;
+/// The part of a plan that says of what kind its command is.
+const PROGRAM: &[u8] = b"program";
+const BUILTIN: &[u8] = b"builtin";
 /// Most bytes of one report.
 const MAX_REPORT_LEN: usize = 16 << 10;
 
@@ -249,24 +253,45 @@ pub(crate) fn receive(mut control: &UnixStream) -> io::Result<(Vec<Step>, Comman
         Ok(bytes)
     };
     let steps = serde_json::from_slice(&part()?)?;
-    let mut argv = strings(&part()?)?;
-    if argv.is_empty() {
-        return Err(io::Error::other("the plan has no program"));
-    }
-    let program = argv.remove(0);
-    Ok((steps, Command { program, argv, env: strings(&part()?)? }))
+    let kind = part()?;
+    let command = match kind.as_slice() {
+        PROGRAM => {
+            let mut argv = strings(&part()?)?;
+            if argv.is_empty() {
+                return Err(io::Error::other("the plan has no program"));
+            }
+            let program = argv.remove(0);
+            Command::Program(Program { program, argv, env: strings(&part()?)? })
+        }
+        BUILTIN => {
+            let (job, attributes, netrc) = (part()?, strings(&part()?)?, part()?);
+            let job: Job = serde_json::from_slice(&job)?;
+            Command::Builtin(Job { attributes, netrc, certificates: part()?, ..job })
+        }
+        _ => return Err(io::Error::other("the plan is of no known kind")),
+    };
+    Ok((steps, command))
 }
 
 fn send(mut control: &UnixStream, plan: &Plan) -> io::Result<()> {
     let block = |strings: &mut dyn Iterator<Item = &CString>| {
         strings.flat_map(|s| s.as_bytes_with_nul()).copied().collect::<Vec<u8>>()
     };
-    let command = &plan.command;
-    let parts = [
-        serde_json::to_vec(&plan.steps)?,
-        block(&mut std::iter::once(&command.program).chain(&command.argv)),
-        block(&mut command.env.iter()),
-    ];
+    let mut parts = vec![serde_json::to_vec(&plan.steps)?];
+    match &plan.command {
+        Command::Program(program) => parts.extend([
+            PROGRAM.to_vec(),
+            block(&mut std::iter::once(&program.program).chain(&program.argv)),
+            block(&mut program.env.iter()),
+        ]),
+        Command::Builtin(job) => parts.extend([
+            BUILTIN.to_vec(),
+            serde_json::to_vec(job)?,
+            block(&mut job.attributes.iter()),
+            job.netrc.clone(),
+            job.certificates.clone(),
+        ]),
+    }
     let mut message = Vec::new();
     for part in parts {
         let len = u32::try_from(part.len()).ok().filter(|len| *len <= MAX_PART_LEN);
@@ -310,17 +335,30 @@ mod tests {
     #[test]
     fn plans_arrive_as_they_were() {
         let strings = |list: &[&str]| list.iter().map(|s| CString::new(*s).unwrap()).collect::<Vec<_>>();
-        let command = Command {
+        let program = Program {
             program: c"/bin/sh".into(),
             argv: strings(&["sh", "", "a b"]),
             env: vec![CString::new(*b"X=\xff").unwrap(), c"EMPTY=".into()],
         };
+        let job = Job {
+            name: "fetchurl".into(),
+            attributes: vec![CString::new(*b"url=\xff").unwrap()],
+            outputs: [("out".into(), "/o".into())].into(),
+            may_fetch: true,
+            mirrored: Some("sha256/00".into()),
+            mirrors: vec!["http://m".into()],
+            proxies: [("http_proxy".into(), "p".into())].into(),
+            netrc: b"machine \0".to_vec(),
+            certificates: b"c".to_vec(),
+        };
         let steps = vec![Step::Session, Step::Bind { source: "/a".into(), target: "/b".into() }, Step::Exec];
-        let birth = Birth { isolation: Isolation::Uid(1), foreign_ids: true, group: None };
-        let plan = Plan { birth, steps, command };
-        let (ours, theirs) = UnixStream::pair().unwrap();
-        send(&ours, &plan).unwrap();
-        assert_eq!(receive(&theirs).unwrap(), (plan.steps, plan.command));
+        for command in [Command::Program(program), Command::Builtin(job)] {
+            let birth = Birth { isolation: Isolation::Uid(1), foreign_ids: true, group: None };
+            let plan = Plan { birth, steps: steps.clone(), command };
+            let (ours, theirs) = UnixStream::pair().unwrap();
+            send(&ours, &plan).unwrap();
+            assert_eq!(receive(&theirs).unwrap(), (plan.steps, plan.command));
+        }
     }
 
     #[test]

@@ -11,8 +11,9 @@ use rustix::process::{self, Resource, Rlimit, Signal};
 use rustix::thread;
 
 use super::kernel::Kernel;
-use super::plan::Command;
+use super::plan::Program;
 use super::{landlock, seccomp};
+use crate::builtin::{self, Job};
 
 /// A process's flag for being on its way out (Linux: sched.h, PF_EXITING).
 const EXITING: u64 = 4;
@@ -155,8 +156,17 @@ impl Kernel for Linux {
         Ok(thread::set_thread_res_uid(uid, uid, uid)?)
     }
 
-    fn exec(&mut self, command: &Command) -> io::Error {
-        exec(command)
+    fn exec(&mut self, program: &Program) -> io::Error {
+        exec(program)
+    }
+
+    fn builtin(&mut self, job: &Job) -> io::Result<i32> {
+        // There is no exec that would close what is marked, and the helper's socket is among it.
+        close_from(3)?;
+        // The job may hold a user's passwords: no core dump, and nobody may look into this process.
+        process::set_dumpable_behavior(process::DumpableBehavior::NotDumpable)?;
+        // Nobody hears a report any more, but the log is open.
+        in_child(&|| builtin::run(job)).inspect_err(|error| eprintln!("cannot start a process: {error}"))
     }
 }
 
@@ -286,15 +296,50 @@ pub(super) fn close_all_but(kept: [libc::c_int; 2]) -> io::Result<()> {
 }
 
 #[allow(unsafe_code)]
-fn exec(command: &Command) -> io::Error {
+fn exec(program: &Program) -> io::Error {
     let pointers = |strings: &[CString]| {
         let ends = std::iter::once(std::ptr::null());
         strings.iter().map(|s| s.as_ptr()).chain(ends).collect::<Vec<_>>()
     };
-    let (argv, env) = (pointers(&command.argv), pointers(&command.env));
-    // SAFETY: both arrays end in null and point to strings that `command` keeps alive; execve returns only on failure.
-    unsafe { libc::execve(command.program.as_ptr(), argv.as_ptr(), env.as_ptr()) };
+    let (argv, env) = (pointers(&program.argv), pointers(&program.env));
+    // SAFETY: both arrays end in null and point to strings that `program` keeps alive; execve returns only on failure.
+    unsafe { libc::execve(program.program.as_ptr(), argv.as_ptr(), env.as_ptr()) };
     io::Error::last_os_error()
+}
+
+#[allow(unsafe_code)]
+fn close_from(first: libc::c_uint) -> io::Result<()> {
+    // SAFETY: called by a process that runs nothing further but a built-in builder, in a child that ends without running
+    // destructors: nothing uses or drops the objects that own these descriptors. Takes numbers only.
+    check(unsafe { libc::syscall(libc::SYS_close_range, first, libc::c_uint::MAX, 0) }).map(drop)
+}
+
+/// Runs `work` in a child process and returns the exit code that it gives; 128 and the signal's number if a signal ends it.
+///
+/// The process that calls this was cloned by a bare system call, of which the C library knows nothing: it believes that
+/// its thread has the id that it had in the process before. A child by the library's own fork is one that may start threads.
+#[allow(unsafe_code)]
+fn in_child(work: &dyn Fn() -> i32) -> io::Result<i32> {
+    // SAFETY: this process has one thread, so the child's memory is in no half state, and it may call anything.
+    let pid = unsafe { libc::fork() };
+    match process::Pid::from_raw(pid) {
+        Some(_) if pid < 0 => Err(io::Error::last_os_error()),
+        Some(child) => {
+            let status =
+                rustix::io::retry_on_intr(|| process::waitpid(Some(child), process::WaitOptions::empty()))?;
+            let status = status.map(|(_, status)| (status.exit_status(), status.terminating_signal()));
+            Ok(match status {
+                Some((Some(code), _)) => code,
+                Some((_, Some(signal))) => 128 + signal,
+                _ => 1,
+            })
+        }
+        None => {
+            let code = work();
+            // SAFETY: ends this process without running destructors that belong to the one that it was forked from.
+            unsafe { libc::_exit(code) }
+        }
+    }
 }
 
 pub(super) fn check(result: libc::c_long) -> io::Result<libc::c_long> {

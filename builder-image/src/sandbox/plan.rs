@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::builtin::Job;
+
 /// Ids that a build sees itself as (Nix: sandbox uid and gid with user namespaces).
 pub(crate) const INSIDE_UID: u32 = 1000;
 pub(crate) const INSIDE_GID: u32 = 100;
@@ -79,6 +81,7 @@ pub(crate) enum Step {
         uid: u32,
         gid: u32,
     },
+    /// Executes the builder, or becomes the built-in one.
     Exec,
     /// Instead of [`Step::Exec`]: the steps before it worked, and that was the question.
     Exit,
@@ -131,10 +134,25 @@ pub(crate) struct Namespaces {
     pub gid: IdMap,
 }
 
+/// What runs in the sandbox once it is complete.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) enum Command {
+    Program(Program),
+    /// Part of this program: the process goes on instead of executing another.
+    Builtin(Job),
+}
+
+impl Default for Command {
+    /// Nothing that could be executed.
+    fn default() -> Self {
+        Self::Program(Program::default())
+    }
+}
+
 /// What is executed. The program is the first of `argv`'s neighbours, not its first member: Nix gives the builder its
 /// base name as `argv[0]`.
 #[derive(Clone, Default, PartialEq, Eq, Debug)]
-pub(crate) struct Command {
+pub(crate) struct Program {
     pub program: CString,
     pub argv: Vec<CString>,
     /// `NAME=value` each.

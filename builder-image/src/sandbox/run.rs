@@ -6,14 +6,14 @@ use super::launch::Report;
 use super::plan::{Command, Step};
 use super::refusal::refusal;
 
-/// Takes the steps in order and stops at the first that fails, which the report names. Otherwise returns only after
-/// [`Step::Exit`].
+/// Takes the steps in order and stops at the first that fails, which the report names. Otherwise returns after
+/// [`Step::Exit`], or when a built-in builder has ended: the exit code.
 pub(crate) fn run(
     steps: &[Step],
     command: &Command,
     kernel: &mut dyn Kernel,
     before_exec: &mut dyn FnMut(),
-) -> Result<(), Report> {
+) -> Result<i32, Report> {
     for step in steps {
         let result = match step {
             Step::Session => kernel.session(),
@@ -38,17 +38,24 @@ pub(crate) fn run(
             Step::CloseDescriptors => kernel.close_descriptors(),
             Step::LimitsAndUmask => kernel.limits_and_umask(),
             Step::Ids { uid, gid } => kernel.ids(*uid, *gid),
-            Step::Exit => return Ok(()),
+            Step::Exit => return Ok(0),
             Step::Exec => {
                 before_exec();
-                let error = kernel.exec(command);
-                let program = command.program.to_string_lossy();
-                return Err(Report::NotExecuted(format!("cannot execute {program}: {error}")));
+                return match command {
+                    Command::Program(program) => {
+                        let error = kernel.exec(program);
+                        let program = program.program.to_string_lossy();
+                        Err(Report::NotExecuted(format!("cannot execute {program}: {error}")))
+                    }
+                    Command::Builtin(job) => kernel.builtin(job).map_err(|error| {
+                        Report::NotExecuted(format!("cannot run builtin:{}: {error}", job.name))
+                    }),
+                };
             }
         };
         result.map_err(|error| Report::Failed(refusal(&step.act(), &error, step.advice())))?;
     }
-    Ok(())
+    Ok(0)
 }
 
 #[cfg(test)]
@@ -56,8 +63,9 @@ mod tests {
     use std::path::Path;
 
     use super::*;
+    use crate::builtin::Job;
     use crate::sandbox::double::{Recorder, bare_layout, layout};
-    use crate::sandbox::plan::{Layout, bare_probe_steps, bare_steps, build_steps, probe_steps};
+    use crate::sandbox::plan::{Layout, Program, bare_probe_steps, bare_steps, build_steps, probe_steps};
 
     /// Takes all steps; what was done, and how often the builder was announced.
     fn acts(steps: &[Step]) -> (Vec<String>, usize) {
@@ -66,7 +74,7 @@ mod tests {
         match end {
             // There is no program that the double could execute.
             Err(Report::NotExecuted(_)) => assert_eq!(kernel.acts.last().map(String::as_str), Some("exec")),
-            other => assert_eq!((other, steps.last()), (Ok(()), Some(&Step::Exit))),
+            other => assert_eq!((other, steps.last()), (Ok(0), Some(&Step::Exit))),
         }
         (kernel.acts, ready)
     }
@@ -168,6 +176,19 @@ mod tests {
     }
 
     #[test]
+    fn builtin_builders_are_confined_like_others() {
+        let job = Command::Builtin(Job { name: "fetchurl".into(), ..Job::default() });
+        for steps in [build_steps(&layout()), bare_steps(&bare_layout())] {
+            let (mut kernel, mut ready) = (Recorder::default(), 0);
+            assert_eq!(run(&steps, &job, &mut kernel, &mut || ready += 1), Ok(7));
+            let (mut program, _) = acts(&steps);
+            assert_eq!(program.pop().as_deref(), Some("exec"));
+            assert_eq!((kernel.acts.pop().as_deref(), ready), (Some("builtin fetchurl"), 1));
+            assert_eq!(kernel.acts, program);
+        }
+    }
+
+    #[test]
     fn trials_execute_nothing() {
         for steps in [probe_steps(Path::new("/p")), bare_probe_steps(7, 8)] {
             let (acts, ready) = acts(&steps);
@@ -201,7 +222,7 @@ mod tests {
 
     #[test]
     fn a_program_that_cannot_be_executed_is_not_the_sandboxs_fault() {
-        let command = Command { program: c"/no/such".into(), ..Command::default() };
+        let command = Command::Program(Program { program: c"/no/such".into(), ..Program::default() });
         let end = run(&[Step::Exec], &command, &mut Recorder::default(), &mut || ());
         assert!(matches!(end, Err(Report::NotExecuted(why)) if why.contains("/no/such")));
     }

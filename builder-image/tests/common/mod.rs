@@ -5,6 +5,8 @@
 
 #![allow(dead_code, clippy::unwrap_used)] // each test program uses its own part; all of it is tests
 
+pub(crate) mod http;
+
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt as _;

@@ -78,9 +78,13 @@ fn builder(programs: &Path, debian: &Path) -> Result<(Config, Layer)> {
         "root:x:0:\nnogroup:x:65534:\n",
     )
     .directory("nix", 0o755)
+    // What fixed outputs are fetched from is believed by these.
+    .directory("etc/ssl", 0o755)
+    .directory("etc/ssl/certs", 0o755)
+    .file("etc/ssl/certs/ca-certificates.crt", 0o644, &debian.join("etc/ssl/certs/ca-certificates.crt"))?
     .file("bin/drover-builder", 0o755, &programs.join("drover-builder"))?
     .file("bin/busybox", 0o755, &debian.join("usr/bin/busybox"))?;
-    let layer = licences(layer, debian, &["busybox-static", "libc6"])?;
+    let layer = licences(layer, debian, &["busybox-static", "ca-certificates", "libc6"])?;
     let config = Config {
         entrypoint: vec!["/bin/drover-builder".into()],
         env: vec!["PATH=/bin".into()],
