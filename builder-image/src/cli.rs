@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use drover_nix::hash_modulo::SelfReferenceHash;
 use drover_store::GcOptions;
 
 use crate::nix_options;
@@ -34,6 +35,10 @@ Options:
   --system SYSTEM           what this machine builds for (default: its own)
   --extra-platforms LIST    what else it builds for
   --system-features LIST    what derivations may require (default: nixos-test benchmark big-parallel, and kvm)
+  --self-reference-hash with-offsets|without-offsets
+                            what the path of a content-addressed output that refers to itself is made of: as Nix 2.35
+                            does it (the default), or as Nix 2.17 to 2.34, where other content can be given the same
+                            path. Also the environment variable DROVER_SELF_REFERENCE_HASH
   --max-sessions NUMBER     how many sessions `listen` serves at once (default: 64)
   --login-grace SECONDS     how long a connection to `listen` may take to log in (default: 20)
 Options of gc:
@@ -85,6 +90,7 @@ pub(crate) struct Cli {
     pub system: Option<String>,
     pub extra_platforms: Option<Vec<String>>,
     pub system_features: Option<Vec<String>>,
+    pub self_references: Option<SelfReferenceHash>,
 }
 
 /// Parses the words behind the program's name. The error is one line.
@@ -108,6 +114,7 @@ pub(crate) fn parse(words: impl IntoIterator<Item = String>) -> Result<Cli, Stri
         system: None,
         extra_platforms: None,
         system_features: None,
+        self_references: None,
     };
     while let Some(word) = words.next() {
         // Both `--name value` and `--name=value`.
@@ -167,6 +174,13 @@ pub(crate) fn parse(words: impl IntoIterator<Item = String>) -> Result<Cli, Stri
             "--login-grace" => login_grace_seconds = number(&name, &value()?)?,
             "--system" => cli.system = Some(value()?),
             "--extra-platforms" => cli.extra_platforms = Some(list(&value()?)),
+            "--self-reference-hash" => {
+                let value = value()?;
+                cli.self_references =
+                    Some(value.parse().map_err(|_| {
+                        format!("{name}: {value:?} is neither with-offsets nor without-offsets")
+                    })?);
+            }
             "--system-features" => cli.system_features = Some(list(&value()?)),
             other => match nix_options::words_after(other) {
                 Some(count) => (inline.is_some().into()..count).for_each(|_: usize| {
@@ -287,6 +301,8 @@ mod tests {
         let cli = parse(line).unwrap();
         assert_eq!((cli.netrc_file, cli.ssl_cert_file), (Some("/n".into()), Some("/c".into())));
         assert_eq!(cli.hashed_mirrors, ["http://a", "http://b"]);
+        let cli = parse("serve --self-reference-hash=without-offsets").unwrap();
+        assert_eq!(cli.self_references, Some(SelfReferenceHash::WithoutOffsets));
         let features = parse("serve --system-features kvm,big-parallel").unwrap().system_features.unwrap();
         assert_eq!(features, ["kvm", "big-parallel"]);
     }
@@ -311,6 +327,7 @@ mod tests {
             "serve --store",
             "serve --bogus",
             "serve --cores many",
+            "serve --self-reference-hash sometimes",
             "gc --max-freed 3X",
             "gc --max-freed 99999999T",
             "gc --option keep-outputs perhaps",

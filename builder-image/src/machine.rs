@@ -6,6 +6,9 @@ use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use anyhow::Context as _;
+use drover_nix::hash_modulo::SelfReferenceHash;
+
 use crate::build::{Fetching, Settings};
 use crate::cli::Cli;
 use crate::sandbox::rungs::Ids;
@@ -42,8 +45,13 @@ pub(crate) fn settings(cli: &Cli) -> anyhow::Result<Settings> {
             .transpose()?,
         mirrors: cli.hashed_mirrors.clone(),
     };
+    let self_references = match (cli.self_references, std::env::var("DROVER_SELF_REFERENCE_HASH")) {
+        (Some(named), _) => named,
+        (None, Ok(text)) => text.parse().context("DROVER_SELF_REFERENCE_HASH")?,
+        (None, Err(_)) => SelfReferenceHash::default(),
+    };
     let (ids, sandbox) = (Ids::detect(), cli.sandbox);
-    Ok(Settings { sandbox_shell, cores, systems, features, ids, sandbox, fetching, linger })
+    Ok(Settings { sandbox_shell, cores, systems, features, ids, sandbox, fetching, linger, self_references })
 }
 
 /// A file that the user named, which may change later but has to be there now. Absolute.

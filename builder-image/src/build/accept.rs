@@ -1,13 +1,20 @@
 //! Whether a derivation can be built here, asked before anything is locked or made (Nix: derivation-building-goal.cc).
 
 use drover_nix::derivation::DerivationType;
-use drover_nix::{BasicDerivation, DerivationOutput, StorePath};
+use drover_nix::{BasicDerivation, DerivationOutput, HashAlgo, Method, StorePath};
 
 use super::attrs::Attributes;
-use super::{Builder, builtins, outputs};
+use super::{Builder, builtins, checks};
 use crate::error::Error;
 
+/// What derivations without known output paths need in Nix, implied or said (Nix: derivation-options.cc).
+const CONTENT_ADDRESSED: &str = "ca-derivations";
+
 impl Builder {
+    fn has(&self, feature: &str) -> bool {
+        feature == CONTENT_ADDRESSED || self.settings.features.contains(feature)
+    }
+
     /// Refuses what this builder cannot build at all.
     pub(super) fn accept(
         &self,
@@ -25,8 +32,7 @@ impl Builder {
             return refuse(format!("it is for system `{system}`, and this builder builds for: {have}"));
         }
         let wanted = attributes.strings("requiredSystemFeatures")?.unwrap_or_default();
-        let lacking: Vec<String> =
-            wanted.into_iter().filter(|feature| !self.settings.features.contains(feature)).collect();
+        let lacking: Vec<String> = wanted.into_iter().filter(|feature| !self.has(feature)).collect();
         if !lacking.is_empty() {
             let have: Vec<&str> = self.settings.features.iter().map(String::as_str).collect();
             return refuse(format!(
@@ -38,21 +44,58 @@ impl Builder {
         if attributes.flag("__noChroot") {
             return refuse("it has `__noChroot` set, and this builder builds in the sandbox only".into());
         }
-        match kind {
-            DerivationType::InputAddressed => Ok(kind),
-            DerivationType::CaFixed => {
-                let mut fixed = drv.outputs.values().filter_map(|output| match output {
-                    DerivationOutput::CaFixed(ca) => Some(ca),
-                    _ => None,
-                });
-                fixed.try_for_each(outputs::supported).map(|()| kind)
-            }
-            DerivationType::Deferred => {
-                refuse("its output paths are not known: it has to be resolved first".into())
-            }
-            DerivationType::CaFloating | DerivationType::Impure => {
-                refuse("content-addressed outputs without a fixed hash are not supported".into())
-            }
+        if kind == DerivationType::Deferred {
+            return refuse("its output paths are not known: it has to be resolved first".into());
         }
+        attributes.discards_references()?;
+        drv.outputs.iter().try_for_each(|(name, output)| {
+            checks::understand(attributes, name)?;
+            addressable(output)
+                .map_err(|why| Error::input(format!("cannot build '{full}': output `{name}`: {why}")))
+        })?;
+        Ok(kind)
+    }
+}
+
+/// Whether an output's content can be addressed at all in the way that it asks for.
+fn addressable(output: &DerivationOutput) -> Result<(), String> {
+    let (method, algo) = match output {
+        DerivationOutput::CaFixed(ca) => (ca.method, ca.hash.algo),
+        DerivationOutput::CaFloating { method, algo } | DerivationOutput::Impure { method, algo } => {
+            (*method, *algo)
+        }
+        DerivationOutput::Deferred | DerivationOutput::InputAddressed(_) => return Ok(()),
+    };
+    match (method, algo) {
+        (Method::Git, HashAlgo::Md5 | HashAlgo::Sha512) => {
+            Err(format!("git hashes by sha1 or sha256, not by {algo}"))
+        }
+        (Method::Text, HashAlgo::Md5 | HashAlgo::Sha1 | HashAlgo::Sha512) => {
+            Err(format!("text objects are addressed by sha256, not by {algo}"))
+        }
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn which_hashes_go_with_which_methods() {
+        let all = [HashAlgo::Md5, HashAlgo::Sha1, HashAlgo::Sha256, HashAlgo::Sha512];
+        let good = |method| {
+            let good = |algo: &HashAlgo| {
+                let floating = DerivationOutput::CaFloating { method, algo: *algo };
+                let impure = DerivationOutput::Impure { method, algo: *algo };
+                assert_eq!(addressable(&floating), addressable(&impure));
+                addressable(&floating).is_ok()
+            };
+            all.into_iter().filter(good).collect::<Vec<_>>()
+        };
+        assert_eq!(good(Method::Flat), all);
+        assert_eq!(good(Method::Nar), all);
+        assert_eq!(good(Method::Text), [HashAlgo::Sha256]);
+        assert_eq!(good(Method::Git), [HashAlgo::Sha1, HashAlgo::Sha256]);
     }
 }

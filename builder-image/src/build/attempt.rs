@@ -1,25 +1,25 @@
 //! One attempt at a build, from locks to registered outputs. Whatever it made is gone when it ends, however it ends.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::os::fd::AsFd as _;
+use std::collections::BTreeSet;
 use std::path::Path;
-use std::sync::mpsc;
 use std::time::Duration;
 
 use drover_nix::derivation::DerivationType;
-use drover_nix::{BasicDerivation, OutputName, PathInfo, StorePath};
+use drover_nix::{BasicDerivation, PathInfo, StorePath};
 use drover_serve::{BuildOptions, BuildStatus};
-use drover_store::{LocalStore, PathLock, Wait};
+use drover_store::{LocalStore, TempRoots};
+use ring::rand::{SecureRandom as _, SystemRandom};
 
 use super::attrs::Attributes;
-use super::cancel::{Event, Interest};
+use super::cancel::Interest;
 use super::evidence::Watch;
 use super::graph::Known;
 use super::ids::BuildIds;
 use super::log::BuildLog;
 use super::scratch::{BUILD_DIR, Scratch};
 use super::supervise::Limits;
-use super::{Builder, builtins, confine, env, graph, outputs, supervise, verdict};
+use super::targets::Paths;
+use super::{Builder, Wanted, builtins, confine, env, graph, locks, outputs, supervise, targets, verdict};
 use crate::error::Error;
 use crate::sandbox::launch;
 use crate::sandbox::plan::{Command, Layout, Program};
@@ -34,69 +34,31 @@ pub(super) struct Attempt<'a> {
     pub kind: DerivationType,
     pub attributes: &'a Attributes<'a>,
     pub options: &'a BuildOptions,
-    pub outputs: &'a BTreeMap<OutputName, StorePath>,
+    pub wanted: &'a Wanted,
+    /// Keeps from the collector what gets its path only in the build.
+    pub roots: &'a TempRoots,
     pub log: &'a BuildLog,
     pub interest: &'a Interest<'a>,
 }
 
-/// Locks that are taken off the disk when they are let go. Nix leaves the files of builds that failed; whoever waits
-/// for one looks again whether it still has its name, so that nothing needs them.
-struct Held(Option<PathLock>);
-
-impl Drop for Held {
-    fn drop(&mut self) {
-        if let Some(lock) = self.0.take() {
-            lock.release_deleting();
-        }
-    }
-}
-
 impl Attempt<'_> {
-    /// Built, or already valid since someone else was faster.
-    pub(super) fn run(&self) -> Result<BuildStatus, Error> {
-        let store = &self.builder.store;
-        let _held = self.lock()?;
-        let paths: BTreeSet<StorePath> = self.outputs.values().cloned().collect();
-        let valid = store.valid_paths(&paths)?;
-        if valid.len() == paths.len() {
-            return Ok(BuildStatus::AlreadyValid);
+    /// Built, or already valid since someone else was faster; and where the outputs are.
+    pub(super) fn run(&self) -> Result<(BuildStatus, Paths), Error> {
+        let (store, known) = (&self.builder.store, &self.wanted.known);
+        let names = targets::lock_names(self.drv_path, known).into_iter().collect();
+        let waiting = || self.log.note(&format!("waiting for another build of {}", self.drv_path));
+        let _held = locks::lock(store, names, self.interest, waiting)?;
+        if let Some(paths) = self.builder.made_before(self.wanted, self.roots)? {
+            return Ok((BuildStatus::AlreadyValid, paths));
         }
-        let missing = self.outputs.iter().filter(|(_, path)| !valid.contains(*path));
-        let missing: BTreeMap<_, _> = missing.map(|(name, path)| (name.clone(), path.clone())).collect();
-        for path in missing.values() {
+        let known: BTreeSet<StorePath> = known.values().flatten().cloned().collect();
+        let valid = store.valid_paths(&known)?;
+        for path in known.difference(&valid) {
             drover_store::fs::delete(&store.real_path(path))?;
         }
-        self.build(&missing)?;
-        Ok(BuildStatus::Built)
-    }
-
-    /// Waits until nobody else makes these outputs.
-    fn lock(&self) -> Result<Held, Error> {
-        let store = &self.builder.store;
-        if let Some(lock) = PathLock::acquire(store, self.outputs.values(), Wait::Try)? {
-            return Ok(Held(Some(lock)));
-        }
-        self.log.note(&format!("waiting for another build of {}", self.drv_path));
-        let arrived = Event::new().map_err(Error::system("make an event descriptor"))?;
-        let (sender, receiver) = mpsc::channel();
-        let (store, paths, event) = (store.clone(), self.outputs.clone(), arrived.clone());
-        // A lock can be waited for only by blocking, so a thread does, and is left behind if the interest ends first: it
-        // then lets go of the lock as soon as it has it.
-        std::thread::spawn(move || {
-            let lock = PathLock::acquire(&store, paths.values(), Wait::Block);
-            let held = lock.map(Held);
-            let _left_behind = sender.send(held);
-            event.set();
-        });
-        loop {
-            self.interest.check()?;
-            if arrived.is_set() {
-                break;
-            }
-            self.interest.wait(&[arrived.as_fd()], None)?;
-        }
-        let gone = || Error::system("wait for a lock")(std::io::ErrorKind::BrokenPipe.into());
-        Ok(receiver.recv().map_err(|_| gone())??)
+        let paths = self.build(&valid)?;
+        self.builder.remember(self.wanted, &paths);
+        Ok((BuildStatus::Built, paths))
     }
 
     fn ids(&self) -> Result<BuildIds, Error> {
@@ -110,13 +72,16 @@ impl Attempt<'_> {
         }
     }
 
-    /// From directories to registered outputs.
-    fn build(&self, missing: &BTreeMap<OutputName, StorePath>) -> Result<(), Error> {
-        let Self { builder, drv, kind, attributes, options, outputs, .. } = *self;
+    /// From directories to registered outputs. `valid` are those that are there already.
+    fn build(&self, valid: &BTreeSet<StorePath>) -> Result<Paths, Error> {
+        let Self { builder, drv, kind, attributes, options, .. } = *self;
         let store = &builder.store;
         let dir = store.store_dir();
         let rung = builder.rung()?;
         let inputs = self.inputs()?;
+        let targets = targets::targets(dir, self.drv_path, drv, random_hash_part)?;
+        let outputs: Paths =
+            targets.iter().map(|(name, target)| (name.clone(), target.scratch.clone())).collect();
         let ids = self.ids()?;
         let graphs = graph::graphs(dir, attributes, &inputs, store)?;
         let prepared = env::prepare(&env::Inputs {
@@ -124,7 +89,7 @@ impl Attempt<'_> {
             drv,
             attributes,
             kind,
-            outputs,
+            outputs: &outputs,
             build_dir: BUILD_DIR,
             cores: builder.settings.cores,
             impure: &|name| {
@@ -139,7 +104,7 @@ impl Attempt<'_> {
         let made: BTreeSet<&StorePath> = outputs.values().collect();
         let visible = inputs.iter().filter(|path| !made.contains(path));
         let layout = self.layout(&scratch, &ids, visible)?;
-        let command = self.command(prepared.command, outputs)?;
+        let command = self.command(prepared.command, &outputs)?;
         let plan = confine::nested(rung, &layout, &ids, command);
         let seconds = |seconds: u64| (seconds > 0).then(|| Duration::from_secs(seconds));
         let limits = Limits {
@@ -161,8 +126,11 @@ impl Attempt<'_> {
                 attributes,
                 scratch: &scratch,
                 ids: &ids,
-                outputs: missing,
+                targets: &targets,
+                valid,
                 inputs: &inputs,
+                roots: self.roots,
+                self_references: builder.settings.self_references,
                 interest: self.interest,
             }
             .register(),
@@ -177,7 +145,7 @@ impl Attempt<'_> {
     }
 
     /// What runs in the sandbox: `program`, unless the derivation names a builder that is part of this one.
-    fn command(&self, program: Program, outputs: &BTreeMap<OutputName, StorePath>) -> Result<Command, Error> {
+    fn command(&self, program: Program, outputs: &Paths) -> Result<Command, Error> {
         let Self { builder, drv, kind, .. } = *self;
         if !builtins::is_builtin(drv) {
             return Ok(Command::Program(program));
@@ -235,6 +203,14 @@ impl Attempt<'_> {
             cgroup: false,
         })
     }
+}
+
+/// 20 bytes that nobody can foresee.
+fn random_hash_part() -> Result<[u8; 20], Error> {
+    let mut bytes = [0; 20];
+    let failed = |_| Error::system("get random bytes")(std::io::Error::other("the system gives none"));
+    SystemRandom::new().fill(&mut bytes).map_err(failed)?;
+    Ok(bytes)
 }
 
 impl Known for LocalStore {

@@ -1,7 +1,7 @@
 //! What a derivation says beside its builder and inputs: attributes in the environment, or structured ones
 //! (Nix: derivation-options.cc, parsed-derivations.cc). Pure.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use bstr::ByteSlice as _;
 use drover_nix::BasicDerivation;
@@ -54,6 +54,31 @@ impl<'a> Attributes<'a> {
             None => self.drv.env(name).is_some_and(|text| *text == "1"),
             Some(map) => map.get(name).is_some_and(|value| *value == Value::Bool(true)),
         }
+    }
+
+    /// `unsafeDiscardReferences`: the outputs that are registered without references. Structured attributes alone can
+    /// ask for it.
+    pub(crate) fn discards_references(&self) -> Result<BTreeSet<String>, Error> {
+        const NAME: &str = "unsafeDiscardReferences";
+        let mut outputs = BTreeSet::new();
+        match self.structured.as_ref().and_then(|map| map.get(NAME)) {
+            None => {}
+            Some(Value::Object(map)) => {
+                for (output, value) in map {
+                    match value {
+                        Value::Bool(true) => drop(outputs.insert(output.clone())),
+                        Value::Bool(false) => {}
+                        _ => {
+                            return Err(Error::input(format!("{NAME}.{output} is neither true nor false")));
+                        }
+                    }
+                }
+            }
+            Some(_) => {
+                return Err(Error::input(format!("{NAME} is no table of outputs")));
+            }
+        }
+        Ok(outputs)
     }
 
     /// `exportReferencesGraph`: file or key, and the paths whose closures it is about, still as text.
@@ -256,6 +281,17 @@ mod tests {
         }
         let drv = derivation(&[("__json", r#"{"exportReferencesGraph": {"g": ["p", ["q"]]}}"#)]);
         assert_eq!(Attributes::parse(&drv).unwrap().reference_graphs().unwrap()["g"], ["p", "q"]);
+    }
+
+    #[test]
+    fn discarded_references() {
+        let of = |env: &[(&str, &str)]| Attributes::parse(&derivation(env)).unwrap().discards_references();
+        let json = r#"{"unsafeDiscardReferences": {"out": true, "dev": false}}"#;
+        assert_eq!(of(&[("__json", json)]).unwrap(), ["out".to_owned()].into());
+        assert_eq!(of(&[("unsafeDiscardReferences", "1")]).unwrap(), [].into(), "not in the environment");
+        for bad in [r#"{"unsafeDiscardReferences": true}"#, r#"{"unsafeDiscardReferences": {"out": 1}}"#] {
+            assert!(of(&[("__json", bad)]).is_err(), "{bad}");
+        }
     }
 
     #[test]

@@ -7,6 +7,7 @@ use drover_nix::{OutputName, PathInfo, StoreDir, StorePath};
 use serde_json::Value;
 
 use super::attrs::{Attributes, string_array};
+use super::targets::Paths;
 use crate::error::Error;
 
 /// The demands on one output. Names are store paths or names of outputs.
@@ -26,8 +27,15 @@ struct Rules {
 pub(crate) struct Outputs<'a> {
     pub dir: &'a StoreDir,
     pub infos: &'a BTreeMap<OutputName, PathInfo>,
+    /// Of all outputs, those included that were there before the build and are not checked again.
+    pub paths: &'a Paths,
     /// References and NAR size of a path that is none of the outputs.
     pub known: &'a dyn Fn(&StorePath) -> Result<PathInfo, Error>,
+}
+
+/// Fails where the demands on an output cannot be understood: better before the build than after it.
+pub(crate) fn understand(attributes: &Attributes<'_>, output: &OutputName) -> Result<(), Error> {
+    Rules::of(attributes, output).map(drop)
 }
 
 impl Outputs<'_> {
@@ -99,8 +107,8 @@ impl Outputs<'_> {
 
     /// A store path, what is below one, or the name of an output.
     fn resolve(&self, text: &str) -> Result<StorePath, Error> {
-        if let Some(info) = self.infos.get(text) {
-            return Ok(info.path.clone());
+        if let Some(path) = self.paths.get(text) {
+            return Ok(path.clone());
         }
         let prefix = format!("{}/", self.dir);
         let base = text.strip_prefix(&prefix).and_then(|rest| rest.split('/').next());
@@ -196,12 +204,16 @@ mod tests {
     /// out refers to itself, dev and lib; lib refers to deep.
     fn check(env: &[(&str, &str)]) -> Result<(), Error> {
         let drv = derivation(env);
-        let infos =
+        let infos: BTreeMap<OutputName, PathInfo> =
             [(OutputName::out(), info(OUT, &[OUT, DEV, LIB])), ("dev".parse().unwrap(), info(DEV, &[]))]
                 .into();
+        // Valid before the build.
+        let mut paths: Paths = [("bin".parse().unwrap(), DEEP.parse().unwrap())].into();
+        paths.extend(infos.iter().map(|(name, info)| (name.clone(), info.path.clone())));
         let outputs = Outputs {
             dir: &StoreDir::default(),
             infos: &infos,
+            paths: &paths,
             known: &|path| Ok(info(path.as_str(), if path.as_str() == LIB { &[DEEP] } else { &[] })),
         };
         outputs.check(&Attributes::parse(&drv).unwrap())
@@ -219,7 +231,9 @@ mod tests {
         assert!(check(&[("disallowedRequisites", "out")]).is_ok(), "itself is no requisite");
         assert!(check(&[("allowedRequisites", &format!("dev {lib}"))]).is_err());
         assert!(check(&[("allowedRequisites", &format!("dev {lib} {deep}"))]).is_ok());
-        assert!(check(&[("disallowedReferences", "bin")]).is_err(), "no such output");
+        assert!(check(&[("disallowedReferences", "doc")]).is_err(), "no such output");
+        assert!(check(&[("disallowedReferences", "bin")]).is_ok());
+        assert!(check(&[("disallowedRequisites", "bin")]).is_err(), "the one that was there before");
     }
 
     #[test]

@@ -1,10 +1,11 @@
 //! One derivation, built: from a request that names store paths to valid outputs or a reason why not.
 //!
 //! In the order of its story: what has to be built first ([`goals`]), who else in this process builds it ([`shared`]) and
-//! who wants it ([`cancel`]), whether it can be built here ([`accept`]), the one attempt ([`attempt`]): locks, ids ([`ids`]),
-//! directories ([`scratch`], [`root`], [`skeleton`]), what the builder sees ([`attrs`], [`graph`], [`env`], [`builtins`]), the sandbox
-//! ([`confine`], `crate::sandbox`), the watch over it ([`supervise`], [`log`]); how it ended ([`evidence`], [`verdict`]) and what
-//! becomes of its outputs ([`outputs`],
+//! who wants it ([`cancel`]), what was made of it before ([`realised`]), whether it can be built here ([`accept`]), the one
+//! attempt ([`attempt`]): where its outputs go ([`targets`]), locks ([`locks`]), ids ([`ids`]), directories ([`scratch`],
+//! [`root`], [`skeleton`]), what the builder sees ([`attrs`], [`graph`], [`env`], [`builtins`]), the sandbox ([`confine`],
+//! `crate::sandbox`), the watch over it ([`supervise`], [`log`]); how it ended ([`evidence`], [`verdict`]) and what becomes
+//! of its outputs ([`outputs`],
 //! [`checks`]). Nothing here speaks a protocol.
 
 mod accept;
@@ -19,13 +20,16 @@ mod evidence;
 pub(crate) mod goals;
 mod graph;
 mod ids;
+mod locks;
 pub(crate) mod log;
 mod outputs;
+mod realised;
 mod root;
 mod scratch;
 mod shared;
 mod skeleton;
 pub(crate) mod supervise;
+mod targets;
 mod verdict;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -33,6 +37,8 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use drover_nix::derivation::DerivationType;
+use drover_nix::hash_modulo::SelfReferenceHash;
 use drover_nix::{BasicDerivation, OutputName, StorePath};
 use drover_serve::{BuildOptions, BuildResult, BuildStatus, BuiltOutput};
 use drover_store::{LocalStore, TempRoots};
@@ -44,8 +50,10 @@ use self::cancel::{Cancel, Interest};
 use self::confine::Ladder;
 use self::evidence::Company;
 use self::log::Log;
+use self::realised::{Key, Realised};
 use self::shared::{Entry, Identity, Joined, Own, Registry};
 use self::skeleton::Placed;
+use self::targets::Paths;
 use crate::error::Error;
 use crate::sandbox::rungs::{Ids, Rung};
 
@@ -65,6 +73,8 @@ pub(crate) struct Settings {
     pub fetching: Fetching,
     /// How long a build outlives the last session that wants it.
     pub linger: Duration,
+    /// What the paths of content-addressed outputs that refer to themselves are made of.
+    pub self_references: SelfReferenceHash,
 }
 
 /// Builds into one store.
@@ -73,6 +83,7 @@ pub(crate) struct Builder {
     pub store: LocalStore,
     pub settings: Settings,
     running: Registry,
+    realised: Realised,
     /// Of builds without network access.
     skeleton: Arc<Mutex<Option<Placed>>>,
     ladder: Ladder,
@@ -90,12 +101,21 @@ pub(crate) struct Request<'a> {
     pub cancel: &'a Cancel,
 }
 
+/// What a request is after.
+struct Wanted {
+    /// Every output, and its path where that does not follow from what is built.
+    known: BTreeMap<OutputName, Option<StorePath>>,
+    /// Under which the paths that are not known are remembered. None where all are known, or every build makes its own.
+    key: Option<Key>,
+}
+
 impl Builder {
     pub(crate) fn new(store: LocalStore, settings: Settings) -> Self {
         Self {
             store,
             settings,
             running: Registry::default(),
+            realised: Realised::default(),
             skeleton: Arc::default(),
             ladder: Ladder::default(),
             company: Company::default(),
@@ -115,28 +135,38 @@ impl Builder {
 
     fn try_build(&self, request: &Request<'_>) -> Result<BuildResult, Error> {
         let drv = request.drv;
-        drv.kind()?;
-        let known = drv.output_paths(self.store.store_dir())?;
-        let outputs: Option<BTreeMap<OutputName, StorePath>> =
-            known.into_iter().map(|(name, path)| Some((name, path?))).collect();
-        let Some(outputs) = outputs else {
-            // Derivations whose outputs are not known are not accepted, which says why.
+        let kind = drv.kind()?;
+        let dir = self.store.store_dir();
+        let known = drv.output_paths(dir)?;
+        if kind == DerivationType::Deferred {
+            // Such a derivation is not accepted, which says why.
             self.accept(request.drv_path, drv, &Attributes::parse(drv)?)?;
-            return Err(Error::input("the paths of its outputs are not known"));
+        }
+        request.roots.add_all(known.values().flatten().chain([request.drv_path]))?;
+        let key = match kind {
+            DerivationType::CaFloating => Some(Key::of(dir, request.drv_path, drv)?),
+            _ => None,
         };
-        request.roots.add_all(outputs.values().chain([request.drv_path]))?;
-        let paths: BTreeSet<StorePath> = outputs.values().cloned().collect();
+        let wanted = Wanted { known, key };
         loop {
-            if self.store.valid_paths(&paths)?.len() == paths.len() {
-                return Ok(finished(BuildStatus::AlreadyValid, &outputs));
+            if let Some(paths) = self.made_before(&wanted, request.roots)? {
+                return Ok(finished(BuildStatus::AlreadyValid, paths));
             }
             let identity = Identity {
                 drv_path: request.drv_path.clone(),
                 drv: drv.clone(),
                 options: request.options.clone(),
             };
-            let result = match self.running.enter(identity, paths.clone(), request.log)? {
-                Entry::Own(own) => Some(self.build_own(request, own, &outputs)),
+            let entry = match kind {
+                // Whoever asks for one of these wants a new one.
+                DerivationType::Impure => self.running.enter_alone(identity, request.log)?,
+                _ => {
+                    let names = targets::lock_names(request.drv_path, &wanted.known);
+                    self.running.enter(identity, names, request.log)?
+                }
+            };
+            let result = match entry {
+                Entry::Own(own) => Some(self.build_own(request, own, &wanted)),
                 Entry::Joined(joined) => self.await_other(request, &joined)?,
             };
             if let Some(result) = result {
@@ -145,26 +175,58 @@ impl Builder {
         }
     }
 
+    /// All outputs, if they are valid and where that is known. They are kept from the collector then.
+    fn made_before(&self, wanted: &Wanted, roots: &TempRoots) -> Result<Option<Paths>, Error> {
+        let known = wanted.known.iter().map(|(name, path)| Some((name.clone(), path.clone()?)));
+        let paths = match (known.collect::<Option<Paths>>(), &wanted.key) {
+            (Some(known), _) => known,
+            (None, Some(key)) => match self.realised.get(key) {
+                Some(made) => made,
+                None => return Ok(None),
+            },
+            (None, None) => return Ok(None),
+        };
+        Ok(self.all_valid(&paths, roots)?.then_some(paths))
+    }
+
+    /// Whether all are valid, and stay so for as long as `roots` are held.
+    fn all_valid(&self, paths: &Paths, roots: &TempRoots) -> Result<bool, Error> {
+        roots.add_all(paths.values())?;
+        let paths: BTreeSet<StorePath> = paths.values().cloned().collect();
+        Ok(self.store.valid_paths(&paths)?.len() == paths.len())
+    }
+
+    fn remember(&self, wanted: &Wanted, paths: &Paths) {
+        if let Some(key) = wanted.key {
+            self.realised.insert(key, paths.clone());
+        }
+    }
+
     /// Builds for this session and whoever joins it.
-    fn build_own(
-        &self,
-        request: &Request<'_>,
-        own: Own,
-        outputs: &BTreeMap<OutputName, StorePath>,
-    ) -> BuildResult {
+    fn build_own(&self, request: &Request<'_>, own: Own, wanted: &Wanted) -> BuildResult {
         let start = now();
         let (shared, linger) = (own.shared.clone(), self.settings.linger);
         let (log, interest) = (shared.log(), Interest::new(request.cancel, &shared, linger));
         let result = Attributes::parse(request.drv).and_then(|attributes| {
             let kind = self.accept(request.drv_path, request.drv, &attributes)?;
             let (drv_path, drv, options) = (request.drv_path, request.drv, request.options);
-            let (attributes, interest) = (&attributes, &interest);
-            let attempt =
-                Attempt { builder: self, drv_path, drv, kind, attributes, options, outputs, log, interest };
+            let (attributes, roots, interest) = (&attributes, request.roots, &interest);
+            let attempt = Attempt {
+                builder: self,
+                drv_path,
+                drv,
+                kind,
+                attributes,
+                options,
+                wanted,
+                roots,
+                log,
+                interest,
+            };
             attempt.run()
         });
         let mut result = match result {
-            Ok(status) => finished(status, outputs),
+            Ok((status, paths)) => finished(status, paths),
             Err(error) => {
                 if !matches!(error, Error::Verdict { .. }) {
                     log.note(&format!("{}: {error}", error.category()));
@@ -191,16 +253,17 @@ impl Builder {
             return Err(Error::gone());
         }
         joined.log().flush(&|| request.cancel.is_cancelled());
-        Ok(joined.result())
+        let Some(result) = joined.result() else { return Ok(None) };
+        // The builder's session may have ended, and taken its hold on the outputs with it.
+        let built = result.built_outputs.iter().map(|(name, built)| (name.clone(), built.path.clone()));
+        Ok(self.all_valid(&built.collect(), request.roots)?.then_some(result))
     }
 }
 
 /// A success, with all outputs.
-fn finished(status: BuildStatus, outputs: &BTreeMap<OutputName, StorePath>) -> BuildResult {
-    let built = |(name, path): (&OutputName, &StorePath)| {
-        (name.clone(), BuiltOutput { path: path.clone(), signatures: Vec::new() })
-    };
-    BuildResult { built_outputs: outputs.iter().map(built).collect(), ..BuildResult::new(status) }
+fn finished(status: BuildStatus, paths: Paths) -> BuildResult {
+    let built = |(name, path)| (name, BuiltOutput { path, signatures: Vec::new() });
+    BuildResult { built_outputs: paths.into_iter().map(built).collect(), ..BuildResult::new(status) }
 }
 
 fn now() -> u64 {

@@ -16,8 +16,11 @@ use crate::error::Error;
 /// All builds of this process, by their outputs. Clones are one.
 #[derive(Clone, Default)]
 pub(crate) struct Registry {
-    builds: Arc<Mutex<BTreeMap<BTreeSet<StorePath>, Arc<Shared>>>>,
+    builds: Arc<Mutex<BTreeMap<Outputs, Arc<Shared>>>>,
 }
+
+/// The names of a build's locks: see [`super::targets::lock_names`].
+type Outputs = BTreeSet<String>;
 
 /// What makes two requests the same. The limits count too: who joins a build gets its end.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -55,7 +58,7 @@ pub(crate) enum Entry {
 pub(crate) struct Own {
     pub shared: Arc<Shared>,
     registry: Registry,
-    outputs: BTreeSet<StorePath>,
+    outputs: Outputs,
     /// False where another build has these outputs that differs in something else: the locks decide between them.
     registered: bool,
 }
@@ -67,12 +70,7 @@ pub(crate) struct Joined {
 
 impl Registry {
     /// Joins a build that is the same to the last option, or begins one.
-    pub(crate) fn enter(
-        &self,
-        identity: Identity,
-        outputs: BTreeSet<StorePath>,
-        log: &Log,
-    ) -> Result<Entry, Error> {
+    pub(crate) fn enter(&self, identity: Identity, outputs: Outputs, log: &Log) -> Result<Entry, Error> {
         let mut builds = lock(&self.builds);
         let present = builds.get(&outputs);
         if let Some(shared) = present.filter(|shared| shared.identity == identity) {
@@ -87,6 +85,12 @@ impl Registry {
             builds.insert(outputs.clone(), Arc::clone(&shared));
         }
         Ok(Entry::Own(Own { shared, registry: self.clone(), outputs, registered }))
+    }
+
+    /// Begins a build that nobody can join, since each one is to make its own.
+    pub(crate) fn enter_alone(&self, identity: Identity, log: &Log) -> Result<Entry, Error> {
+        let shared = Arc::new(Shared::new(identity, log)?);
+        Ok(Entry::Own(Own { shared, registry: self.clone(), outputs: Outputs::new(), registered: false }))
     }
 }
 
@@ -192,7 +196,7 @@ mod tests {
 
     fn enter(registry: &Registry, timeout: u64) -> Entry {
         let identity = identity(timeout);
-        let outputs = [identity.drv_path.clone()].into();
+        let outputs = [identity.drv_path.to_string()].into();
         registry.enter(identity, outputs, &Log::to(std::io::sink())).unwrap()
     }
 
@@ -216,6 +220,17 @@ mod tests {
         drop(second);
         assert!(matches!(enter(&registry, 0), Entry::Joined(_)), "the first one still runs");
         drop(first);
+    }
+
+    #[test]
+    fn what_is_entered_alone_is_not_joined() {
+        let registry = Registry::default();
+        let log = Log::to(std::io::sink());
+        let Entry::Own(alone) = registry.enter_alone(identity(0), &log).unwrap() else {
+            panic!("it is alone")
+        };
+        assert!(matches!(enter(&registry, 0), Entry::Own(_)));
+        drop(alone);
     }
 
     #[test]

@@ -28,15 +28,22 @@ pub fn dump(path: &Path, output: &mut dyn Write) -> Result<u64, Error> {
     dump_in(parent.as_fd(), name, path, output)
 }
 
-/// Has `read` read the NAR of the tree at `path`, which another thread packs meanwhile. What it leaves unread does not
-/// matter; what the packing fails of does, since it then has read a piece only.
+/// Has `read` read the NAR of the tree at `path`. See [`with_stream`].
 pub fn with_nar<T>(path: &Path, read: impl FnOnce(&mut dyn Read) -> T) -> Result<T, Error> {
-    let pipe = || io::pipe().map_err(Error::io("make a pipe for", path));
-    let (reader, writer) = pipe()?;
+    with_stream(|output| dump(path, output).map(drop), read)
+}
+
+/// Has `read` read what `write` writes meanwhile in another thread. What is left unread does not matter; what the
+/// writing fails of does, since `read` then has read a piece only.
+pub fn with_stream<T>(
+    write: impl FnOnce(&mut dyn Write) -> Result<(), Error> + Send,
+    read: impl FnOnce(&mut dyn Read) -> T,
+) -> Result<T, Error> {
+    let (reader, writer) = io::pipe().map_err(Error::io("make", "a pipe"))?;
     std::thread::scope(|scope| {
         let packer = scope.spawn(move || {
             let mut writer = BufWriter::with_capacity(PIPE_STEP, writer);
-            dump(path, &mut writer)?;
+            write(&mut writer)?;
             writer.flush().map_err(|source| failed(drover_nix::Error::NarIo { act: "write", source }))
         });
         let mut reader = BufReader::with_capacity(PIPE_STEP, reader);

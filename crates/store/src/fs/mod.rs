@@ -24,7 +24,7 @@ use crate::Error;
 pub use canonicalise::{SeenInodes, canonicalise};
 pub use delete::delete;
 pub(crate) use delete::{Freed, delete_counting};
-pub use dump::{dump, with_nar};
+pub use dump::{dump, with_nar, with_stream};
 pub(crate) use dump::{dump_in, dump_to};
 pub(crate) use restore::{Destination, restore_exactly};
 pub use restore::{Restored, restore};
