@@ -4,6 +4,8 @@
 
 mod common;
 
+use std::time::{Duration, Instant};
+
 use common::{Builder, User, out};
 use drover_serve::BuildStatus;
 
@@ -111,4 +113,151 @@ fn shared_memory_and_terminals() {
           test -t 1 || echo file; test -t 2 && echo tty) > $out",
         "x\nptmx\n1777\nfile\ntty",
     );
+}
+
+/// Starts a process that outlives its parents' groups, sessions and signals, and says its marker in its command line.
+fn survivor(marker: &str) -> String {
+    // By way of a process that goes at once, so that nothing in the build is its parent.
+    format!(
+        "(setsid sh -c 'trap \"\" HUP TERM INT; sleep {marker}; sleep {marker}' </dev/null >/dev/null 2>&1 &) &"
+    )
+}
+
+/// Whether any process of this machine has this word in its command line, and what it is if so.
+fn found(marker: &str) -> Option<String> {
+    let processes = std::fs::read_dir("/proc").unwrap().flatten().map(|entry| entry.path());
+    let mut lines = processes.filter_map(|path| {
+        let line = String::from_utf8_lossy(&std::fs::read(path.join("cmdline")).ok()?).replace('\0', " ");
+        line.contains(marker).then(|| format!("{}: {line}", path.display()))
+    });
+    lines.next()
+}
+
+/// The answer comes when all is dead.
+fn nothing_survives(builder: &mut Builder, marker: &str) {
+    let script = format!(
+        "{}\nuntil ps -o args | grep -v grep | grep -q '^sleep {marker}'; do :; done; echo done > $out",
+        survivor(marker)
+    );
+    let drv = builder.derivation(&script);
+    let result = builder.build(&drv, &Default::default());
+    assert_eq!(result.status, BuildStatus::Built, "{} {}", result.error_message, builder.log());
+    assert_eq!(found(marker), None);
+}
+
+#[test]
+fn what_a_build_leaves_running_is_killed() {
+    nothing_survives(&mut Builder::start(User::Current), "8643001");
+    nothing_survives(&mut Builder::start(User::Ordinary), "8643002");
+}
+
+#[test]
+fn the_kernel_would_kill_a_build_before_its_server() {
+    for user in [User::Current, User::Ordinary] {
+        let mut builder = Builder::start(user);
+        let before: i32 =
+            score(&std::fs::read_to_string(format!("/proc/{}/oom_score_adj", builder.child.id())).unwrap());
+        let drv = builder.derivation("cat /proc/self/oom_score_adj > $out");
+        assert_eq!(builder.build(&drv, &Default::default()).status, BuildStatus::Built);
+        let within = score(&std::fs::read_to_string(builder.store_file(&out(&drv))).unwrap());
+        assert_eq!(within, (before + 100).min(1000));
+    }
+}
+
+fn score(text: &str) -> i32 {
+    text.trim().parse().unwrap()
+}
+
+#[test]
+fn builds_for_32_bits_are_told_so() {
+    for user in [User::Current, User::Ordinary] {
+        let mut builder = Builder::start_with(user, &["--extra-platforms", "i686-linux"]);
+        let mut drv = builder.derivation("uname -m > $out");
+        drv.system = "i686-linux".into();
+        let result = builder.build(&drv, &Default::default());
+        assert_eq!(result.status, BuildStatus::Built, "{} {}", result.error_message, builder.log());
+        assert_eq!(std::fs::read_to_string(builder.store_file(&out(&drv))).unwrap(), "i686\n");
+    }
+}
+
+/// Whether this machine lets us have a pod with more than one id in it.
+fn is_root() -> bool {
+    rustix::process::geteuid().is_root()
+}
+
+#[test]
+fn a_pod_that_cannot_nest_is_refused_unless_the_rung_is_allowed() {
+    let mut builder = Builder::start_in_pod(&[]);
+    let result = builder.run("echo > $out");
+    assert_eq!(result.status, BuildStatus::MiscFailure, "{}", builder.log());
+    let why = &result.error_message;
+    let mut parts = vec!["must be `nested` or stronger", "mount a fresh /proc", "procMount: Unmasked"];
+    parts.extend(if is_root() {
+        &["`pod` is the strongest that works", "--sandbox pod", "sandbox: Pod"][..]
+    } else {
+        &["none works here", "cannot change ids"]
+    });
+    for part in parts {
+        assert!(why.contains(part), "no {part:?} in {why}");
+    }
+    // It stays so, and nothing was built.
+    assert_eq!(builder.run("echo again > $out").error_message, *why);
+}
+
+#[test]
+fn the_pod_as_the_sandbox() {
+    let mut builder = Builder::start_in_pod(&["--sandbox", "pod"]);
+    let script = "(id -u; id -g; pwd; echo $NIX_BUILD_TOP; umask; cat /proc/sys/kernel/ostype; \
+         grep -E '^(Groups|CapInh|CapPrm|CapEff|CapAmb|NoNewPrivs|Seccomp):' /proc/self/status; ls /proc/self/fd | wc -l; \
+         echo x > /tmp/f && cat /tmp/f; echo y > f && mv f /tmp/g && cat /tmp/g; \
+         touch f; chmod 4755 f 2>&1 | grep -c 'not permitted'; \
+         cd /nix/store/*-tools; touch bin/x || echo touch; rm bin/sh || echo rm; \
+         ls /nix/var || echo state; cat /nix/var/nix/db/db.sqlite || echo database; ls /usr || echo usr; \
+         ls / || echo root; echo x > /etc/passwd || echo etc; kill -9 1 || echo kill; cat /proc/1/environ || echo environ; \
+         nc 127.0.0.1 9 2>&1 | grep -c 'Address family not supported') 2>/dev/null > $out\ntrue";
+    let drv = builder.derivation(script);
+    let result = builder.build(&drv, &Default::default());
+    if !is_root() {
+        assert!(result.error_message.contains("cannot change ids"), "{}", result.error_message);
+        return;
+    }
+    assert_eq!(result.status, BuildStatus::Built, "{} {}", result.error_message, builder.log());
+    let expected = "30001\n30000\n/build\n/build\n0022\nLinux\nGroups:\t \nCapInh:\t0000000000000000\nCapPrm:\t0000000000000000\n\
+         CapEff:\t0000000000000000\nCapAmb:\t0000000000000000\nNoNewPrivs:\t1\nSeccomp:\t2\n4\nx\ny\n1\ntouch\nrm\nstate\n\
+         database\nusr\nroot\netc\nkill\nenviron\n1\n";
+    assert_eq!(std::fs::read_to_string(builder.store_file(&out(&drv))).unwrap(), expected);
+
+    // There is no second build, and the first one's outputs stay.
+    let again = builder.run("echo second > $out");
+    assert_eq!(again.status, BuildStatus::MiscFailure);
+    assert!(again.error_message.contains("Start another builder"), "{}", again.error_message);
+    assert_eq!(builder.build(&drv, &Default::default()).status, BuildStatus::AlreadyValid);
+}
+
+#[test]
+fn what_a_build_leaves_running_in_the_pod_is_killed() {
+    if is_root() {
+        nothing_survives(&mut Builder::start_in_pod(&["--sandbox", "pod"]), "8643003");
+        return;
+    }
+    // Builds have ids of their own there or are refused: what is left running cannot be told apart otherwise.
+    let result = Builder::start_in_pod(&["--sandbox", "pod"]).run("echo > $out");
+    assert!(result.error_message.contains("cannot change ids"), "{}", result.error_message);
+}
+
+#[test]
+fn a_build_in_the_pod_that_is_too_slow_is_killed_with_all_that_it_started() {
+    let mut builder = Builder::start_in_pod(&["--sandbox", "pod"]);
+    let marker = "8643004";
+    let script = format!("{}\nwhile :; do :; done", survivor(marker));
+    let options = drover_serve::BuildOptions { timeout_seconds: 1, ..Default::default() };
+    let begin = Instant::now();
+    let result = builder.run_with(&script, &options);
+    if !is_root() {
+        assert!(result.error_message.contains("cannot change ids"), "{}", result.error_message);
+        return;
+    }
+    assert_eq!(result.status, BuildStatus::TimedOut, "{}", result.error_message);
+    assert!(begin.elapsed() < Duration::from_secs(30));
+    assert_eq!(found(marker), None);
 }

@@ -19,10 +19,13 @@ use super::log::BuildLog;
 use super::scratch::{BUILD_DIR, Scratch};
 use super::supervise::Limits;
 use super::targets::Paths;
-use super::{Builder, Wanted, builtins, confine, env, graph, locks, outputs, supervise, targets, verdict};
+use super::{
+    Builder, Wanted, bare, builtins, confine, env, graph, locks, outputs, supervise, targets, verdict,
+};
 use crate::error::Error;
 use crate::sandbox::launch;
 use crate::sandbox::plan::{Command, Layout, Program};
+use crate::sandbox::rungs::Rung;
 
 /// How often a uid is looked for when all are in use, which no lock tells.
 const RETRY: Duration = Duration::from_millis(200);
@@ -97,15 +100,14 @@ impl Attempt<'_> {
             },
             graphs: &graphs,
         })?;
-        let mut scratch = Scratch::create(store.layout(), self.drv_path, &ids)?;
+        let mut scratch = self.scratch(rung, &ids, &outputs, valid)?;
         for (name, contents) in &prepared.files {
             scratch.build_file(name, contents)?;
         }
         let made: BTreeSet<&StorePath> = outputs.values().collect();
         let visible = inputs.iter().filter(|path| !made.contains(path));
-        let layout = self.layout(&scratch, &ids, visible)?;
         let command = self.command(prepared.command, &outputs)?;
-        let plan = confine::nested(rung, &layout, &ids, command);
+        let plan = self.plan(rung, &scratch, &ids, visible, command)?;
         let seconds = |seconds: u64| (seconds > 0).then(|| Duration::from_secs(seconds));
         let limits = Limits {
             timeout: seconds(options.timeout_seconds),
@@ -116,7 +118,11 @@ impl Attempt<'_> {
         let watch = Watch::begin(&builder.company);
         let running = launch::start(&plan, ids.foreign()).map_err(Error::system("start the sandbox"))?;
         self.interest.runs();
-        let (end, tail) = supervise::supervise(running, &limits, self.log, self.interest)?;
+        let ended = supervise::supervise(running, &limits, self.log, self.interest);
+        if rung == Rung::Pod {
+            bare::take_outputs(store, &scratch, &outputs)?;
+        }
+        let (end, tail) = ended?;
         let evidence = watch.end(store.layout());
         let result = match verdict::failure(&dir.full(self.drv_path), kind, &end, &tail, &evidence) {
             None => outputs::Finished {
@@ -174,7 +180,7 @@ impl Attempt<'_> {
     }
 
     /// Makes the mount points of the inputs and says what goes where.
-    fn layout<'a>(
+    pub(super) fn layout<'a>(
         &self,
         scratch: &Scratch,
         ids: &BuildIds,

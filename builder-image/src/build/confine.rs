@@ -1,10 +1,17 @@
 //! Which sandbox a build gets: the rung of the ladder that this program stands on, and what follows from it for the plan of
 //! a build. What a rung is made of is `crate::sandbox`'s.
 
+use std::collections::BTreeSet;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock};
 
-use super::Builder;
+use drover_nix::StorePath;
+
+use super::attempt::Attempt;
 use super::ids::BuildIds;
+use super::scratch::{BUILD_DIR, Scratch};
+use super::targets::Paths;
+use super::{Builder, bare};
 use crate::error::Error;
 use crate::sandbox::plan::{
     self, Birth, Command, INSIDE_GID, INSIDE_UID, IdMap, Isolation, Layout, Namespaces, Plan,
@@ -15,6 +22,8 @@ use crate::sandbox::rungs::{self, Rung};
 #[derive(Clone, Default)]
 pub(super) struct Ladder {
     found: Arc<OnceLock<Result<Rung, String>>>,
+    /// The one build of [`Rung::Pod`] has begun.
+    pub(super) spent: Arc<AtomicBool>,
 }
 
 impl Builder {
@@ -22,14 +31,58 @@ impl Builder {
     pub(crate) fn rung(&self) -> Result<Rung, Error> {
         let find = || {
             let settings = &self.settings;
-            rungs::find(settings.sandbox, settings.ids, &|| Err("it is not there yet".into()))
+            rungs::find(settings.sandbox, settings.ids, &|| self.could_build_bare())
         };
         self.ladder.found.get_or_init(find).clone().map_err(|why| Error::Sandbox { why })
     }
 }
 
+impl Attempt<'_> {
+    /// The directories that a build has at this rung.
+    pub(super) fn scratch(
+        &self,
+        rung: Rung,
+        ids: &BuildIds,
+        outputs: &Paths,
+        valid: &BTreeSet<StorePath>,
+    ) -> Result<Scratch, Error> {
+        let mut place = None;
+        if rung == Rung::Pod {
+            if !valid.is_empty() {
+                let why = "some of its outputs are in this store already, and at the sandbox rung `pod` a build makes all of \
+                           them or none. Start a builder without them";
+                return Err(Error::Sandbox { why: why.into() });
+            }
+            bare::claim(&self.builder.ladder.spent)?;
+            // Left behind by a build that nobody finished.
+            for path in outputs.values() {
+                drover_store::fs::delete(&self.builder.store.real_path(path))?;
+            }
+            place = Some(BUILD_DIR.into());
+        }
+        Scratch::create(self.builder.store.layout(), self.drv_path, ids, place)
+    }
+
+    /// How the build is made: with `visible` of its store, and `command` at its end.
+    pub(super) fn plan<'a>(
+        &self,
+        rung: Rung,
+        scratch: &Scratch,
+        ids: &BuildIds,
+        visible: impl Iterator<Item = &'a StorePath>,
+        command: Command,
+    ) -> Result<Plan, Error> {
+        if rung == Rung::Pod {
+            let (system, network) = (self.drv.system.to_string(), !self.kind.is_sandboxed());
+            return bare::plan(self.builder, ids, &system, network, command);
+        }
+        let layout = self.layout(scratch, ids, visible)?;
+        Ok(nested(rung, &layout, ids, command))
+    }
+}
+
 /// The plan of a build in namespaces.
-pub(super) fn nested(rung: Rung, layout: &Layout, ids: &BuildIds, command: Command) -> Plan {
+fn nested(rung: Rung, layout: &Layout, ids: &BuildIds, command: Command) -> Plan {
     let namespaces = Namespaces {
         private_network: layout.private_network,
         admin: rung == Rung::NestedAdmin,

@@ -4,13 +4,14 @@
 //! who wants it ([`cancel`]), what was made of it before ([`realised`]), whether it can be built here ([`accept`]), the one
 //! attempt ([`attempt`]): where its outputs go ([`targets`]), locks ([`locks`]), ids ([`ids`]), directories ([`scratch`],
 //! [`root`], [`skeleton`]), what the builder sees ([`attrs`], [`graph`], [`env`], [`builtins`]), the sandbox ([`confine`],
-//! `crate::sandbox`), the watch over it ([`supervise`], [`log`]); how it ended ([`evidence`], [`verdict`]) and what becomes
+//! [`bare`], `crate::sandbox`), the watch over it ([`supervise`], [`log`]); how it ended ([`evidence`], [`verdict`]) and what becomes
 //! of its outputs ([`outputs`],
 //! [`checks`]). Nothing here speaks a protocol.
 
 mod accept;
 mod attempt;
 mod attrs;
+mod bare;
 mod builtins;
 pub(crate) mod cancel;
 mod checks;

@@ -21,19 +21,27 @@ pub(crate) const BUILD_DIR: &str = "/build";
 pub(crate) struct Scratch {
     parent: PathBuf,
     top: PathBuf,
+    /// Where the build directory is, if not in `top`.
+    place: Option<PathBuf>,
     owner: Option<(u32, u32)>,
     keep: bool,
 }
 
 impl Scratch {
     /// Makes all. Whoever calls this has the locks of the derivation's outputs, so a tree that is there is a dead one's.
-    pub(crate) fn create(layout: &StoreLayout, drv_path: &StorePath, ids: &BuildIds) -> Result<Self, Error> {
+    /// The build directory is at `place` if one is given, which has to be absent or empty, in a directory of nobody else's.
+    pub(crate) fn create(
+        layout: &StoreLayout,
+        drv_path: &StorePath,
+        ids: &BuildIds,
+        place: Option<PathBuf>,
+    ) -> Result<Self, Error> {
         static COUNTER: AtomicU64 = AtomicU64::new(0);
         let parent = layout.real_store_dir.join(format!("{drv_path}.chroot"));
         let builds = layout.state_dir.join("builds");
         let number = COUNTER.fetch_add(1, Ordering::Relaxed);
         let top = builds.join(format!("nix-{}-{number}", std::process::id()));
-        let scratch = Self { parent, top, owner: ids.foreign(), keep: false };
+        let scratch = Self { parent, top, place, owner: ids.foreign(), keep: false };
         for dir in [&scratch.parent, &scratch.top] {
             // Directories that have to be there, and those that must not be, are rare: look when it does not work.
             if make_dir(dir, 0o700).is_err() {
@@ -53,7 +61,7 @@ impl Scratch {
 
     /// Outside what [`BUILD_DIR`] is inside.
     pub(crate) fn build_dir(&self) -> PathBuf {
-        self.top.join("build")
+        self.place.clone().unwrap_or_else(|| self.top.join("build"))
     }
 
     /// Outside what `/tmp` is inside.
@@ -115,7 +123,18 @@ impl Scratch {
             std::os::unix::fs::chown(path, uid, Some(gid)).map_err(Error::file("change the owner of", path))
         };
         make_dir(&self.store(), 0o755)?;
-        make_dir(&self.build_dir(), 0o700)?;
+        if let Some(place) = &self.place {
+            // One that cannot be removed may be a mount, and serve if it is empty.
+            match fs::remove_dir(place) {
+                Err(error) if error.kind() == std::io::ErrorKind::ResourceBusy => set_mode(place, 0o700)?,
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(Error::file("make the build directory", place)(error));
+                }
+                _ => make_dir(place, 0o700)?,
+            }
+        } else {
+            make_dir(&self.build_dir(), 0o700)?;
+        }
         make_dir(&self.tmp(), 0o1777)?;
         if let Some((uid, gid)) = self.owner {
             chown(&self.store(), None, gid)?;
@@ -130,7 +149,10 @@ impl Drop for Scratch {
         // What is left behind is deleted by the next build of this derivation or by the next collection.
         let _left_behind = delete_all(&self.parent, &[self.store()]);
         if !self.keep {
-            let _left_behind = delete_all(&self.top, &[self.build_dir(), self.tmp()]);
+            if let Some(place) = &self.place {
+                let _left_behind = delete_all(place, &[]);
+            }
+            let _left_behind = delete_all(&self.top, &[self.top.join("build"), self.tmp()]);
         }
     }
 }

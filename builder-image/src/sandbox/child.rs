@@ -19,6 +19,7 @@ use super::kernel::Parent as _;
 use super::launch::{self, Report};
 use super::linux;
 use super::linux::Linux;
+use super::linux_parent;
 use super::plan::{Birth, Command, Isolation, Step};
 use super::refusal::refusal;
 use super::run::run;
@@ -83,7 +84,7 @@ fn serve(groups: &io::Result<()>) -> io::Result<()> {
             }
             if let_go && !build.killed {
                 build.was_ending = linux::is_ending(build.pid);
-                process::pidfd_send_signal(&build.pidfd, Signal::KILL)?;
+                build.kill()?;
                 build.killed = true;
             }
             left.push(build);
@@ -170,6 +171,17 @@ fn spawn(
 }
 
 impl Build {
+    fn kill(&self) -> io::Result<()> {
+        match self.isolation {
+            // Whoever made a user namespace may kill in it, with it all.
+            Isolation::Nested(_) | Isolation::Trial => {
+                Ok(process::pidfd_send_signal(&self.pidfd, Signal::KILL)?)
+            }
+            // Of foreign ids only who has them may.
+            Isolation::Uid(uid) => linux_parent::kill_as(uid),
+        }
+    }
+
     /// Reports the end of a process that has ended.
     fn reap(self) {
         // Process 1 of a namespace: once it is reaped, the kernel has killed and reaped everything in there.

@@ -78,8 +78,8 @@ impl Kernel for Recorder {
     fn no_new_privileges(&mut self) -> io::Result<()> {
         self.act("no new privileges")
     }
-    fn filter_syscalls(&mut self) -> io::Result<()> {
-        self.act("filter")
+    fn filter_syscalls(&mut self, network: bool) -> io::Result<()> {
+        self.act(if network { "filter" } else { "filter, no network" })
     }
     fn scope_sockets(&mut self) -> io::Result<()> {
         self.act("scope")
@@ -162,6 +162,7 @@ pub(crate) fn bare_layout() -> BareLayout {
         store_dir: "/nix/store".into(),
         build_dir: "/build".into(),
         readable: vec!["/bin".into()],
+        network: false,
         linux32: false,
         uid: 30_001,
         gid: 30_000,
@@ -185,7 +186,7 @@ pub(crate) fn every_step() -> Vec<Step> {
         Step::CgroupNamespace,
         Step::PivotRoot { root: "/a".into() },
         Step::NoNewPrivileges,
-        Step::FilterSyscalls,
+        Step::FilterSyscalls { network: true },
         Step::ScopeSockets,
         Step::ConfineFiles { writable: vec![], readable: vec![] },
         Step::Personality { linux32: true },
@@ -213,7 +214,7 @@ pub(crate) fn every_step() -> Vec<Step> {
             | Step::CgroupNamespace
             | Step::PivotRoot { .. }
             | Step::NoNewPrivileges
-            | Step::FilterSyscalls
+            | Step::FilterSyscalls { .. }
             | Step::ScopeSockets
             | Step::ConfineFiles { .. }
             | Step::Personality { .. }

@@ -29,7 +29,7 @@ pub(crate) trait Kernel {
     fn cgroup_namespace(&mut self) -> io::Result<()>;
     fn pivot_root(&mut self, root: &Path) -> io::Result<()>;
     fn no_new_privileges(&mut self) -> io::Result<()>;
-    fn filter_syscalls(&mut self) -> io::Result<()>;
+    fn filter_syscalls(&mut self, network: bool) -> io::Result<()>;
     fn scope_sockets(&mut self) -> io::Result<()>;
     fn confine_files(&mut self, writable: &[PathBuf], readable: &[PathBuf]) -> io::Result<()>;
     fn personality(&mut self, linux32: bool) -> io::Result<()>;

@@ -103,8 +103,8 @@ impl Kernel for Linux {
         Ok(thread::set_no_new_privs(true)?)
     }
 
-    fn filter_syscalls(&mut self) -> io::Result<()> {
-        seccompiler::apply_filter(&seccomp::program()).map_err(io::Error::other)
+    fn filter_syscalls(&mut self, network: bool) -> io::Result<()> {
+        seccompiler::apply_filter(&seccomp::program(network)).map_err(io::Error::other)
     }
 
     fn scope_sockets(&mut self) -> io::Result<()> {

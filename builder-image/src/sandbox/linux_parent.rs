@@ -102,7 +102,7 @@ fn without_admin<T>(act: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
 
 /// Kills every process of `uid`, at once: the kernel lets none of them fork away meanwhile (Nix: processes.cc, killUser).
 #[allow(unsafe_code)]
-fn kill_as(uid: u32) -> io::Result<()> {
+pub(super) fn kill_as(uid: u32) -> io::Result<()> {
     const DONE: i32 = 0;
     let Some(child) = clone(0)? else {
         // A process of that id may signal these only, so it cannot hit anything else.

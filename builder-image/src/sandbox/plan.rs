@@ -54,8 +54,11 @@ pub(crate) enum Step {
         root: PathBuf,
     },
     NoNewPrivileges,
-    /// Forbids set-user-ID files, extended attributes and access control lists.
-    FilterSyscalls,
+    /// Forbids set-user-ID files, extended attributes and access control lists; where no namespace keeps the network away,
+    /// sockets of the network as well.
+    FilterSyscalls {
+        network: bool,
+    },
     /// Keeps the build from abstract sockets outside (Landlock, where the kernel has it).
     ScopeSockets,
     /// Leaves it no files but those at and below these (Landlock, where the kernel has it), for a build without a root
@@ -180,7 +183,6 @@ pub(crate) struct Layout {
     pub cgroup: bool,
 }
 
-#[allow(dead_code)] // until builds stand on that rung
 /// What the steps of a build depend on that has no file system of its own.
 #[derive(Clone, Debug)]
 pub(crate) struct BareLayout {
@@ -188,6 +190,8 @@ pub(crate) struct BareLayout {
     pub build_dir: PathBuf,
     /// What else it may read: programs and configuration that every build expects.
     pub readable: Vec<PathBuf>,
+    /// It may use the pod's network.
+    pub network: bool,
     pub linux32: bool,
     pub uid: u32,
     pub gid: u32,
@@ -226,7 +230,8 @@ pub(crate) fn build_steps(layout: &Layout) -> Vec<Step> {
     steps.extend([
         Step::PivotRoot { root: layout.root.clone() },
         Step::NoNewPrivileges,
-        Step::FilterSyscalls,
+        // The namespace is what keeps the network away.
+        Step::FilterSyscalls { network: true },
         Step::ScopeSockets,
         Step::Personality { linux32: layout.linux32 },
         Step::ChangeDir { path: layout.build_dir.clone() },
@@ -239,7 +244,6 @@ pub(crate) fn build_steps(layout: &Layout) -> Vec<Step> {
     steps
 }
 
-#[allow(dead_code)] // until builds stand on that rung
 /// The steps of a build whose sandbox is the pod. What is not the pod's doing is given up as in every build.
 pub(crate) fn bare_steps(layout: &BareLayout) -> Vec<Step> {
     let mut writable = vec![layout.store_dir.clone(), layout.build_dir.clone()];
@@ -249,7 +253,7 @@ pub(crate) fn bare_steps(layout: &BareLayout) -> Vec<Step> {
         Step::DieWithParent,
         Step::OomFirst,
         Step::NoNewPrivileges,
-        Step::FilterSyscalls,
+        Step::FilterSyscalls { network: layout.network },
         Step::ScopeSockets,
         Step::ConfineFiles { writable, readable: layout.readable.clone() },
         Step::Personality { linux32: layout.linux32 },
@@ -269,7 +273,7 @@ pub(crate) fn bare_probe_steps(uid: u32, gid: u32) -> Vec<Step> {
         Step::DieWithParent,
         Step::OomFirst,
         Step::NoNewPrivileges,
-        Step::FilterSyscalls,
+        Step::FilterSyscalls { network: true },
         Step::ScopeSockets,
         Step::Ids { uid, gid },
         Step::Exit,
@@ -289,7 +293,7 @@ pub(crate) fn probe_steps(scratch: &Path) -> Vec<Step> {
         Step::Bind { source: scratch.to_owned(), target: scratch.to_owned() },
         Step::MountProc { target: scratch.to_owned() },
         Step::NoNewPrivileges,
-        Step::FilterSyscalls,
+        Step::FilterSyscalls { network: true },
         Step::Ids { uid: INSIDE_UID, gid: INSIDE_GID },
         Step::Exit,
     ]
@@ -334,7 +338,7 @@ mod tests {
             })
             .unwrap();
         let ids = position(&steps, |s| matches!(s, Step::Ids { .. }));
-        let filter = position(&steps, |s| *s == Step::FilterSyscalls);
+        let filter = position(&steps, |s| matches!(s, Step::FilterSyscalls { .. }));
         let privileges = position(&steps, |s| *s == Step::NoNewPrivileges);
         assert!(
             position(&steps, |s| *s == Step::PrivateMounts)

@@ -41,7 +41,7 @@ impl Step {
             Self::CgroupNamespace => "make a control group namespace (unshare CLONE_NEWCGROUP)".into(),
             Self::PivotRoot { root } => format!("make {} the root directory (pivot_root)", root.display()),
             Self::NoNewPrivileges => "give up new privileges (prctl PR_SET_NO_NEW_PRIVS)".into(),
-            Self::FilterSyscalls => "install the system call filter (seccomp)".into(),
+            Self::FilterSyscalls { .. } => "install the system call filter (seccomp)".into(),
             Self::ScopeSockets => "keep abstract sockets apart (landlock_restrict_self)".into(),
             Self::ConfineFiles { .. } => "confine the build to its files (landlock_restrict_self)".into(),
             Self::Personality { linux32: true } => {
@@ -82,7 +82,7 @@ impl Step {
             Self::PivotRoot { .. } => {
                 "pivot_root is forbidden by a seccomp profile, or the machine runs from an initramfs: leave seccompProfile unset"
             }
-            Self::NoNewPrivileges | Self::FilterSyscalls => {
+            Self::NoNewPrivileges | Self::FilterSyscalls { .. } => {
                 "The kernel needs CONFIG_SECCOMP_FILTER, and no outer seccomp profile may forbid prctl and seccomp"
             }
             Self::ScopeSockets | Self::ConfineFiles { .. } => {

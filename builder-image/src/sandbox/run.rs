@@ -30,7 +30,7 @@ pub(crate) fn run(
             Step::CgroupNamespace => kernel.cgroup_namespace(),
             Step::PivotRoot { root } => kernel.pivot_root(root),
             Step::NoNewPrivileges => kernel.no_new_privileges(),
-            Step::FilterSyscalls => kernel.filter_syscalls(),
+            Step::FilterSyscalls { network } => kernel.filter_syscalls(*network),
             Step::ScopeSockets => kernel.scope_sockets(),
             Step::ConfineFiles { writable, readable } => kernel.confine_files(writable, readable),
             Step::Personality { linux32 } => kernel.personality(*linux32),
@@ -65,7 +65,9 @@ mod tests {
     use super::*;
     use crate::builtin::Job;
     use crate::sandbox::double::{Recorder, bare_layout, layout};
-    use crate::sandbox::plan::{Layout, Program, bare_probe_steps, bare_steps, build_steps, probe_steps};
+    use crate::sandbox::plan::{
+        BareLayout, Layout, Program, bare_probe_steps, bare_steps, build_steps, probe_steps,
+    };
 
     /// Takes all steps; what was done, and how often the builder was announced.
     fn acts(steps: &[Step]) -> (Vec<String>, usize) {
@@ -161,7 +163,7 @@ mod tests {
             "die with parent",
             "oom first",
             "no new privileges",
-            "filter",
+            "filter, no network",
             "scope",
             "files /nix/store /build /tmp /dev /proc, read /bin",
             "personality 64",
@@ -173,6 +175,8 @@ mod tests {
             "exec",
         ];
         assert_eq!(acts(&bare_steps(&bare_layout())), (expected.map(str::to_owned).to_vec(), 1));
+        let fetcher = BareLayout { network: true, ..bare_layout() };
+        assert_eq!(acts(&bare_steps(&fetcher)).0[4], "filter");
     }
 
     #[test]

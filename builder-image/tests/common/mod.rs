@@ -58,6 +58,45 @@ impl Builder {
             std::os::unix::fs::chown(root.path(), Some(NOBODY), Some(NOBODY)).unwrap();
             command.uid(NOBODY).gid(NOBODY);
         }
+        Self::start_command(command, root)
+    }
+
+    /// Like a container of a pod that cannot nest namespaces: mounts, processes and a root directory of its own, a /proc
+    /// with something masked. Only root of the machine has more than one id in there.
+    pub(crate) fn start_in_pod(args: &[&str]) -> Self {
+        const ENTER: &str = r#"
+            nix=$1 builder=$2 root=$3; shift 3
+            mount --make-rprivate /
+            mount -t tmpfs -o mode=755 pod "$root"
+            cd "$root"
+            mkdir bin etc dev proc tmp usr lib lib64 nix old
+            chmod 1777 tmp
+            for dir in usr lib lib64; do [ ! -e "/$dir" ] || mount --rbind "/$dir" "$dir"; done
+            mount --rbind /dev dev
+            mount --rbind "$nix" nix
+            mount -t proc proc proc
+            mount --bind dev/null proc/version
+            cp "$builder" bin/drover-builder
+            cp "$(command -v busybox)" bin/busybox
+            echo root:x:0:0:root:/:/bin/sh > etc/passwd
+            pivot_root . old
+            cd /
+            /bin/busybox umount -l /old
+            exec /bin/drover-builder --serve --write --store local "$@""#;
+        let root = TempDir::new().unwrap();
+        let (nix, pod) = (root.path().join("nix"), root.path().join("pod"));
+        std::fs::create_dir(&nix).unwrap();
+        std::fs::create_dir(&pod).unwrap();
+        let mut command = Command::new("unshare");
+        if !rustix::process::geteuid().is_root() {
+            command.arg("--map-root-user");
+        }
+        command.args(["--mount", "--pid", "--fork", "--kill-child", "sh", "-ec", ENTER, "sh"]);
+        command.args([&nix, Path::new(BUILDER), &pod]).args(args);
+        Self::start_command(command, root)
+    }
+
+    fn start_command(mut command: Command, root: TempDir) -> Self {
         let mut child =
             command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let log = Arc::new(Mutex::new(Vec::new()));
