@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use drover_api::{BuildRequest, BuilderClassSpec, Placement, Resources};
+use drover_api::{BuildRequest, BuilderClassSpec, FEATURES_OF_ALL, Placement, Resources};
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use kube::ResourceExt as _;
@@ -29,6 +29,8 @@ const NAME_PART: usize = 40;
 const COPY_SECONDS: u32 = 3600;
 /// The builder ends its sessions and goes; there is nothing left to save by then.
 const GRACE_SECONDS: u32 = 10;
+/// 32-bit programs on an x86_64 machine.
+const I686: &str = "i686-linux";
 /// A pod without requests is the first to be evicted: what a builder asks for where neither class nor request speaks.
 const DEFAULT_REQUESTS: [(&str, &str); 3] =
     [("cpu", "250m"), ("memory", "256Mi"), ("ephemeral-storage", "1Gi")];
@@ -169,8 +171,21 @@ impl PodPlan<'_> {
                 self.authorized_key,
                 "--store",
                 "local",
+                "--system-features",
+                self.offered(),
             ]);
+            // The nodes for these have another system of their own; the processor runs both.
+            if let (I686, Some(args)) = (self.system, container["args"].as_array_mut()) {
+                args.extend(["--extra-platforms".into(), I686.into()]);
+            }
         }
+    }
+
+    /// What the class offers, for the builder to offer no less and no more.
+    fn offered(&self) -> String {
+        let features = self.class.features.iter().map(String::as_str);
+        let all: BTreeSet<&str> = features.chain(FEATURES_OF_ALL.iter().copied()).collect();
+        all.into_iter().collect::<Vec<_>>().join(",")
     }
 
     fn scheduling(&self) -> impl Iterator<Item = &drover_api::FeatureScheduling> {
@@ -183,7 +198,7 @@ impl PodPlan<'_> {
             .flat_map(|s| s.node_selector.iter().map(|(key, value)| (key.clone(), value.clone())))
             .collect();
         let arch = match self.system {
-            "x86_64-linux" | "i686-linux" => Some("amd64"),
+            "x86_64-linux" | I686 => Some("amd64"),
             "aarch64-linux" => Some("arm64"),
             "riscv64-linux" => Some("riscv64"),
             "powerpc64le-linux" => Some("ppc64le"),
@@ -389,6 +404,9 @@ resources: {default: {requests: {cpu: '4'}, limits: {memory: 8Gi}}}
         assert!(resources["requests"]["memory"].is_null(), "the limit is the request");
         let without = pod(&request(), &class, &[]);
         assert!(without["spec"]["nodeSelector"]["kvm"].is_null());
+        // Whatever the request needs, the builder offers what the class says.
+        let args = &without["spec"]["containers"][0]["args"];
+        assert_eq!((&args[7], &args[8]), (&"--system-features".into(), &"ca-derivations,kvm".into()));
     }
 
     #[test]

@@ -11,6 +11,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::Resources;
 
+/// What every builder of Drover's offers. Nix asks for the first where output paths are not known before the build
+/// (Nix: derivation-options.cc, getRequiredSystemFeatures).
+pub const FEATURES_OF_ALL: &[&str] = &["ca-derivations"];
+
 /// A kind of builder. Cluster-scoped: it belongs to whoever runs the cluster.
 #[derive(CustomResource, KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
 #[kube(
@@ -42,7 +46,8 @@ pub struct BuilderClassSpec {
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub default: bool,
 
-    /// What its builders offer of `requiredSystemFeatures`, such as `big-parallel` or `kvm`.
+    /// What its builders offer of `requiredSystemFeatures`, such as `big-parallel` or `kvm`. `ca-derivations` is always
+    /// offered.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 64), inner(length(min = 1, max = 128)))]
     pub features: Vec<String>,
@@ -195,10 +200,12 @@ pub enum SandboxFloor {
 /// What is believed of a request.
 #[derive(JsonSchema, Serialize, Deserialize, Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Trust {
-    /// No output path that is not proven.
+    /// No output path that is not proven: not by the derivation or its `.drv` closure, nor by the content. Content that
+    /// refers to itself proves its path as Nix 2.35 hashes it, not as Nix 2.17 to 2.34 did.
     #[default]
     Verified,
-    /// Every output path that is claimed: for namespaces that may write any path of the cache.
+    /// Every output path that is claimed: for namespaces that may write any path of the cache. Of content-addressed
+    /// outputs both ways of hashing are taken.
     Claimed,
 }
 
@@ -266,6 +273,11 @@ impl BuilderClassSpec {
         system == "builtin" || self.systems.iter().any(|ours| ours == system)
     }
 
+    /// Whether its builders offer what `requiredSystemFeatures` names.
+    pub fn has_feature(&self, feature: &str) -> bool {
+        FEATURES_OF_ALL.contains(&feature) || self.features.iter().any(|ours| ours == feature)
+    }
+
     /// The cache that takes the outputs.
     pub fn push_cache(&self) -> Option<&ClassCache> {
         self.caches.iter().find(|cache| cache.push)
@@ -289,6 +301,13 @@ mod tests {
         let classes = [class("a", false, 1), class("z", true, 2), class("b", true, 3), class("y", true, 2)];
         assert_eq!(default_class(&classes).unwrap().name_any(), "y");
         assert!(default_class(&classes[..1]).is_none());
+    }
+
+    #[test]
+    fn features_are_named_but_for_those_of_all() {
+        let spec = BuilderClassSpec { features: vec!["kvm".into()], ..Default::default() };
+        assert!(spec.has_feature("kvm") && spec.has_feature("ca-derivations"));
+        assert!(!spec.has_feature("big-parallel"));
     }
 
     #[test]

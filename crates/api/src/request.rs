@@ -170,11 +170,23 @@ pub struct DerivationSpec {
     #[x_kube(validation = Rule::new(
         "self.all(name, name != 'drv' && name.size() <= 211 && name.matches('^[0-9a-zA-Z+._?=-]+$'))")
         .message("output names have 1 to 211 characters of a-z A-Z 0-9 + - . _ ? = and are not `drv`"))]
+    #[x_kube(validation = Rule::new(
+        "self.all(name, has(self[name].hashAlgo)) || self.all(name, !has(self[name].hashAlgo))")
+        .message("outputs are all of one kind: give hashAlgo for all of them or for none"))]
+    #[x_kube(validation = Rule::new(
+        "self.all(name, has(self[name].hash) && self[name].hash == 'impure') \
+         || self.all(name, !has(self[name].hash) || self[name].hash != 'impure')")
+        .message("outputs are all of one kind: all of them are impure or none is"))]
+    #[x_kube(validation = Rule::new(
+        "self.all(name, !has(self[name].hash) || self[name].hash == 'impure') \
+         || (self.size() == 1 && 'out' in self)")
+        .message("a fixed-output derivation has one output, and its name is `out`"))]
     pub outputs: BTreeMap<String, OutputSpec>,
 }
 
 /// One output. Input-addressed: `path`, or nothing, then Drover computes the path. Fixed: `hashAlgo`, `hash` and
-/// `method`. Content-addressed: `hashAlgo` and `method`. Impure: the same, with `hash: impure`.
+/// `method`. Content-addressed (floating): `hashAlgo` and `method`. Impure: the same, with `hash: impure`. Where the paths
+/// of the last two are is known when they are built, and then in `status.outputs`.
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
 #[x_kube(validation = Rule::new("!has(self.hash) || has(self.hashAlgo)")
     .message("an output with a hash needs hashAlgo"))]
@@ -182,6 +194,12 @@ pub struct DerivationSpec {
     .message("an output with a method needs hashAlgo"))]
 #[x_kube(validation = Rule::new("!has(self.path) || has(self.hash) == has(self.hashAlgo)")
     .message("an output with a path and a hashAlgo needs a hash; a content-addressed output has no path yet"))]
+#[x_kube(validation = Rule::new("!has(self.path) || !has(self.hash) || self.hash != 'impure'")
+    .message("an impure output has no path before it is built"))]
+#[x_kube(validation = Rule::new("!has(self.method) || !has(self.hashAlgo) || self.method != 'text' || self.hashAlgo == 'sha256'")
+    .message("method text takes hashAlgo sha256"))]
+#[x_kube(validation = Rule::new("!has(self.method) || !has(self.hashAlgo) || self.method != 'git' || self.hashAlgo in ['sha1', 'sha256']")
+    .message("method git takes hashAlgo sha1 or sha256"))]
 #[serde(rename_all = "camelCase")]
 pub struct OutputSpec {
     /// Full store path. May be left out where it follows from the other fields.

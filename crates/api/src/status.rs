@@ -173,6 +173,9 @@ pub struct OutputStatus {
     /// Signatures over path, hash, size and references: `key name:base64`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub signatures: Vec<String>,
+    /// What the path follows from, if it follows from the content: `fixed:r:sha256:…` and its like.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ca: Option<String>,
 }
 
 /// The builder of the last attempt.

@@ -73,11 +73,46 @@ fn output_rules() {
         ("out", output(None, None, Some("00"), None), "needs hashAlgo"),
         ("out", output(None, None, None, Some("nar")), "needs hashAlgo"),
         ("out", output(path, sha256, None, None), "needs a hash"),
+        ("out", output(path, sha256, Some("impure"), Some("nar")), "an impure output has no path"),
+        ("dev", output(None, sha256, Some("00"), Some("nar")), "its name is `out`"),
+        ("out", output(None, Some("sha512"), None, Some("text")), "method text takes"),
+        ("out", output(None, Some("md5"), None, Some("git")), "method git takes"),
     ] {
         let mut bad = request();
         bad.spec.derivation.as_mut().unwrap().outputs = BTreeMap::from([(name.to_owned(), output)]);
         let said = violations("BuildRequest", &bad, None);
         assert!(said.iter().any(|text| text.contains(expected)), "{name}: {said:?}");
+    }
+}
+
+#[test]
+fn outputs_are_of_one_kind() {
+    let output = |algo: Option<&str>, hash: Option<&str>| OutputSpec {
+        hash_algo: algo.map(str::to_owned),
+        hash: hash.map(str::to_owned),
+        ..Default::default()
+    };
+    let (input, floating) = (output(None, None), output(Some("sha256"), None));
+    let (fixed, impure) = (output(Some("sha256"), Some("00")), output(Some("sha256"), Some("impure")));
+    for (out, dev, expected) in [
+        (&input, &input, None),
+        (&floating, &floating, None),
+        (&impure, &impure, None),
+        (&input, &floating, Some("for all of them or for none")),
+        (&floating, &impure, Some("all of them are impure or none is")),
+        (&fixed, &fixed, Some("has one output")),
+        (&fixed, &floating, Some("has one output")),
+    ] {
+        let mut request = request();
+        request.spec.derivation.as_mut().unwrap().outputs =
+            BTreeMap::from([("out".to_owned(), out.clone()), ("dev".to_owned(), dev.clone())]);
+        let said = violations("BuildRequest", &request, None);
+        match expected {
+            None => assert_eq!(said, [""; 0]),
+            Some(expected) => {
+                assert!(said.iter().any(|text| text.contains(expected)), "{expected}: {said:?}")
+            }
+        }
     }
 }
 

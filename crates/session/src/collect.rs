@@ -56,6 +56,14 @@ pub(crate) fn store(
             let act = || format!("storing output {name} ({}) in {}", info.path, cache.url());
             match cache.put(&info, &nar).map_err(|error| Failure::cache(&act())(error))? {
                 Stored::New => bytes += nar.file_size,
+                // Where the path follows from content, there is only one: what is there was not proven.
+                Stored::Already(there) if info.ca.is_some() && there.info.nar_hash != info.nar_hash => {
+                    let why = format!(
+                        "the cache has other content at this path, with the hash {}, which cannot be right: delete it",
+                        there.info.nar_hash
+                    );
+                    return Err(Failure::infrastructure(format!("{}: {why}", act()), why));
+                }
                 // Somebody else's build of it came first. What the cache has is what counts, also where that
                 // build gave other bytes.
                 Stored::Already(there) if there.info.nar_hash != info.nar_hash => info = there.info,
@@ -154,7 +162,7 @@ fn address(
         content::Error::Io(source) => Failure::infrastructure(format!("reading output {name} back"), source),
         error => Failure::verdict(Reason::OutputRejected, format!("output {name} ({path}): {error}")),
     })?;
-    verify::content_address(&job.dir, &job.derivation, name, path, references, hashes)
+    verify::content_address(job, name, path, references, &hashes)
 }
 
 /// A spool that takes no more than was announced, and tells how far it is.

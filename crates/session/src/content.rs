@@ -4,7 +4,8 @@
 use std::io::{self, Read};
 
 use drover_nix::content_hash::content_hashes;
-use drover_nix::{Hash, HashAlgo, Method, StorePath};
+use drover_nix::hash_modulo::ModuloHashes;
+use drover_nix::{HashAlgo, Method, StorePath};
 
 /// Why content has no address of the wanted kind.
 #[derive(Debug, thiserror::Error)]
@@ -15,32 +16,30 @@ pub(crate) enum Error {
     Io(io::Error),
 }
 
-/// The hash of a NAR's content. Occurrences of the hash part of `own`, its path, count as zeros; there are two ways to
-/// do that, Nix 2.17 to 2.34's and all others', so the result has up to two hashes.
+/// The hash of a NAR's content. Occurrences of the hash part of `own`, its path, count as zeros, in either of Nix's two
+/// ways.
 pub(crate) fn hashes(
     method: Method,
     algo: HashAlgo,
     nar: impl Read,
     own: &StorePath,
-) -> Result<Vec<Hash>, Error> {
-    let hashes = content_hashes(method, algo, nar, own).map_err(|error| match error {
+) -> Result<ModuloHashes, Error> {
+    content_hashes(method, algo, nar, own).map_err(|error| match error {
         drover_nix::Error::NarIo { source, .. } => Error::Io(source),
         other => Error::Content(other),
-    })?;
-    let same = hashes.with_offsets == hashes.without_offsets;
-    Ok([Some(hashes.with_offsets), (!same).then_some(hashes.without_offsets)].into_iter().flatten().collect())
+    })
 }
 
 #[cfg(test)]
 mod tests {
-    use drover_nix::Sha256;
+    use drover_nix::{Hash, Sha256};
     use drover_serve::testing::file_nar;
 
     use super::*;
 
     const OWN: &str = "i00sflxqsj37lfmf95m8mn0grv615hpj";
 
-    fn of(method: Method, algo: HashAlgo, nar: &[u8]) -> Result<Vec<Hash>, Error> {
+    fn of(method: Method, algo: HashAlgo, nar: &[u8]) -> Result<ModuloHashes, Error> {
         hashes(method, algo, nar, &format!("{OWN}-x").parse().unwrap())
     }
 
@@ -48,10 +47,10 @@ mod tests {
     fn every_method_has_one_hash_where_there_is_no_reference_to_itself() {
         let nar = file_nar(b"hello\n");
         let one = |method| of(method, HashAlgo::Sha256, &nar).unwrap();
-        assert_eq!(one(Method::Flat), [Hash::from(Sha256::of(b"hello\n"))]);
-        assert_eq!(one(Method::Text), [Hash::from(Sha256::of(b"hello\n"))]);
-        assert_eq!(one(Method::Nar), [Hash::from(Sha256::of(&nar))]);
-        assert_eq!(one(Method::Git), [Hash::from(Sha256::of(b"blob 6\0hello\n"))]);
+        assert_eq!(one(Method::Flat), ModuloHashes::both(Hash::from(Sha256::of(b"hello\n"))));
+        assert_eq!(one(Method::Text), ModuloHashes::both(Hash::from(Sha256::of(b"hello\n"))));
+        assert_eq!(one(Method::Nar), ModuloHashes::both(Hash::from(Sha256::of(&nar))));
+        assert_eq!(one(Method::Git), ModuloHashes::both(Hash::from(Sha256::of(b"blob 6\0hello\n"))));
         assert!(matches!(of(Method::Git, HashAlgo::Md5, &nar), Err(Error::Content(_))));
     }
 
@@ -59,8 +58,10 @@ mod tests {
     fn self_references_count_as_zeros_with_their_positions() {
         let text = format!("ab{OWN}{OWN}c{}", &OWN[..31]);
         let zeroed = text.replace(OWN, &"\0".repeat(32));
-        let expected =
-            [Sha256::of(format!("{zeroed}|2|34").as_bytes()), Sha256::of(zeroed.as_bytes())].map(Hash::from);
+        let expected = ModuloHashes {
+            with_offsets: Sha256::of(format!("{zeroed}|2|34").as_bytes()).into(),
+            without_offsets: Sha256::of(zeroed.as_bytes()).into(),
+        };
         assert_eq!(of(Method::Nar, HashAlgo::Sha256, text.as_bytes()).unwrap(), expected);
     }
 }

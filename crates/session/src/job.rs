@@ -34,7 +34,8 @@ pub struct Job {
     pub spool_dir: PathBuf,
 }
 
-/// Whose word counts for the paths of input-addressed outputs.
+/// Whose word counts for the paths of input-addressed outputs, and for content-addressed ones whose content refers to
+/// itself in the way in which Nix 2.17 to 2.34 hashed it, which is no proof. All other content is proof enough for both.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Trust {
     /// The caller's, who has proven them in another way or believes the request.
@@ -51,7 +52,9 @@ impl Job {
             |error: drover_nix::Error| Failure::verdict(Reason::InvalidDerivation, error.to_string());
         let kind = self.derivation.kind().map_err(invalid)?;
         if kind == DerivationType::Deferred {
-            let message = "the derivation's output paths depend on outputs that are not built yet";
+            let message = "the derivation's output paths depend on outputs that are not built yet: build these, then \
+                           make the request again (`drover request` resolves it), or leave it to `drover build \
+                           --recursive`";
             return Err(Failure::verdict(Reason::InvalidDerivation, message));
         }
         if self.drv_path.derivation_name() != Some(self.derivation.name.as_str()) {

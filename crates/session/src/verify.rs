@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use drover_nix::derivation::STRUCTURED_ATTRS;
+use drover_nix::hash_modulo::ModuloHashes;
 use drover_nix::{
     BasicDerivation, ContentAddress, DerivationOutput, Hash, HashAlgo, Method, OutputName, PathInfo, Sha256,
     StoreDir, StorePath,
@@ -10,7 +11,7 @@ use drover_nix::{
 use drover_serve::BuildResult;
 use serde_json::Value;
 
-use crate::{Failure, Reason};
+use crate::{Failure, Job, Reason, Trust};
 
 /// What was computed from an output's bytes.
 pub(crate) struct Received<'a> {
@@ -123,14 +124,18 @@ pub(crate) fn content_method(output: &DerivationOutput) -> Option<(Method, HashA
 }
 
 /// The content address of an output whose content has one of `hashes`, if it makes the path what it must be.
+///
+/// Of content that refers to itself there are two hashes. By the one of Nix 2.17 to 2.34 anyone can make other content
+/// with the same path, by putting zeros where it refers to itself or the reverse. So that one is taken on a caller's
+/// word only ([`Trust::Claimed`]); whoever wants proof ([`Trust::Verified`]) gets the other.
 pub(crate) fn content_address(
-    dir: &StoreDir,
-    derivation: &BasicDerivation,
+    job: &Job,
     name: &OutputName,
     path: &StorePath,
     references: &BTreeSet<StorePath>,
-    hashes: Vec<Hash>,
+    hashes: &ModuloHashes,
 ) -> Result<Option<ContentAddress>, Failure> {
+    let (dir, derivation) = (&job.dir, &job.derivation);
     let Some(output) = derivation.outputs.get(name) else {
         return Ok(None);
     };
@@ -140,22 +145,35 @@ pub(crate) fn content_address(
     if let DerivationOutput::CaFixed(declared) = output
         && !hashes.contains(&declared.hash)
     {
-        let really = hashes.first().map(Hash::to_sri).unwrap_or_default();
+        let really = hashes.with_offsets.to_sri();
         let declared = declared.hash.to_sri();
         let message = format!("output {name} has the hash {really}, but the derivation declares {declared}");
         return Err(Failure::verdict(Reason::OutputHashMismatch, message));
     }
+    let has_own = hashes.with_offsets != hashes.without_offsets;
     let self_reference = references.contains(path);
     let others = references.iter().filter(|reference| *reference != path).cloned().collect();
-    let mut why = "its content gives another path".to_owned();
-    for hash in hashes {
-        let address = ContentAddress { method, hash };
+    let at = |hash: &Hash| {
+        let address = ContentAddress { method, hash: hash.clone() };
         match address.store_path(dir, &name.path_name(&derivation.name), &others, self_reference) {
-            Ok(computed) if computed == *path => return Ok(Some(address)),
-            Ok(computed) => why = format!("its content gives {}", dir.full(&computed)),
-            Err(error) => why = error.to_string(),
+            Ok(computed) if computed == *path => Ok(address),
+            Ok(computed) => Err(format!("its content gives {}", dir.full(&computed))),
+            Err(error) => Err(error.to_string()),
         }
-    }
+    };
+    let why = match (job.trust, at(&hashes.with_offsets), at(&hashes.without_offsets)) {
+        // Only an archive says where it ends: the text of a file could go on with what stands for offsets.
+        (Trust::Verified, Ok(_), _) if has_own && method != Method::Nar => {
+            "it has its own path in it, which proves nothing unless it is addressed by its archive (nar)"
+                .into()
+        }
+        (_, Ok(address), _) | (Trust::Claimed, _, Ok(address)) => return Ok(Some(address)),
+        (Trust::Verified, Err(why), Ok(_)) => format!(
+            "{why}. It is there by the rule of Nix 2.17 to 2.34 for content that refers to itself, by which other \
+             content can have the same path; with trust: Verified, builders have to hash the offsets too"
+        ),
+        (_, Err(why), Err(_)) => why,
+    };
     let message = format!("output {name} cannot be at {}: {why}", dir.full(path));
     Err(Failure::verdict(Reason::OutputRejected, message))
 }
@@ -238,11 +256,8 @@ mod tests {
         }
     }
 
-    #[test]
-    fn content_decides_the_path() {
-        let dir = StoreDir::default();
-        let hash = |content: &[u8]| Hash::from(Sha256::of(content));
-        let derivation = |output| BasicDerivation {
+    fn job(output: DerivationOutput, trust: Trust) -> Job {
+        let derivation = BasicDerivation {
             name: "x".into(),
             outputs: [(OutputName::out(), output)].into(),
             input_srcs: [].into(),
@@ -251,11 +266,31 @@ mod tests {
             args: Vec::new(),
             env: [].into(),
         };
+        let dir = StoreDir::default();
+        Job {
+            drv_path: crate::drv_path_of(&dir, &derivation).unwrap(),
+            dir,
+            derivation,
+            options: Default::default(),
+            caches: Vec::new(),
+            push: None,
+            signing_key: None,
+            trust,
+            proven: Default::default(),
+            max_output_bytes: None,
+            spool_dir: Default::default(),
+        }
+    }
+
+    #[test]
+    fn content_decides_the_path() {
+        let dir = StoreDir::default();
+        let hash = |content: &[u8]| Hash::from(Sha256::of(content));
         let address = ContentAddress { method: Method::Nar, hash: hash(b"good") };
         let at = address.store_path(&dir, "x", &[].into(), false).unwrap();
         let check = |output, at: &StorePath, content: &[u8]| {
-            let (references, hashes) = (BTreeSet::new(), vec![hash(content)]);
-            content_address(&dir, &derivation(output), &OutputName::out(), at, &references, hashes)
+            let (references, hashes) = (BTreeSet::new(), ModuloHashes::both(hash(content)));
+            content_address(&job(output, Trust::Verified), &OutputName::out(), at, &references, &hashes)
                 .map_err(|failure| failure.reason)
         };
         let fixed = || DerivationOutput::CaFixed(address.clone());
@@ -266,6 +301,43 @@ mod tests {
         assert_eq!(check(floating(), &at, b"evil"), Err(Reason::OutputRejected));
         assert_eq!(check(floating(), &path(A), b"good"), Err(Reason::OutputRejected));
         assert_eq!(check(DerivationOutput::InputAddressed(path(A)), &path(A), b"any"), Ok(None));
+        // Another method, another algorithm, other references: other paths.
+        let flat = DerivationOutput::CaFloating { method: Method::Flat, algo: HashAlgo::Sha256 };
+        assert_eq!(check(flat, &at, b"good"), Err(Reason::OutputRejected));
+    }
+
+    #[test]
+    fn references_to_itself_prove_with_their_offsets_only() {
+        let dir = StoreDir::default();
+        let hashes = ModuloHashes {
+            with_offsets: Sha256::of(b"with").into(),
+            without_offsets: Sha256::of(b"without").into(),
+        };
+        let place = |method, hash: &Hash, own| {
+            let address = ContentAddress { method, hash: hash.clone() };
+            address.store_path(&dir, "x", &[].into(), own).unwrap()
+        };
+        let check = |method, trust, at: &StorePath, references: BTreeSet<StorePath>| {
+            let output = DerivationOutput::CaFloating { method, algo: HashAlgo::Sha256 };
+            content_address(&job(output, trust), &OutputName::out(), at, &references, &hashes)
+                .map(|address| address.unwrap().hash)
+                .map_err(|failure| failure.message)
+        };
+        let with = place(Method::Nar, &hashes.with_offsets, true);
+        let without = place(Method::Nar, &hashes.without_offsets, true);
+        for trust in [Trust::Verified, Trust::Claimed] {
+            let found = check(Method::Nar, trust, &with, [with.clone()].into());
+            assert_eq!(found.as_ref(), Ok(&hashes.with_offsets), "{trust:?}");
+        }
+        let found = check(Method::Nar, Trust::Claimed, &without, [without.clone()].into());
+        assert_eq!(found.as_ref(), Ok(&hashes.without_offsets));
+        let said = check(Method::Nar, Trust::Verified, &without, [without.clone()].into()).unwrap_err();
+        assert!(said.contains("2.17 to 2.34"), "{said}");
+        // With its references discarded, a file may have its path in it; the offsets are then no more than its end.
+        let flat = place(Method::Flat, &hashes.with_offsets, false);
+        assert!(check(Method::Flat, Trust::Claimed, &flat, [].into()).is_ok());
+        let said = check(Method::Flat, Trust::Verified, &flat, [].into()).unwrap_err();
+        assert!(said.contains("its own path"), "{said}");
     }
 
     #[test]

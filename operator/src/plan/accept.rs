@@ -75,10 +75,8 @@ pub fn accept(world: &World) -> Result<Accepted<'_>, Refusal> {
         let message = format!("BuilderClass {class_name} has no builders for {system}; it has {offered}");
         return never(Reason::WrongSystem, message);
     }
-    let missing: Vec<String> = required_features(&derivation)
-        .into_iter()
-        .filter(|feature| !class.features.contains(feature))
-        .collect();
+    let missing: Vec<String> =
+        required_features(&derivation).into_iter().filter(|feature| !class.has_feature(feature)).collect();
     if !missing.is_empty() {
         let message = format!(
             "BuilderClass {class_name} does not offer the required system features {}",

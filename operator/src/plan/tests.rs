@@ -573,6 +573,35 @@ fn what_can_never_be_built_ends_at_once() {
 }
 
 #[test]
+fn every_kind_of_output_gets_a_pod() {
+    let algo = |hash: Option<&str>, method: &str| OutputSpec {
+        path: None,
+        hash_algo: Some("sha256".into()),
+        hash: hash.map(str::to_owned),
+        method: Some(method.into()),
+    };
+    let zeros = "0".repeat(64);
+    for output in [
+        OutputSpec::default(),
+        algo(Some(&zeros), "nar"),
+        algo(Some(&zeros), "text"),
+        algo(None, "nar"),
+        algo(None, "git"),
+        algo(Some("impure"), "flat"),
+    ] {
+        let mut derivation = derivation();
+        derivation.system = "builtin".into();
+        derivation.builder = "builtin:fetchurl".into();
+        derivation.env.insert("requiredSystemFeatures".into(), "ca-derivations".into());
+        derivation.outputs.insert("out".into(), output.clone());
+        let mut sim = Sim::new(BuildRequestSpec { derivation: Some(derivation), ..spec() }, class());
+        sim.settle();
+        assert_eq!((sim.pods_created, sim.verdicts.as_slice()), (1, [true].as_slice()), "{output:?}");
+        assert_eq!(sim.request.status.unwrap().outputs, outputs());
+    }
+}
+
+#[test]
 fn paths_that_are_not_proven_get_no_pod() {
     let mut sim = Sim::new(spec(), class());
     let message = "output out claims another's path".to_owned();

@@ -165,6 +165,7 @@ pub fn outputs(dir: &StoreDir, outcome: &Outcome) -> BTreeMap<String, OutputStat
         nar_size: output.nar_size,
         references: output.references.iter().map(|path| dir.full(path)).collect(),
         signatures: output.signatures.iter().map(ToString::to_string).collect(),
+        ca: output.ca.as_ref().map(ToString::to_string),
     };
     outcome.outputs.iter().map(|(name, output)| (name.to_string(), status(output))).collect()
 }

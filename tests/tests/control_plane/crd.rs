@@ -28,6 +28,7 @@ fn definitions_rules_and_columns() -> Result<()> {
     let plane = ControlPlane::start()?;
     install(&plane)?;
     a_good_request_is_taken_with_defaults(&plane)?;
+    every_kind_of_output_is_taken(&plane)?;
     mistakes_are_answered_with_the_field(&plane)?;
     the_spec_is_immutable(&plane)?;
     columns_and_selectors(&plane)?;
@@ -66,6 +67,28 @@ fn a_good_request_is_taken_with_defaults(plane: &ControlPlane) -> Result<()> {
     Ok(())
 }
 
+fn every_kind_of_output_is_taken(plane: &ControlPlane) -> Result<()> {
+    let fixed = "{hashAlgo: sha256, method: nar, hash: sha256-LPJNul+wow4m6DsqxbninhsWHlwfp0JecwQzYpOLmCQ=}";
+    for (number, outputs) in [
+        "{out: {hashAlgo: sha256, method: nar}, dev: {hashAlgo: sha256, method: nar}}",
+        "{out: {hashAlgo: sha256, method: text}}",
+        "{out: {hashAlgo: sha1, method: git}}",
+        "{out: {hashAlgo: sha512, method: nar, hash: impure}, dev: {hashAlgo: sha512, method: nar, hash: impure}}",
+        &format!("{{out: {fixed}}}"),
+        "{out: {path: /nix/store/i00sflxqsj37lfmf95m8mn0grv615hpj-hello}}",
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let name = format!("kind-{number}");
+        let request = REQUEST.replacen("name: hello", &format!("name: {name}"), 1);
+        let request = request.replacen("outputs:\n      out: {}\n", &format!("outputs: {outputs}\n"), 1);
+        plane.apply(&request.replacen("x86_64-linux", "builtin", 1))?;
+        plane.kubectl(&["delete", "breq", &name])?;
+    }
+    Ok(())
+}
+
 /// What is wrong, a change that makes it so, and what the server must say.
 const MISTAKES: &[(&str, &str, &[&str])] = &[
     ("class: fast", "class: fast\n  colour: red", &["unknown field \"spec.colour\""]),
@@ -82,6 +105,24 @@ const MISTAKES: &[(&str, &str, &[&str])] = &[
     ("out: {}", "out: {hash: abc}", &["spec.derivation.outputs[out]", "needs hashAlgo"]),
     ("out: {}", "out: {path: /nix/store/x}", &["spec.derivation.outputs.out.path", "should match"]),
     ("out: {}", "out: {hashAlgo: crc32, hash: x}", &["spec.derivation.outputs.out.hashAlgo"]),
+    (
+        "out: {}",
+        "out: {hashAlgo: sha256, hash: impure, path: /nix/store/i00sflxqsj37lfmf95m8mn0grv615hpj-hello}",
+        &["spec.derivation.outputs[out]", "an impure output has no path"],
+    ),
+    (
+        "      out: {}",
+        "      {out: {}, dev: {hashAlgo: sha256}}",
+        &["spec.derivation.outputs", "for all of them or for none"],
+    ),
+    (
+        "out: {}",
+        "{out: {hashAlgo: sha256}, dev: {hashAlgo: sha256, hash: impure}}",
+        &["spec.derivation.outputs", "all of them are impure or none is"],
+    ),
+    ("out: {}", "bin: {hashAlgo: sha256, hash: \"00\"}", &["spec.derivation.outputs", "its name is `out`"]),
+    ("out: {}", "out: {hashAlgo: md5, method: git}", &["spec.derivation.outputs[out]", "sha1 or sha256"]),
+    ("out: {}", "out: {hashAlgo: md5, method: text}", &["spec.derivation.outputs[out]", "sha256"]),
     ("name: hello\n    system", "name: a b\n    system", &["spec.derivation.name", "should match"]),
     ("class: fast", "timeoutSeconds: 0", &["spec.timeoutSeconds", "greater than or equal to 1"]),
     ("class: fast", "timeoutSeconds: long", &["spec.timeoutSeconds", "integer"]),

@@ -43,7 +43,13 @@ fn every_kind_of_output_round_trips() {
         vec![("out", fixed("flat"))],
         vec![("out", fixed("nar"))],
         vec![("out", floating.clone()), ("lib", floating.clone())],
-        vec![("out", OutputSpec { hash: Some("impure".into()), ..floating })],
+        vec![("out", OutputSpec { method: Some("text".into()), ..floating.clone() })],
+        vec![(
+            "out",
+            OutputSpec { method: Some("git".into()), hash_algo: Some("sha1".into()), ..floating.clone() },
+        )],
+        vec![("out", OutputSpec { hash: Some("impure".into()), ..floating.clone() })],
+        vec![("out", OutputSpec { hash: Some("impure".into()), method: None, ..floating })],
     ] {
         let basic = to_basic(&spec(&outputs), &dir()).unwrap();
         let again = to_basic(&from_basic(&basic, &dir()).unwrap(), &dir()).unwrap();
@@ -102,6 +108,38 @@ fn errors_name_the_field() {
             "crc",
         ),
         (|s| drop(s.env.insert(String::new(), String::new())), "env", "empty"),
+        (
+            |s| {
+                let impure =
+                    OutputSpec { hash: Some("impure".into()), path: path_of("hello"), ..fixed("nar") };
+                s.outputs = [("out".into(), impure)].into();
+            },
+            "outputs.out",
+            "no path before it is built",
+        ),
+        (
+            |s| {
+                let floating = OutputSpec { hash: None, path: path_of("hello"), ..fixed("nar") };
+                s.outputs = [("out".into(), floating)].into();
+            },
+            "outputs.out",
+            "no hash",
+        ),
+        (
+            |s| {
+                let floating = OutputSpec { hash: None, ..fixed("nar") };
+                let impure = OutputSpec { hash: Some("impure".into()), ..fixed("nar") };
+                s.outputs = [("out".into(), floating), ("dev".into(), impure)].into();
+            },
+            "outputs",
+            "different kinds",
+        ),
+        (|s| s.outputs = [("out".into(), algo("text", "sha512"))].into(), "outputs.out.hashAlgo", "sha256"),
+        (
+            |s| s.outputs = [("out".into(), algo("git", "md5"))].into(),
+            "outputs.out.hashAlgo",
+            "sha1 or sha256",
+        ),
     ];
     for (i, (change, field, why)) in mistakes.iter().enumerate() {
         let mut spec = spec(&[("out", OutputSpec::default())]);
@@ -110,6 +148,14 @@ fn errors_name_the_field() {
         assert_eq!(error.field, format!("spec.derivation.{field}"), "mistake {i}: {error}");
         assert!(error.why.contains(why), "mistake {i}: {error}");
     }
+}
+
+fn algo(method: &str, algo: &str) -> OutputSpec {
+    OutputSpec { hash_algo: Some(algo.into()), method: Some(method.into()), ..Default::default() }
+}
+
+fn path_of(name: &str) -> Option<String> {
+    Some(format!("{}-{name}", &SOURCE[..43]))
 }
 
 fn bad_path() -> OutputSpec {

@@ -66,6 +66,7 @@ fn done(outcome: &Outcome, dir: &StoreDir, now: Timestamp) -> BuildRequestStatus
             nar_size: output.nar_size,
             references: output.references.iter().map(|path| dir.full(path)).collect(),
             signatures: output.signatures.iter().map(ToString::to_string).collect(),
+            ca: output.ca.as_ref().map(ToString::to_string),
         };
         status.outputs.insert(name.to_string(), output);
     }
