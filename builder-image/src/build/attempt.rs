@@ -142,10 +142,12 @@ impl Attempt<'_> {
             .register(),
             Some(error) => Err(error),
         };
-        // Of a build that was cancelled nobody is there to look at anything.
+        // Of a build that was cancelled nobody is there to look at anything. What built-in builders work with may be secret.
         if options.keep_failed && !builtins::is_builtin(drv) && matches!(result, Err(Error::Verdict { .. })) {
-            let kept = scratch.keep();
-            self.log.note(&format!("keeping build directory {}", kept.display()));
+            self.log.note(&match scratch.keep() {
+                Ok(kept) => format!("keeping build directory {}", kept.display()),
+                Err(error) => format!("the build directory is not kept: {error}"),
+            });
         }
         result
     }

@@ -4,9 +4,8 @@
 //! who wants it ([`cancel`]), what was made of it before ([`realised`]), whether it can be built here ([`accept`]), the one
 //! attempt ([`attempt`]): where its outputs go ([`targets`]), locks ([`locks`]), ids ([`ids`]), directories ([`scratch`],
 //! [`root`], [`skeleton`]), what the builder sees ([`attrs`], [`graph`], [`env`], [`builtins`]), the sandbox ([`confine`],
-//! [`bare`], `crate::sandbox`), the watch over it ([`supervise`], [`log`]); how it ended ([`evidence`], [`verdict`]) and what becomes
-//! of its outputs ([`outputs`],
-//! [`checks`]). Nothing here speaks a protocol.
+//! [`bare`], `crate::sandbox`), the watch over it ([`supervise`], [`log`]); how it ended ([`evidence`], [`verdict`]) and what
+//! becomes of its outputs ([`outputs`], [`checks`]) or of its directory ([`keep`]). Nothing here speaks a protocol.
 
 mod accept;
 mod attempt;
@@ -21,6 +20,7 @@ mod evidence;
 pub(crate) mod goals;
 mod graph;
 mod ids;
+mod keep;
 mod locks;
 pub(crate) mod log;
 mod outputs;

@@ -12,6 +12,7 @@ use drover_nix::StorePath;
 use drover_store::StoreLayout;
 
 use super::ids::BuildIds;
+use super::keep;
 use crate::error::Error;
 
 /// Where the build directory is inside (Nix: `sandbox-build-dir`).
@@ -109,13 +110,14 @@ impl Scratch {
         Ok(true)
     }
 
-    /// Keeps the build directory and says where it is.
-    pub(crate) fn keep(&mut self) -> PathBuf {
-        self.keep = true;
-        for dir in [self.top.clone(), self.build_dir()] {
-            let _kept_anyway = set_mode(&dir, 0o755);
+    /// Keeps the build directory for whoever wants to look at it, and says where it is. On failure it goes as always.
+    pub(crate) fn keep(&mut self) -> Result<PathBuf, Error> {
+        keep::take_over(&self.top)?;
+        for dir in [&self.top, &self.build_dir()] {
+            set_mode(dir, 0o755)?;
         }
-        self.build_dir()
+        self.keep = true;
+        Ok(self.build_dir())
     }
 
     fn fill(&self) -> Result<(), Error> {

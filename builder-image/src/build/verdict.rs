@@ -78,7 +78,8 @@ pub(super) fn failure(
 /// What the machine failed a build with that failed.
 fn cause(end: &End, evidence: &Evidence) -> Option<Cause> {
     let killed = match end {
-        // Process 1 of a process namespace gets a SIGKILL from outside of it or from the kernel, and from nowhere else.
+        // Process 1 of a process namespace gets a SIGKILL from outside of it or from the kernel only; from the latter also
+        // at the end of a time limit (RLIMIT_CPU) that the build has set itself, which nobody can tell and few do.
         End::Signalled(libc::SIGKILL) | End::Lost => true,
         // Perhaps; a process below the builder was.
         End::Exited(EXIT_KILLED) => true,

@@ -43,6 +43,7 @@ use crate::build::Builder;
 use crate::build::log::Log;
 use crate::error::Error;
 use crate::sandbox::launch;
+use crate::sandbox::rungs::UNTRIED;
 
 /// Connections that have not logged in yet, at most.
 const MAX_WAITING: usize = 64;
@@ -76,7 +77,10 @@ pub(crate) struct Options<'a> {
 
 /// Serves until the program is told to stop.
 pub(crate) fn run(options: &Options<'_>, builder: Builder) -> anyhow::Result<()> {
-    let rung = builder.rung().map_err(|error| Error::Unfit { why: error.to_string() })?;
+    let rung = builder.rung().map_err(|error| match error {
+        Error::Sandbox { why } if !why.contains(UNTRIED) => Error::Unfit { why },
+        error => error,
+    })?;
     let rules = rules(options.authorized_keys)?;
     let host_key = host_key::load(options.host_key)?;
     let public = host_key::public_line(&host_key)?;

@@ -17,6 +17,8 @@ use super::plan::{
 const FIRST_BUILD_UID: u32 = 30_001;
 const BUILD_UIDS: u32 = 128;
 const BUILD_GID: u32 = 30_000;
+/// What a refusal says that may be over the next time: the trial itself failed.
+pub(crate) const UNTRIED: &str = "cannot try the sandbox";
 /// How long the trial may take.
 const PROBE_TIMEOUT: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
 
@@ -181,19 +183,19 @@ fn try_steps(isolation: Isolation, ids: Ids, steps: Vec<Step>) -> Result<(), Str
     let foreign_ids = matches!(ids, Ids::Pool { .. });
     let birth = Birth { isolation, foreign_ids, group: None };
     let plan = Plan { birth, steps, command: Command::default() };
-    let text = |error: io::Error| format!("cannot try the sandbox: {error}");
+    let text = |error: io::Error| format!("{UNTRIED}: {error}");
     let mut running = launch::start(&plan, None).map_err(text)?;
     loop {
         match running.report().map_err(text)? {
             Some(Report::Exited(0)) => return Ok(()),
             Some(Report::Failed(why) | Report::NotExecuted(why)) => return Err(why),
             Some(Report::Ready) => {}
-            Some(Report::Lost) => return Err("cannot try the sandbox: its helper process died".into()),
-            Some(other) => return Err(format!("cannot try the sandbox: it ended with {other:?}")),
+            Some(Report::Lost) => return Err(format!("{UNTRIED}: its helper process died")),
+            Some(other) => return Err(format!("{UNTRIED}: it ended with {other:?}")),
             None => {
                 let ready = poll(&mut [PollFd::new(running.control(), PollFlags::IN)], Some(&PROBE_TIMEOUT));
                 if matches!(ready, Ok(0)) {
-                    return Err("cannot try the sandbox: no answer within 10 seconds".into());
+                    return Err(format!("{UNTRIED}: no answer within 10 seconds"));
                 }
             }
         }
