@@ -8,6 +8,7 @@ use drover_nix::BasicDerivation;
 use drover_nix::derivation::STRUCTURED_ATTRS;
 use serde_json::{Map, Value};
 
+use super::json;
 use crate::error::Error;
 
 /// A derivation's attributes, in whichever of the two forms it has them.
@@ -116,7 +117,7 @@ impl<'a> Attributes<'a> {
 
 /// The JSON text of `.attrs.json`: compact, keys sorted at every level.
 pub(crate) fn to_json(map: &Map<String, Value>) -> String {
-    sorted(&Value::Object(map.clone())).to_string()
+    json::to_string(&sorted(&Value::Object(map.clone())))
 }
 
 /// The text of `.attrs.sh`: one line a variable, for Bash. What Bash cannot hold is left out.
@@ -154,12 +155,7 @@ fn shell_word(value: &Value) -> Option<String> {
         Value::Bool(true) => Some("1".into()),
         Value::Bool(false) => Some(String::new()),
         Value::String(text) => Some(quote(text)),
-        Value::Number(number) => match (number.as_i64(), number.as_u64(), number.as_f64()) {
-            (Some(number), _, _) => Some(number.to_string()),
-            (_, Some(number), _) => Some(number.to_string()),
-            (_, _, Some(float)) if float.fract() == 0.0 => Some(format!("{float:.0}")),
-            _ => None,
-        },
+        Value::Number(number) => json::shell_integer(number).map(|number| number.to_string()),
         Value::Array(_) | Value::Object(_) => None,
     }
 }

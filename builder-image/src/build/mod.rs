@@ -3,7 +3,7 @@
 //! In the order of its story: what has to be built first ([`goals`]), who else in this process builds it ([`shared`]) and
 //! who wants it ([`cancel`]), what was made of it before ([`realised`]), whether it can be built here ([`accept`]), the one
 //! attempt ([`attempt`]): where its outputs go ([`targets`]), locks ([`locks`]), ids ([`ids`]), directories ([`scratch`],
-//! [`root`], [`skeleton`]), what the builder sees ([`attrs`], [`graph`], [`env`], [`builtins`]), the sandbox ([`confine`],
+//! [`root`], [`skeleton`]), what the builder sees ([`attrs`], [`json`], [`graph`], [`env`], [`builtins`]), the sandbox ([`confine`],
 //! [`bare`], `crate::sandbox`), the watch over it ([`supervise`], [`log`]); how it ended ([`evidence`], [`verdict`]) and what
 //! becomes of its outputs ([`outputs`], [`checks`]) or of its directory ([`keep`]). Nothing here speaks a protocol.
 
@@ -22,6 +22,9 @@ mod graph;
 mod ids;
 mod keep;
 mod locks;
+=======
+mod json;
+>>>>>>> 8635feb (Spell numbers and names of variables as Nix does)
 pub(crate) mod log;
 mod outputs;
 mod realised;
