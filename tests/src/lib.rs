@@ -3,8 +3,9 @@
 //! [`Peer`] is a real Nix, [`HttpCache`] a real nginx that serves a binary cache, [`ControlPlane`] a real API server and
 //! [`Cluster`] a real node; [`Remote`] is a real Nix with Drover as its remote store. Nothing here imitates any of them.
 //! The parts come from `xtask`, which fetches what is missing; they take root, but for [`ControlPlane`]. [`sqlite`] is real
-//! software to build, [`record`] what real clients say.
+//! software to build, [`record`] what real clients say, [`corpus`] a derivation for each thing that a builder has to do.
 
+pub mod corpus;
 mod http_cache;
 pub mod installation;
 mod peer;

@@ -10,6 +10,7 @@ mod builds_paths;
 mod cache;
 mod clients;
 mod command_line;
+mod corpus;
 mod fixtures;
 mod hostile;
 mod peer_sshd;

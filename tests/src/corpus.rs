@@ -1,0 +1,98 @@
+//! The corpus: derivations that each exercise one thing, in `tests/derivations/corpus`, as real Nix instantiates them.
+
+use std::collections::BTreeMap;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+use drover_nix::{StoreDir, StorePath};
+use drover_serve::{BuildOptions, BuildStatus};
+use serde_json::Value;
+use xtask::{checkout, run};
+
+use crate::Peer;
+
+/// What the corpus needs of Nix beyond what is stable.
+pub const FEATURES: &str = "nix-command ca-derivations impure-derivations dynamic-derivations git-hashing";
+
+/// One derivation and what is to become of it.
+#[derive(Clone, Debug)]
+pub struct Case {
+    /// Subject and thing, as in `floating-chain`; also the derivation's name, nearly always.
+    pub name: String,
+    pub drv: StorePath,
+    /// What Nix 2.34 answers.
+    pub expect: BuildStatus,
+    /// Limits that the client sets.
+    pub options: BuildOptions,
+    /// Why a request to a cluster cannot express it, or cannot end alike.
+    pub not_in_cluster: Option<String>,
+    /// Why `drover build` cannot do it.
+    pub not_by_drover_build: Option<String>,
+}
+
+/// Makes the directory of tools that the corpus takes as its argument: a static busybox under the names of its applets.
+pub fn tools(dir: &Path) -> Result<()> {
+    let busybox = ["/usr/bin/busybox", "/bin/busybox"].map(Path::new).into_iter().find(|path| path.exists());
+    let busybox = busybox.context("busybox not found: apt-get install busybox-static")?;
+    let bin = dir.join("bin");
+    std::fs::create_dir_all(&bin)?;
+    for dir in [dir, &bin] {
+        std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o755))?;
+    }
+    std::fs::copy(busybox, bin.join("busybox"))?;
+    for applet in run::stdout(Command::new(busybox).arg("--list"))?.lines() {
+        if applet != "busybox" {
+            std::os::unix::fs::symlink("busybox", bin.join(applet))?;
+        }
+    }
+    Ok(())
+}
+
+/// Has this Nix, which sees `tools`, write the `.drv` files and sources of the whole corpus into its store, and gives the
+/// cases by name. `more` are options of Nix's, such as which store.
+pub fn instantiate(peer: &Peer, tools: &Path, more: &[&str]) -> Result<Vec<Case>> {
+    let expressions = checkout().join("tests/derivations/corpus");
+    let mut nix = peer.clone().with(&expressions).command("nix-instantiate")?;
+    nix.args(["--eval", "--strict", "--json", "--read-write-mode"]).args(more).arg(&expressions);
+    nix.arg("--argstr").arg("tools").arg(tools);
+    nix.env("NIX_CONFIG", format!("extra-experimental-features = {FEATURES}\n"));
+    let json = run::stdout(&mut nix)?;
+    let cases: BTreeMap<String, Value> =
+        serde_json::from_str(&json).context("nix-instantiate prints JSON")?;
+    cases.into_iter().map(|(name, value)| case(name, &value)).collect()
+}
+
+fn case(name: String, value: &Value) -> Result<Case> {
+    let drv = value["drv"].as_str().context("a case has a .drv")?;
+    let text = |key: &str| value[key].as_str().map(str::to_owned);
+    let limit = |key: &str| value["limits"][key].as_u64().unwrap_or(0);
+    Ok(Case {
+        drv: StoreDir::default().parse(drv.as_bytes())?,
+        expect: status(value["expect"].as_str().unwrap_or_default()).context(name.clone())?,
+        options: BuildOptions {
+            timeout_seconds: limit("timeout"),
+            max_silent_seconds: limit("silent"),
+            max_log_bytes: limit("log"),
+            ..BuildOptions::default()
+        },
+        not_in_cluster: text("local"),
+        not_by_drover_build: text("built"),
+        name,
+    })
+}
+
+fn status(name: &str) -> Result<BuildStatus> {
+    Ok(match name {
+        "Built" => BuildStatus::Built,
+        "PermanentFailure" => BuildStatus::PermanentFailure,
+        "InputRejected" => BuildStatus::InputRejected,
+        "OutputRejected" => BuildStatus::OutputRejected,
+        "TransientFailure" => BuildStatus::TransientFailure,
+        "TimedOut" => BuildStatus::TimedOut,
+        "MiscFailure" => BuildStatus::MiscFailure,
+        "LogLimitExceeded" => BuildStatus::LogLimitExceeded,
+        _ => bail!("no status {name:?}"),
+    })
+}
