@@ -4,7 +4,7 @@ lib: with lib; {
   i686 = builds "uname -m > $out; cat /proc/self/personality >> $out" { system = "i686-linux"; };
   level = builds "uname -m > $out" { system = "x86_64-v1-linux"; };
   identity = builds "{ id; hostname; cat /proc/sys/kernel/domainname; pwd; umask; echo $$; ulimit -c; tty < /dev/stdin || :; } > $out" { };
-  files = builds "{ cat /etc/passwd /etc/group /etc/hosts; ls -a / /etc /dev /tmp /bin; } > $out" { };
+  files = builds "{ cat /etc/passwd /etc/group /etc/hosts; ls -a / /etc /tmp /bin; ls /dev | grep -vx kvm; } > $out" { };
   only-its-inputs = builds "ls -a /nix /nix/store > $out" { inherit leaf; };
   network = builds "{ ls /sys || :; sed 's/:.*//' /proc/net/dev | tail -n +3; ip addr show lo | grep inet; } > $out 2>&1" { };
   processes = builds "{ set -- /proc/[0-9]*; echo $#; } > $out" { };
