@@ -20,11 +20,9 @@ mod evidence;
 pub(crate) mod goals;
 mod graph;
 mod ids;
+mod json;
 mod keep;
 mod locks;
-=======
-mod json;
->>>>>>> 8635feb (Spell numbers and names of variables as Nix does)
 pub(crate) mod log;
 mod outputs;
 mod realised;

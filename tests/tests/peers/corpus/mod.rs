@@ -60,6 +60,9 @@ impl Corpus {
     }
 }
 
+/// How Nix 2.34 makes the paths of content that refers to itself.
+const WITHOUT_OFFSETS: [&str; 2] = ["--self-reference-hash", "without-offsets"];
+
 #[test]
 fn drover_builds_what_nix_builds() -> Result<()> {
     let corpus = Corpus::new()?;
@@ -73,18 +76,7 @@ fn drover_builds_what_nix_builds() -> Result<()> {
     let [nix, drover, without_offsets, ordinary] = corpus.build([
         (Leg::nix(&corpus.peer, &theirs, &shell)?, &all),
         (Leg::drover(&ours, &shell, &[])?, &all),
-        (
-            Leg::drover(
-                &older,
-                &shell,
-                if report::is_pending(report::SELF_REFERENCES[0]) {
-                    &[]
-                } else {
-                    &["--self-reference-hash", "without-offsets"]
-                },
-            )?,
-            &itself,
-        ),
+        (Leg::drover(&older, &shell, &WITHOUT_OFFSETS)?, &itself),
         (Leg::drover_of_a_user(&users, &shell, &corpus.tools.path().join("drover-builder"))?, &all),
     ])?;
 
@@ -103,7 +95,8 @@ fn drover_builds_what_nix_builds() -> Result<()> {
     compared.into_iter().collect::<Result<Vec<()>>>()?;
     let expected = made(&corpus, &theirs)?;
     for root in [&ours, &users] {
-        ensure!(made(&corpus, root)? == expected, "not the same is valid in both stores");
+        let made = made(&corpus, root)?;
+        report::compare_stores(&expected, &made)?;
     }
     for root in [&ours, &older, &users] {
         verify(&corpus.peer, root)?;
