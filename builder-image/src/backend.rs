@@ -13,7 +13,7 @@ use drover_serve::{Backend, BoxError, BuildOptions, BuildResult, BuildStatus, Bu
 use drover_store::{Batch, TempRoots};
 
 use crate::build::cancel::Cancel;
-use crate::build::goals::Goal;
+use crate::build::goals::{Goal, Made};
 use crate::build::log::Log;
 use crate::build::{Builder, Request};
 use crate::error::Error;
@@ -189,8 +189,9 @@ impl Backend for Session {
         targets: &[BuildTarget],
         options: &BuildOptions,
     ) -> Result<Result<(), (BuildStatus, String)>, BoxError> {
+        let mut made = Made::default();
         for target in targets {
-            let result = self.make_valid(target, options)?;
+            let result = self.make_valid(target, options, &mut made)?;
             if self.cancel.is_cancelled() {
                 return Err(NOBODY_TO_TELL.into());
             }
@@ -216,12 +217,13 @@ impl Session {
         &self,
         target: &BuildTarget,
         options: &BuildOptions,
+        made: &mut Made,
     ) -> Result<Result<(), Error>, BoxError> {
         let (roots, log, cancel) = (self.roots()?, &self.log, &self.cancel);
         let (drv_path, outputs) = (&target.path, target.outputs.as_ref());
         if drv_path.is_derivation() {
             let goal = Goal { drv_path, outputs, options, roots, log, cancel };
-            return Ok(self.builder.realise(&goal));
+            return Ok(self.builder.realise(&goal, made));
         }
         roots.add(&target.path)?;
         if self.builder.store.is_valid(&target.path)? {

@@ -39,9 +39,10 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use drover_nix::derivation::DerivationType;
+use drover_nix::derivation::modulo::InputHash;
+use drover_nix::derivation::{DerivationType, realisation};
 use drover_nix::hash_modulo::SelfReferenceHash;
-use drover_nix::{BasicDerivation, OutputName, StorePath};
+use drover_nix::{BasicDerivation, Derivation, OutputName, Sha256, StoreDir, StorePath};
 use drover_serve::{BuildOptions, BuildResult, BuildStatus, BuiltOutput};
 use drover_store::{LocalStore, TempRoots};
 
@@ -109,6 +110,8 @@ struct Wanted {
     known: BTreeMap<OutputName, Option<StorePath>>,
     /// Under which the paths that are not known are remembered. None where all are known, or every build makes its own.
     key: Option<Key>,
+    /// What old clients file the outputs under whose paths are not known.
+    drv_hash: Option<Sha256>,
 }
 
 impl Builder {
@@ -149,10 +152,14 @@ impl Builder {
             DerivationType::CaFloating => Some(Key::of(dir, request.drv_path, drv)?),
             _ => None,
         };
-        let wanted = Wanted { known, key };
+        let drv_hash = match kind {
+            DerivationType::CaFloating | DerivationType::Impure => realisation_key(dir, drv)?,
+            _ => None,
+        };
+        let wanted = Wanted { known, key, drv_hash };
         loop {
             if let Some(paths) = self.made_before(&wanted, request.roots)? {
-                return Ok(finished(BuildStatus::AlreadyValid, paths));
+                return Ok(wanted.finished(BuildStatus::AlreadyValid, paths));
             }
             let identity = Identity {
                 drv_path: request.drv_path.clone(),
@@ -228,7 +235,7 @@ impl Builder {
             attempt.run()
         });
         let mut result = match result {
-            Ok((status, paths)) => finished(status, paths),
+            Ok((status, paths)) => wanted.finished(status, paths),
             Err(error) => {
                 if !matches!(error, Error::Verdict { .. }) {
                     log.note(&format!("{}: {error}", error.category()));
@@ -262,10 +269,20 @@ impl Builder {
     }
 }
 
-/// A success, with all outputs.
-fn finished(status: BuildStatus, paths: Paths) -> BuildResult {
-    let built = |(name, path)| (name, BuiltOutput { path, signatures: Vec::new() });
-    BuildResult { built_outputs: paths.into_iter().map(built).collect(), ..BuildResult::new(status) }
+impl Wanted {
+    /// A success, with all outputs.
+    fn finished(&self, status: BuildStatus, paths: Paths) -> BuildResult {
+        let built = |(name, path)| (name, BuiltOutput { path, signatures: Vec::new() });
+        let built_outputs = paths.into_iter().map(built).collect();
+        BuildResult { built_outputs, drv_hash: self.drv_hash, ..BuildResult::new(status) }
+    }
+}
+
+/// The same for all outputs of a derivation.
+fn realisation_key(dir: &StoreDir, drv: &BasicDerivation) -> Result<Option<Sha256>, Error> {
+    let drv = Derivation { basic: drv.clone(), input_drvs: BTreeMap::new() };
+    let keys = realisation::keys(dir, &drv, &mut |_| Ok(InputHash::Deferred))?;
+    Ok(keys.into_values().next())
 }
 
 fn now() -> u64 {

@@ -2,6 +2,7 @@
 //! process lives, since no table of the store is kept of it. Whether a path is still valid is for the caller to ask.
 
 use std::collections::HashMap;
+use std::hash::Hash;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use drover_nix::derivation::aterm;
@@ -17,7 +18,13 @@ const MAX_REMEMBERED: usize = 50_000;
 /// Clones are one.
 #[derive(Clone, Default)]
 pub(crate) struct Realised {
-    made: Arc<Mutex<HashMap<Key, Paths>>>,
+    made: Arc<Mutex<Made>>,
+}
+
+#[derive(Default)]
+struct Made {
+    by_text: HashMap<Key, Paths>,
+    by_file: HashMap<StorePath, Paths>,
 }
 
 /// Path and text of a derivation: a client may give any path to any derivation, and shall find its own only.
@@ -37,21 +44,34 @@ impl Key {
 
 impl Realised {
     pub(crate) fn get(&self, key: &Key) -> Option<Paths> {
-        self.lock().get(key).cloned()
+        self.lock().by_text.get(key).cloned()
     }
 
     pub(crate) fn insert(&self, key: Key, paths: Paths) {
-        let mut made = self.lock();
-        if made.len() >= MAX_REMEMBERED {
-            made.clear();
-        }
-        made.insert(key, paths);
+        insert(&mut self.lock().by_text, key, paths);
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<Key, Paths>> {
+    /// The outputs of a `.drv` that is valid in the store, whose name says what is in it.
+    pub(crate) fn of_file(&self, drv_path: &StorePath) -> Option<Paths> {
+        self.lock().by_file.get(drv_path).cloned()
+    }
+
+    /// For what was read from that file only: what a client says of a derivation is not to be found here.
+    pub(crate) fn insert_of_file(&self, drv_path: StorePath, paths: Paths) {
+        insert(&mut self.lock().by_file, drv_path, paths);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Made> {
         // Whole between any two statements, so a panic elsewhere spoils nothing.
         self.made.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn insert<K: Eq + Hash>(map: &mut HashMap<K, Paths>, key: K, paths: Paths) {
+    if map.len() >= MAX_REMEMBERED {
+        map.clear();
+    }
+    map.insert(key, paths);
 }
 
 #[cfg(test)]

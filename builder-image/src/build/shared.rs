@@ -154,8 +154,9 @@ impl Joined {
     pub(crate) fn result(&self) -> Option<BuildResult> {
         let result = lock(&self.shared.state).result.clone()?;
         if result.status.is_success() {
-            let built_outputs = result.built_outputs;
-            return Some(BuildResult { built_outputs, ..BuildResult::new(BuildStatus::AlreadyValid) });
+            let BuildResult { built_outputs, drv_hash, .. } = result;
+            let already = BuildResult::new(BuildStatus::AlreadyValid);
+            return Some(BuildResult { built_outputs, drv_hash, ..already });
         }
         (result.status != BuildStatus::MiscFailure).then_some(result)
     }

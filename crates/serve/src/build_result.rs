@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io::{Read, Write};
 
 use drover_nix::signature::Signature;
-use drover_nix::{OutputName, StoreDir, StorePath};
+use drover_nix::{OutputName, Sha256, StoreDir, StorePath};
 use serde_json::{Value, json};
 
 use crate::wire::{self, WireWrite as _};
@@ -12,8 +12,9 @@ use crate::{Error, Version};
 
 /// Most bytes of one realisation in JSON.
 const MAX_REALISATION_LEN: u64 = 1 << 20;
-/// Nix 2.4 to 2.34 want a well-formed hash before an output's name, but look at it only for floating outputs.
-const NO_HASH: &str = "sha256:0000000000000000000000000000000000000000000000000000000000000000";
+/// Nix 2.4 to 2.34 want a well-formed hash before an output's name, but look at it only where the output's path was not
+/// known before.
+const NO_HASH: Sha256 = Sha256([0; 32]);
 const ACT: &str = "reading a build result";
 
 /// Numbers as on the wire; they were never renumbered.
@@ -64,6 +65,9 @@ pub struct BuildResult {
     pub stop_time: u64,
     /// Every output on success, also of input-addressed derivations: Hydra copies back what is listed here.
     pub built_outputs: BTreeMap<OutputName, BuiltOutput>,
+    /// What Nix up to 2.34 files outputs under whose paths were not known before
+    /// ([`drover_nix::derivation::realisation`]). Written for these only, and never read: a client can compute it.
+    pub drv_hash: Option<Sha256>,
 }
 
 impl BuildStatus {
@@ -133,6 +137,7 @@ impl BuildResult {
             start_time: 0,
             stop_time: 0,
             built_outputs: BTreeMap::new(),
+            drv_hash: None,
         }
     }
 
@@ -179,7 +184,7 @@ impl BuildResult {
             for (name, built) in &self.built_outputs {
                 match version >= Version::STRUCTURED_OUTPUTS {
                     true => write_structured(output, dir, name, built)?,
-                    false => write_json(output, name, built)?,
+                    false => write_json(output, self.drv_hash.unwrap_or(NO_HASH), name, built)?,
                 }
             }
         }
@@ -239,8 +244,13 @@ fn json_signature(value: &Value) -> Result<Signature, Error> {
     text.parse().map_err(Error::nix("a signature"))
 }
 
-fn write_json(output: &mut impl Write, name: &OutputName, built: &BuiltOutput) -> Result<(), Error> {
-    let id = format!("{NO_HASH}!{name}");
+fn write_json(
+    output: &mut impl Write,
+    drv_hash: Sha256,
+    name: &OutputName,
+    built: &BuiltOutput,
+) -> Result<(), Error> {
+    let id = format!("sha256:{}!{name}", drv_hash.to_hex());
     let signatures: Vec<String> = built.signatures.iter().map(Signature::to_string).collect();
     let value = json!({
         "dependentRealisations": {},
@@ -308,6 +318,17 @@ mod tests {
             assert_eq!(read.status, BuildStatus::Built);
             assert_eq!(read.built_outputs.is_empty(), version < 0x206);
         }
+    }
+
+    #[test]
+    fn old_clients_are_told_what_they_file_outputs_under() {
+        let hash = Sha256::of(b"derivation");
+        let mut bytes = Vec::new();
+        let result = BuildResult { drv_hash: Some(hash), ..built() };
+        result.write(&mut bytes, &StoreDir::default(), Version(0x207)).unwrap();
+        let id = format!("sha256:{}!out", hash.to_hex());
+        let text = String::from_utf8_lossy(&bytes);
+        assert!(text.contains(&format!(r#""id":"{id}""#)) && text.matches(&id).count() == 2, "{text}");
     }
 
     #[test]

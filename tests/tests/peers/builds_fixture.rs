@@ -82,7 +82,10 @@ impl Store {
             let left = std::fs::read_dir(&dir).map_or(0, Iterator::count);
             ensure!(left == 0, "{left} entries were left in {}", dir.display());
         }
-        self.nix()?.run("nix-store", &["--verify", "--check-contents"])?;
+        // It knows of git's hashes only if it is told to.
+        let mut nix = self.nix()?.command("nix-store")?;
+        nix.args(["--verify", "--check-contents"]);
+        xtask::run::stdout(nix.env("NIX_CONFIG", "extra-experimental-features = git-hashing"))?;
         Ok(())
     }
 }

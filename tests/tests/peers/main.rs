@@ -10,6 +10,7 @@ mod builds_paths;
 mod cache;
 mod clients;
 mod command_line;
+mod content_addressed;
 mod corpus;
 mod fixtures;
 mod hostile;
