@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use drover_nix::hash_modulo::SelfReferenceHash;
 use drover_store::GcOptions;
 
+use crate::network::Choice;
 use crate::nix_options;
 use crate::sandbox::rungs::Rung;
 
@@ -27,6 +28,9 @@ Options:
   --sandbox RUNG            the weakest sandbox that builds may have: nested, nested-admin or pod (default: nested); the
                             strongest that works is used
   --sandbox-shell PATH      a static shell that builds see as /bin/sh (default: busybox, where there is one)
+  --network auto|pasta|host|none
+                            what builds that may fetch have: a network of their own by pasta, this program's, or none
+                            (default: auto, which is pasta where it works and this program's elsewhere)
   --netrc-file FILE         users and passwords by host, for builtin:fetchurl; no build sees the file
   --ssl-cert-file FILE      certificate authorities that builds which fetch trust (default: NIX_SSL_CERT_FILE,
                             SSL_CERT_FILE, or the machine's own)
@@ -82,6 +86,7 @@ pub(crate) struct Cli {
     /// The weakest that is allowed.
     pub sandbox: Rung,
     pub sandbox_shell: Option<PathBuf>,
+    pub network: Choice,
     pub netrc_file: Option<PathBuf>,
     pub ssl_cert_file: Option<PathBuf>,
     pub hashed_mirrors: Vec<String>,
@@ -107,6 +112,7 @@ pub(crate) fn parse(words: impl IntoIterator<Item = String>) -> Result<Cli, Stri
         linger_seconds: 0,
         sandbox: Rung::Nested,
         sandbox_shell: None,
+        network: Choice::Auto,
         netrc_file: None,
         ssl_cert_file: None,
         hashed_mirrors: Vec::new(),
@@ -165,6 +171,9 @@ pub(crate) fn parse(words: impl IntoIterator<Item = String>) -> Result<Cli, Stri
             "--authorized-key" => authorized_keys.push(value()?),
             "--host-key" => host_key = Some(value()?.into()),
             "--sandbox-shell" => cli.sandbox_shell = Some(value()?.into()),
+            "--network" => {
+                cli.network = value()?.parse().map_err(|why| format!("{name}: {why}"))?;
+            }
             "--netrc-file" => cli.netrc_file = Some(value()?.into()),
             "--ssl-cert-file" => cli.ssl_cert_file = Some(value()?.into()),
             "--hashed-mirrors" => cli.hashed_mirrors = list(&value()?),
@@ -303,6 +312,7 @@ mod tests {
         assert_eq!(cli.hashed_mirrors, ["http://a", "http://b"]);
         let cli = parse("serve --self-reference-hash=without-offsets").unwrap();
         assert_eq!(cli.self_references, Some(SelfReferenceHash::WithoutOffsets));
+        assert_eq!(parse("serve --network none").unwrap().network, Choice::None);
         let features = parse("serve --system-features kvm,big-parallel").unwrap().system_features.unwrap();
         assert_eq!(features, ["kvm", "big-parallel"]);
     }
@@ -327,6 +337,7 @@ mod tests {
             "serve --store",
             "serve --bogus",
             "serve --cores many",
+            "serve --network slirp",
             "serve --self-reference-hash sometimes",
             "gc --max-freed 3X",
             "gc --max-freed 99999999T",

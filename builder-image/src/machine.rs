@@ -51,7 +51,18 @@ pub(crate) fn settings(cli: &Cli) -> anyhow::Result<Settings> {
         (None, Err(_)) => SelfReferenceHash::default(),
     };
     let (ids, sandbox) = (Ids::detect(), cli.sandbox);
-    Ok(Settings { sandbox_shell, cores, systems, features, ids, sandbox, fetching, linger, self_references })
+    Ok(Settings {
+        sandbox_shell,
+        cores,
+        systems,
+        features,
+        ids,
+        sandbox,
+        fetching,
+        network: cli.network,
+        linger,
+        self_references,
+    })
 }
 
 /// A file that the user named, which may change later but has to be there now. Absolute.

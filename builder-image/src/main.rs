@@ -2,7 +2,7 @@
 //!
 //! In the order of its story: the command line ([`cli`]), a session on standard input and output ([`stdio`]) or over
 //! SSH ([`listen`]), what it answers ([`backend`]), how a derivation is built ([`build`]), in what ([`sandbox`]), and the
-//! builders that are part of this program ([`builtin`]).
+//! builders that are part of this program ([`builtin`]); [`network`] connects builds that may fetch.
 //! Only [`listen`] is asynchronous; everything below it is plain threads.
 
 mod backend;
@@ -13,6 +13,7 @@ mod error;
 mod listen;
 mod machine;
 mod maintain;
+mod network;
 mod nix_options;
 mod sandbox;
 mod stdio;

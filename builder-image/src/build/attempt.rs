@@ -20,10 +20,11 @@ use super::scratch::{BUILD_DIR, Scratch};
 use super::supervise::Limits;
 use super::targets::Paths;
 use super::{
-    Builder, Wanted, bare, builtins, confine, env, graph, locks, outputs, supervise, targets, verdict,
+    Builder, Wanted, bare, builtins, confine, connect, env, graph, locks, outputs, supervise, targets,
+    verdict,
 };
 use crate::error::Error;
-use crate::sandbox::launch;
+use crate::network::Network;
 use crate::sandbox::plan::{Command, Layout, Program};
 use crate::sandbox::rungs::Rung;
 
@@ -106,8 +107,9 @@ impl Attempt<'_> {
         }
         let made: BTreeSet<&StorePath> = outputs.values().collect();
         let visible = inputs.iter().filter(|path| !made.contains(path));
+        let network = builder.network_of(kind)?;
         let command = self.command(prepared.command, &outputs)?;
-        let plan = self.plan(rung, &scratch, &ids, visible, command)?;
+        let plan = self.plan(rung, &network, &scratch, &ids, visible, command)?;
         let seconds = |seconds: u64| (seconds > 0).then(|| Duration::from_secs(seconds));
         let limits = Limits {
             timeout: seconds(options.timeout_seconds),
@@ -116,9 +118,10 @@ impl Attempt<'_> {
         };
         self.interest.check()?;
         let watch = Watch::begin(&builder.company);
-        let running = launch::start(&plan, ids.foreign()).map_err(Error::system("start the sandbox"))?;
+        let (running, connection) = connect::start(&plan, &ids, &network, scratch.top())?;
         self.interest.runs();
         let ended = supervise::supervise(running, &limits, self.log, self.interest);
+        drop(connection);
         if rung == Rung::Pod {
             bare::take_outputs(store, &scratch, &outputs)?;
         }
@@ -186,10 +189,11 @@ impl Attempt<'_> {
         &self,
         scratch: &Scratch,
         ids: &BuildIds,
+        network: &Network,
         inputs: impl Iterator<Item = &'a StorePath>,
     ) -> Result<Layout, Error> {
         let store = &self.builder.store;
-        let skeleton = self.builder.skeleton(self.kind, ids)?;
+        let skeleton = self.builder.skeleton(self.kind, network, ids)?;
         let mut binds = skeleton.binds;
         binds.push((scratch.tmp(), "/tmp".into()));
         binds.push((scratch.build_dir(), BUILD_DIR.into()));
@@ -205,7 +209,7 @@ impl Attempt<'_> {
             store_dir: store.store_dir().as_str().into(),
             binds,
             build_dir: BUILD_DIR.into(),
-            private_network: self.kind.is_sandboxed(),
+            private_network: !matches!(network, Network::Host(_)),
             linux32: confine::is_32_bit(&self.drv.system.to_string()),
             shm: Path::new("/dev/shm").is_dir(),
             cgroup: false,

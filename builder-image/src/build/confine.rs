@@ -13,6 +13,7 @@ use super::scratch::{BUILD_DIR, Scratch};
 use super::targets::Paths;
 use super::{Builder, bare};
 use crate::error::Error;
+use crate::network::Network;
 use crate::sandbox::plan::{
     self, Birth, Command, INSIDE_GID, INSIDE_UID, IdMap, Isolation, Layout, Namespaces, Plan,
 };
@@ -67,16 +68,17 @@ impl Attempt<'_> {
     pub(super) fn plan<'a>(
         &self,
         rung: Rung,
+        network: &Network,
         scratch: &Scratch,
         ids: &BuildIds,
         visible: impl Iterator<Item = &'a StorePath>,
         command: Command,
     ) -> Result<Plan, Error> {
         if rung == Rung::Pod {
-            let (system, network) = (self.drv.system.to_string(), !self.kind.is_sandboxed());
+            let (system, network) = (self.drv.system.to_string(), *network != Network::None);
             return bare::plan(self.builder, ids, &system, network, command);
         }
-        let layout = self.layout(scratch, ids, visible)?;
+        let layout = self.layout(scratch, ids, network, visible)?;
         Ok(nested(rung, &layout, ids, command))
     }
 }

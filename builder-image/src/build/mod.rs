@@ -4,7 +4,7 @@
 //! who wants it ([`cancel`]), what was made of it before ([`realised`]), whether it can be built here ([`accept`]), the one
 //! attempt ([`attempt`]): where its outputs go ([`targets`]), locks ([`locks`]), ids ([`ids`]), directories ([`scratch`],
 //! [`root`], [`skeleton`]), what the builder sees ([`attrs`], [`json`], [`graph`], [`env`], [`builtins`]), the sandbox ([`confine`],
-//! [`bare`], `crate::sandbox`), the watch over it ([`supervise`], [`log`]); how it ended ([`evidence`], [`verdict`]) and what
+//! [`bare`], `crate::sandbox`) and its network ([`connect`]), the watch over it ([`supervise`], [`log`]); how it ended ([`evidence`], [`verdict`]) and what
 //! becomes of its outputs ([`outputs`], [`checks`]) or of its directory ([`keep`]). Nothing here speaks a protocol.
 
 mod accept;
@@ -15,6 +15,7 @@ mod builtins;
 pub(crate) mod cancel;
 mod checks;
 mod confine;
+mod connect;
 mod env;
 mod evidence;
 pub(crate) mod goals;
@@ -58,6 +59,7 @@ use self::shared::{Entry, Identity, Joined, Own, Registry};
 use self::skeleton::Placed;
 use self::targets::Paths;
 use crate::error::Error;
+use crate::network;
 use crate::sandbox::rungs::{Ids, Rung};
 
 /// What does not change from build to build.
@@ -74,6 +76,8 @@ pub(crate) struct Settings {
     /// The weakest sandbox that builds may have.
     pub sandbox: Rung,
     pub fetching: Fetching,
+    /// Of builds that may fetch.
+    pub network: network::Choice,
     /// How long a build outlives the last session that wants it.
     pub linger: Duration,
     /// What the paths of content-addressed outputs that refer to themselves are made of.
@@ -90,6 +94,7 @@ pub(crate) struct Builder {
     /// Of builds without network access.
     skeleton: Arc<Mutex<Option<Placed>>>,
     ladder: Ladder,
+    network: network::Found,
     company: Company,
 }
 
@@ -123,6 +128,7 @@ impl Builder {
             realised: Realised::default(),
             skeleton: Arc::default(),
             ladder: Ladder::default(),
+            network: network::Found::default(),
             company: Company::default(),
         }
     }

@@ -55,6 +55,11 @@ impl Scratch {
         Ok(scratch)
     }
 
+    /// Where everything but the store directory lies. Nobody but the caller can look into it, and no build sees it.
+    pub(crate) fn top(&self) -> &Path {
+        &self.top
+    }
+
     /// Outside what the store directory is inside.
     pub(crate) fn store(&self) -> PathBuf {
         self.parent.join("store")

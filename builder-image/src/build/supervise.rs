@@ -178,7 +178,7 @@ impl Watch {
 fn next_end(running: &mut Running) -> Result<Option<End>, Error> {
     let report = running.report().map_err(Error::system("read from the sandbox"))?;
     Ok(match report {
-        None | Some(Report::Ready) => None,
+        None | Some(Report::Born(_) | Report::Ready) => None,
         Some(Report::Exited(code)) => Some(End::Exited(code)),
         Some(Report::Signalled(signal)) => Some(End::Signalled(signal)),
         Some(Report::Killed) => Some(End::Closed),

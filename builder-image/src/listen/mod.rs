@@ -19,7 +19,7 @@ mod session;
 mod wire;
 
 use std::collections::HashMap;
-use std::io;
+use std::io::{self, Write as _};
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -42,6 +42,7 @@ use self::wire::Plug;
 use crate::build::Builder;
 use crate::build::log::Log;
 use crate::error::Error;
+use crate::network::Choice;
 use crate::sandbox::launch;
 use crate::sandbox::rungs::UNTRIED;
 
@@ -107,11 +108,31 @@ pub(crate) fn run(options: &Options<'_>, builder: Builder) -> anyhow::Result<()>
         println!("host-key: {public}");
         println!("sandbox: {rung}");
         println!("listening: {}", listener.local_addr().context("cannot tell the address")?);
+        announce_network(&shared.builder)?;
         serve(listener, Arc::new(config(host_key)), Arc::clone(&shared)).await
     });
     // Sessions' threads that are stuck in a system call are not waited for.
     runtime.shutdown_background();
     result
+}
+
+/// Says which network builds that may fetch get. To find out may take a tenth of a second, for which nobody is kept waiting
+/// unless it was demanded.
+fn announce_network(builder: &Builder) -> anyhow::Result<()> {
+    let demanded = builder.settings.network == Choice::Pasta;
+    let builder = builder.clone();
+    let announce = move || -> anyhow::Result<()> {
+        let network = builder.network()?;
+        // Nobody has to read it.
+        let _nobody_reads = writeln!(io::stdout(), "network: {network}");
+        Ok(())
+    };
+    if demanded {
+        announce()
+    } else {
+        std::thread::spawn(announce);
+        Ok(())
+    }
 }
 
 /// What all connections have in common.

@@ -41,6 +41,8 @@ pub(crate) fn main() -> ExitCode {
 /// A request: what to clone, and the two ends that the new process gets.
 struct Request {
     birth: Birth,
+    /// Whoever asks wants to know the process's pid before it does anything.
+    attended: bool,
     control: UnixStream,
     terminal: OwnedFd,
 }
@@ -95,6 +97,9 @@ fn serve(groups: &io::Result<()>) -> io::Result<()> {
             let isolation = request.birth.isolation;
             match spawn(&request.birth, groups, &request.control, request.terminal) {
                 Ok((pid, pidfd)) => {
+                    if request.attended {
+                        Report::Born(pid.as_raw_nonzero().get()).send(&request.control);
+                    }
                     builds.push(Build {
                         isolation,
                         pid,
@@ -128,10 +133,12 @@ fn receive(requests: &OwnedFd) -> io::Result<Option<Request>> {
     if message.bytes == 0 {
         return Ok(None);
     }
-    let birth = serde_json::from_slice(bytes.get(..message.bytes).unwrap_or_default())?;
+    let (birth, attended) = serde_json::from_slice(bytes.get(..message.bytes).unwrap_or_default())?;
     let mut descriptors = descriptors.into_iter();
     match (descriptors.next(), descriptors.next()) {
-        (Some(control), Some(terminal)) => Ok(Some(Request { birth, control: control.into(), terminal })),
+        (Some(control), Some(terminal)) => {
+            Ok(Some(Request { birth, attended, control: control.into(), terminal }))
+        }
         _ => Err(io::Error::other("a request without its descriptors")),
     }
 }

@@ -12,11 +12,12 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command as Process, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use rustix::net::{
     AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType,
 };
-use rustix::process::{WaitOptions, waitpid};
+use rustix::process::{Pid, WaitOptions, waitpid};
 use rustix::pty::OpenptFlags;
 use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
 
@@ -31,12 +32,16 @@ const MAX_PART_LEN: u32 = 64 << 20;
 /// The part of a plan that says of what kind its command is.
 const PROGRAM: &[u8] = b"program";
 const BUILTIN: &[u8] = b"builtin";
+/// How long the helper may take to clone a process, which takes a millisecond.
+const CLONE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Most bytes of one report.
 const MAX_REPORT_LEN: usize = 16 << 10;
 
 /// What the helper says, a line each.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) enum Report {
+    /// The pid of the process that becomes the builder, for who asked ([`start_attended`]).
+    Born(i32),
     /// The sandbox is complete; the builder is executed next.
     Ready,
     /// It is complete, but the builder could not be executed. Says why.
@@ -54,7 +59,13 @@ pub(crate) enum Report {
 
 impl Report {
     pub(crate) fn send(&self, mut control: &UnixStream) {
-        let line = match self {
+        // Without a reader there is nobody to tell, and the end of the socket ends the build.
+        let _no_reader = control.write_all(self.line().as_bytes());
+    }
+
+    fn line(&self) -> String {
+        match self {
+            Self::Born(pid) => format!("born {pid}\n"),
             Self::Ready => "ready\n".to_owned(),
             Self::NotExecuted(why) => format!("not-executed {}\n", why.replace('\n', " ")),
             Self::Failed(why) => format!("failed {}\n", why.replace('\n', " ")),
@@ -62,14 +73,13 @@ impl Report {
             Self::Signalled(signal) => format!("signalled {signal}\n"),
             Self::Killed => "killed\n".to_owned(),
             Self::Lost => "lost\n".to_owned(),
-        };
-        // Without a reader there is nobody to tell, and the end of the socket ends the build.
-        let _no_reader = control.write_all(line.as_bytes());
+        }
     }
 
     fn parse(line: &str) -> Option<Self> {
         let (word, rest) = line.split_once(' ').unwrap_or((line, ""));
         Some(match word {
+            "born" => Self::Born(rest.parse().ok()?),
             "ready" => Self::Ready,
             "not-executed" => Self::NotExecuted(rest.to_owned()),
             "failed" => Self::Failed(rest.to_owned()),
@@ -122,10 +132,47 @@ pub(crate) fn shut_down() {
 
 /// Starts a sandbox by `plan`. `owner` is who the terminal belongs to, if not the caller.
 pub(crate) fn start(plan: &Plan, owner: Option<(u32, u32)>) -> io::Result<Running> {
+    let running = clone(plan, owner, false)?;
+    go(plan, running)
+}
+
+/// The same, but before its first step `attend` is called with the process's pid. It is there for so long, unless it is
+/// killed, and is in its namespaces. If that fails, the process never takes a step.
+pub(crate) fn start_attended(
+    plan: &Plan,
+    owner: Option<(u32, u32)>,
+    attend: &mut dyn FnMut(Pid) -> io::Result<()>,
+) -> io::Result<Running> {
+    let mut running = clone(plan, owner, true)?;
+    running.control.set_read_timeout(Some(CLONE_TIMEOUT))?;
+    let report = running.report()?;
+    running.control.set_read_timeout(None)?;
+    match report {
+        Some(Report::Born(pid)) => {
+            let pid = Pid::from_raw(pid).ok_or_else(|| io::Error::other("a process without a pid"))?;
+            attend(pid)?;
+        }
+        // For who supervises.
+        Some(failed) => running.pending = failed.line().into_bytes(),
+        None => {
+            return Err(io::Error::new(
+                io::ErrorKind::TimedOut,
+                "the sandbox's helper process does not answer",
+            ));
+        }
+    }
+    go(plan, running)
+}
+
+fn clone(plan: &Plan, owner: Option<(u32, u32)>, attended: bool) -> io::Result<Running> {
     let (terminal, peer) = terminal(owner)?;
     let (control, theirs) = UnixStream::pair()?;
-    request(&serde_json::to_vec(&plan.birth)?, &theirs.into(), &peer)?;
-    let running = Running { control, terminal, pending: Vec::new() };
+    request(&serde_json::to_vec(&(&plan.birth, attended))?, &theirs.into(), &peer)?;
+    Ok(Running { control, terminal, pending: Vec::new() })
+}
+
+/// Tells a process what to do.
+fn go(plan: &Plan, running: Running) -> io::Result<Running> {
     match send(&running.control, plan) {
         // The helper could not clone, and its report says why.
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
@@ -372,6 +419,7 @@ mod tests {
     fn reports_survive_the_line() {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let reports = [
+            Report::Born(7),
             Report::Ready,
             Report::Failed("a b".into()),
             Report::NotExecuted("c".into()),

@@ -170,6 +170,15 @@ impl Kernel for Linux {
     }
 }
 
+/// Has a program that is to be started killed when the thread that starts it ends.
+#[allow(unsafe_code)]
+pub(crate) fn die_with_caller(command: &mut std::process::Command) {
+    use std::os::unix::process::CommandExt as _;
+    let die = || Ok(process::set_parent_process_death_signal(Some(Signal::KILL))?);
+    // SAFETY: what runs between fork and exec is one system call, which takes no lock and allocates nothing.
+    unsafe { command.pre_exec(die) };
+}
+
 /// A child of this process that has ended and is not reaped yet. It stays so.
 #[allow(unsafe_code)]
 pub(super) fn dead_child() -> Option<process::Pid> {

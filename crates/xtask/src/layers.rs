@@ -64,6 +64,7 @@ impl Layer {
                 host::ensure(host::SSH_TOOLS)?;
                 rootfs::nginx()?;
                 rootfs::sshd()?;
+                rootfs::passt()?;
                 Nix::ALL.into_iter().try_for_each(|nix| rootfs::check_version(nix, &rootfs::nix(nix)?))
             }
             Self::Fuzz => {

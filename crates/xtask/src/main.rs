@@ -168,6 +168,7 @@ fn print_parts() -> Result<ExitCode> {
     println!("nginx       {}", parts::rootfs::nginx()?.display());
     println!("ssh         {}", parts::rootfs::ssh()?.display());
     println!("sshd        {}", parts::rootfs::sshd()?.display());
+    println!("passt       {}", parts::rootfs::passt()?.display());
     println!("tcc         {}", parts::rootfs::tcc()?.display());
     println!("node        {}", parts::rootfs::node()?.display());
     println!("kubernetes  {}", parts::go::kubernetes()?.display());

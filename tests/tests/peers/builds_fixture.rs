@@ -296,8 +296,13 @@ pub(crate) fn add_tools(session: &mut Session, applets: &[&str]) -> Result<Store
     for applet in applets {
         std::os::unix::fs::symlink("busybox", bin.join(applet))?;
     }
+    add_tree(session, tree.path())
+}
+
+/// Adds a directory as a source of the name `tools`.
+pub(crate) fn add_tree(session: &mut Session, tree: &Path) -> Result<StorePath> {
     let mut nar = Vec::new();
-    drover_store::fs::dump(tree.path(), &mut nar)?;
+    drover_store::fs::dump(tree, &mut nar)?;
     let nar_hash = Sha256::of(&nar);
     let ca = ContentAddress { method: Method::Nar, hash: nar_hash.into() };
     let path = ca.store_path(&StoreDir::default(), "tools", &[].into(), false)?;

@@ -14,7 +14,7 @@ use crate::output;
 /// The container that builds.
 const CONTAINER: &str = "builder";
 /// What the builder says before any build, of itself and of who logs in; later lines that begin so are shown.
-const PREAMBLE: [&str; 4] = ["host-key: ", "sandbox: ", "listening: ", "drover-builder: "];
+const PREAMBLE: [&str; 5] = ["host-key: ", "sandbox: ", "listening: ", "network: ", "drover-builder: "];
 
 pub(super) async fn print(cluster: &Cluster, name: &str, follow: bool) -> Outcome {
     let request = cluster.get(name).await?;

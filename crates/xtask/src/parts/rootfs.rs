@@ -107,6 +107,12 @@ pub fn sshd() -> Result<PathBuf> {
     unpacked("sshd", "trixie", &["openssh-server", "openssh-client", "dash", "coreutils"])
 }
 
+/// pasta, a user-mode network for builds that fetch: `usr/bin/pasta`. It runs on the machine itself, so it comes from a
+/// release that is old enough for the C library of any.
+pub fn passt() -> Result<PathBuf> {
+    unpacked("passt", "bookworm", &["passt"])
+}
+
 /// Unpacks Debian packages and everything that they depend on, a static busybox (which [`Root`] needs), and adds what their scripts would have set up.
 fn unpacked(name: &str, suite: &str, packages: &[&str]) -> Result<PathBuf> {
     // The mirror is no part of the key: what a suite holds is the same everywhere.
