@@ -75,6 +75,16 @@ impl Side {
         self.nix("nix-store", &["--realise", &StoreDir::default().full(drv)]).map(drop)
     }
 
+    /// As [`Self::realise`], for impure derivations too: Nix builds them, and then cannot say where.
+    fn realise_any(&self, drv: &StorePath) -> Result<()> {
+        let said = match self.realise(drv) {
+            Ok(()) => return Ok(()),
+            Err(error) => format!("{error:#}"),
+        };
+        ensure!(said.contains("cannot operate on output 'out' of the unbuilt derivation"), "{said}");
+        Ok(())
+    }
+
     /// Root of Nix's store, as `--store` takes it.
     fn store(&self) -> String {
         self.home.path().join("theirs").display().to_string()
@@ -157,5 +167,104 @@ fn nothing_pure_is_made_of_what_is_impure() -> Result<()> {
     ensure!(said.contains("impure.drv, which is impure"), "{said}");
     let nix = side.realise(&wrong).unwrap_err();
     ensure!(format!("{nix:#}").contains("depends on impure derivation"), "{nix:#}");
+    Ok(())
+}
+
+#[test]
+fn builds_from_the_bottom_up_are_what_nix_builds() -> Result<()> {
+    let side = Side::new()?;
+    let dir = StoreDir::default();
+    let wanted = ["top", "of-impure"].map(|name| side.instantiate(name));
+    let wanted: Vec<StorePath> = wanted.into_iter().collect::<Result<_>>()?;
+    let files: Vec<String> = wanted.iter().map(|drv| side.file(drv).display().to_string()).collect();
+    let files: Vec<&str> = files.iter().map(String::as_str).collect();
+
+    // Without what is below, it can be said only that something is missing.
+    let output = side.home.run(&[&["build"], &files[..]].concat())?;
+    assert_eq!(output.status.code(), Some(2), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(output.stdout.is_empty(), "nothing was tried");
+    let plan = side.home.run(&[&["plan", "--recursive"], &files[..]].concat())?;
+    let plan = String::from_utf8(plan.stdout)?;
+    ensure!(plan.contains("known when what makes them is built") && plan.contains("after: base-"), "{plan}");
+
+    let built = requests(&side.home.run(&[&["build", "--recursive", "-o", "json"], &files[..]].concat())?)?;
+    assert_eq!(built.len(), 11);
+    for drv in &wanted {
+        side.realise_any(drv)?;
+    }
+    let store = side.open()?;
+    let mut addressed = 0;
+    for request in &built {
+        let name = request.metadata.name.as_deref().unwrap_or_default();
+        let spec = request.spec.derivation.as_ref().context("a derivation")?;
+        let status = request.status.as_ref().context("a status")?;
+        assert_eq!(status.outputs.len(), spec.outputs.len(), "{name}");
+        for output in status.outputs.values() {
+            let path = dir.parse(output.path.as_bytes())?;
+            let info =
+                store.path_info(&path)?.with_context(|| format!("{name}: Nix did not build {path}"))?;
+            let references: Vec<String> = info.references.iter().map(|path| dir.full(path)).collect();
+            assert_eq!((&output.nar_hash, &output.references), (&info.nar_hash.to_string(), &references));
+            assert_eq!(output.ca, info.ca.as_ref().map(ToString::to_string), "{name}");
+            addressed += usize::from(output.ca.is_some());
+            // Who built it is the resolved derivation, but for fixed outputs, which Nix also resolves.
+            if spec.name != "fixed" {
+                assert_eq!(status.drv_path, info.deriver.map(|drv| dir.full(&drv)), "{name}");
+            }
+        }
+    }
+    assert_eq!(addressed, 9);
+    let ours = side.home.store().display().to_string();
+    side.nix("nix-store", &["--store", &ours, "--verify", "--check-contents"])?;
+
+    // With all of it in the store of the .drv files, the last is built alone, and of the rest nothing is.
+    let again = requests(&side.home.run(&["build", "--recursive", "-o", "json", files[0]])?)?;
+    assert_eq!(again.len(), 1);
+    assert_eq!(
+        again[0].spec,
+        built
+            .iter()
+            .find(|request| request.metadata.name == again[0].metadata.name)
+            .context("the same")?
+            .spec
+    );
+    Ok(())
+}
+
+#[test]
+fn a_failure_below_is_said_of_what_is_above() -> Result<()> {
+    let side = Side::new()?;
+    let expression = r#"
+      let floating = { __contentAddressed = true; outputHashMode = "recursive"; outputHashAlgo = "sha256"; system = "x86_64-linux";
+            builder = "/bin/sh"; };
+          bad = derivation (floating // { name = "bad"; args = [ "-c" "echo no; exit 7" ]; });
+          wrong = derivation { name = "wrong"; system = "x86_64-linux"; builder = "/bin/sh"; outputHashMode = "flat";
+            outputHashAlgo = "sha256"; outputHash = builtins.hashString "sha256" "right"; args = [ "-c" "echo wrong > $out" ]; };
+      in derivation (floating // { name = "above"; inherit bad wrong; args = [ "-c" "echo $bad > $out" ]; })
+    "#;
+    let drv = side.nix("nix-instantiate", &["-E", expression])?;
+    let drv = side.file(&StoreDir::default().parse(drv.trim().as_bytes())?).display().to_string();
+    let output = side.home.run(&["build", "--recursive", "-o", "json", &drv])?;
+    assert_eq!(output.status.code(), Some(1), "{}", String::from_utf8_lossy(&output.stderr));
+    let list: Value = serde_json::from_slice(&output.stdout)?;
+    let of = |name: &str| -> Result<Value> {
+        let items = list["items"].as_array().context("a List")?;
+        let named =
+            |item: &&Value| item["metadata"]["name"].as_str().is_some_and(|text| text.starts_with(name));
+        Ok(items.iter().find(named).with_context(|| format!("no {name}"))?["status"]["failure"].clone())
+    };
+    assert_eq!((&of("bad")?["reason"], &of("bad")?["logTail"][0]), (&"BuildFailed".into(), &"no".into()));
+    let above = of("above")?;
+    assert_eq!(above["reason"], "InputMissing");
+    ensure!(above["message"].as_str().is_some_and(|text| text.contains("was not built")), "{above}");
+    // Both hashes, in the form that goes into an expression.
+    let wrong = of("wrong")?;
+    assert_eq!(wrong["reason"], "OutputHashMismatch");
+    for hash in [
+        "sha256-JwQvTm7KfQsqfuQCbfLs+lHTM55tEiqgmRGOzYVjutk=",
+        "sha256-VD34n+yFscKA5b57xqM+MSA1A81u2zCEMS3k21qbQ2w=",
+    ] {
+        ensure!(wrong["message"].as_str().is_some_and(|text| text.contains(hash)), "{hash}: {wrong}");
+    }
     Ok(())
 }
