@@ -27,6 +27,7 @@ Options:
   --linger SECONDS          how long a build outlives its connection (default: 0)
   --sandbox RUNG            the weakest sandbox that builds may have: nested, nested-admin or pod (default: nested); the
                             strongest that works is used
+  --say-sandbox             of serve: the first line on standard error is `sandbox: RUNG`, if builds can have one
   --sandbox-shell PATH      a static shell that builds see as /bin/sh (default: busybox, where there is one)
   --network auto|pasta|host|none
                             what builds that may fetch have: a network of their own by pasta, this program's, or none
@@ -85,6 +86,8 @@ pub(crate) struct Cli {
     pub linger_seconds: u64,
     /// The weakest that is allowed.
     pub sandbox: Rung,
+    /// Say on standard error which one they have.
+    pub say_sandbox: bool,
     pub sandbox_shell: Option<PathBuf>,
     pub network: Choice,
     pub netrc_file: Option<PathBuf>,
@@ -111,6 +114,7 @@ pub(crate) fn parse(words: impl IntoIterator<Item = String>) -> Result<Cli, Stri
         store: "local".into(),
         linger_seconds: 0,
         sandbox: Rung::Nested,
+        say_sandbox: false,
         sandbox_shell: None,
         network: Choice::Auto,
         netrc_file: None,
@@ -170,6 +174,7 @@ pub(crate) fn parse(words: impl IntoIterator<Item = String>) -> Result<Cli, Stri
             "--listen" => address = Some(value()?),
             "--authorized-key" => authorized_keys.push(value()?),
             "--host-key" => host_key = Some(value()?.into()),
+            "--say-sandbox" => cli.say_sandbox = true,
             "--sandbox-shell" => cli.sandbox_shell = Some(value()?.into()),
             "--network" => {
                 cli.network = value()?.parse().map_err(|why| format!("{name}: {why}"))?;
@@ -274,6 +279,12 @@ mod tests {
         let line = "--option sandbox true serve --max-jobs=3 --store /x --cores 2 --linger=9";
         let cli = parse(line).unwrap();
         assert_eq!((cli.store.as_str(), cli.cores, cli.linger_seconds), ("/x", 2, 9));
+    }
+
+    #[test]
+    fn saying_the_sandbox_is_asked_for() {
+        assert!(!parse("serve --write").unwrap().say_sandbox);
+        assert!(parse("serve --say-sandbox --write").unwrap().say_sandbox);
     }
 
     #[test]

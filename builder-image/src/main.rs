@@ -79,7 +79,15 @@ fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
     match &cli.command {
         Command::Help => print!("{}", cli::USAGE),
         Command::Version => println!("drover-builder {}", env!("CARGO_PKG_VERSION")),
-        Command::Serve { write } => stdio::serve(builder(cli, *write)?, *write)?,
+        Command::Serve { write } => {
+            let builder = builder(cli, *write)?;
+            // Where there is none, the build says why.
+            if let (true, Ok(rung)) = (cli.say_sandbox, builder.rung()) {
+                // In one piece: whoever reads it looks at what comes first.
+                let _nobody_reads = std::io::stderr().write_all(format!("sandbox: {rung}\n").as_bytes());
+            }
+            stdio::serve(builder, *write)?;
+        }
         Command::Listen { address, authorized_keys, host_key, max_sessions, login_grace_seconds } => {
             let options = listen::Options {
                 address,

@@ -67,9 +67,32 @@ pub(crate) struct Build {
     #[arg(long)]
     pub(crate) no_progress: bool,
 
+    #[command(flatten)]
+    pub(crate) limits: Limits,
+
     /// The drover-builder program [default: next to drover, or in PATH]
     #[arg(long, env = "DROVER_BUILDER", value_name = "PROGRAM")]
     pub(crate) builder: Option<PathBuf>,
+}
+
+/// How a build is bounded whose request does not say, and what is left of it.
+#[derive(Args, Clone)]
+pub(crate) struct Limits {
+    /// Keep the build directory of a build that fails; the log says where it is
+    #[arg(short = 'K', long)]
+    pub(crate) keep_failed: bool,
+
+    /// Longest time that a build may take, unless its request says
+    #[arg(long, value_name = "SECONDS")]
+    pub(crate) timeout: Option<u32>,
+
+    /// Longest time that a build may print nothing, unless its request says
+    #[arg(long, value_name = "SECONDS")]
+    pub(crate) max_silent_time: Option<u32>,
+
+    /// Most bytes that a build may print, unless its request says
+    #[arg(long, value_name = "BYTES")]
+    pub(crate) max_log_bytes: Option<u64>,
 }
 
 #[derive(Args)]

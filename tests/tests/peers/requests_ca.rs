@@ -268,3 +268,67 @@ fn a_failure_below_is_said_of_what_is_above() -> Result<()> {
     }
     Ok(())
 }
+
+#[test]
+fn limits_and_what_is_kept() -> Result<()> {
+    let side = Side::new()?;
+    let make = |script: &str| -> Result<String> {
+        let script = script.replace('"', "\\\"");
+        let expression = format!(
+            r#"derivation {{ name = "x"; system = "x86_64-linux"; builder = "/bin/sh"; args = [ "-c" "{script}" ]; }}"#
+        );
+        let drv = side.nix("nix-instantiate", &["-E", &expression])?;
+        Ok(side.file(&StoreDir::default().parse(drv.trim().as_bytes())?).display().to_string())
+    };
+    let busy = make("while :; do :; done")?;
+    let loud = make("while :; do echo 0123456789; done")?;
+    let bad = make("echo kept > left; exit 3")?;
+    for (drv, options, reason) in [
+        (&busy, &["--timeout", "1"][..], "TimedOut"),
+        (&busy, &["--max-silent-time", "1"], "MaxSilentExceeded"),
+        (&loud, &["--max-log-bytes", "1000"], "LogLimitExceeded"),
+        (&bad, &["--keep-failed"], "BuildFailed"),
+    ] {
+        let output = side.home.run(&[&["build", "-o", "json", drv], options].concat())?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        let request: BuildRequest = serde_json::from_slice(&output.stdout)?;
+        let status = request.status.context("a status")?;
+        assert_eq!(status.failure.context("a failure")?.reason, reason, "{options:?}: {said}");
+        let sandbox = status.builder.context("a builder")?.sandbox.context("a sandbox")?;
+        assert_eq!(sandbox, "nested");
+        ensure!(!said.contains("sandbox: "), "that line is no part of the log: {said}");
+        if options == ["--keep-failed"] {
+            let kept = side.home.store().join("nix/var/nix/builds");
+            let tops: Vec<_> = std::fs::read_dir(&kept)?.collect::<std::io::Result<_>>()?;
+            assert_eq!(tops.len(), 1, "{said}");
+            assert_eq!(std::fs::read_to_string(tops[0].path().join("build/left"))?, "kept\n");
+            ensure!(said.contains(&*tops[0].path().to_string_lossy()), "{said}");
+        }
+    }
+    Ok(())
+}
+
+/// Nix 2.34 hashes content that refers to itself in another way than 2.35 and Drover; a builder can be told to do as it
+/// does, and then the paths are the same.
+#[test]
+fn references_to_itself_as_nix_hashes_them() -> Result<()> {
+    let side = Side::new()?;
+    let expression = r#"derivation { name = "own"; system = "x86_64-linux"; builder = "/bin/sh"; __contentAddressed = true;
+        outputHashMode = "recursive"; outputHashAlgo = "sha256"; args = [ "-c" "echo $out twice: $out > $out" ]; }"#;
+    let drv = side.nix("nix-instantiate", &["-E", expression])?;
+    let theirs = side.nix("nix-store", &["--realise", drv.trim()])?;
+    let file = side.file(&StoreDir::default().parse(drv.trim().as_bytes())?).display().to_string();
+    let mut paths = Vec::new();
+    for how in ["with-offsets", "without-offsets"] {
+        let mut build = side.home.drover(&["build", "-o", "json", &file])?;
+        build.env("DROVER_SELF_REFERENCE_HASH", how);
+        let built = requests(&build.output()?)?.remove(0);
+        let output = built.status.context("a status")?.outputs.remove("out").context("an output")?;
+        assert_eq!(output.references, std::slice::from_ref(&output.path), "{how}");
+        paths.push(output.path);
+    }
+    assert_ne!(paths[0], theirs.trim());
+    assert_eq!(paths[1], theirs.trim());
+    Ok(())
+}

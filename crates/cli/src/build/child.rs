@@ -19,14 +19,25 @@ const MAX_LINE: u64 = 16 << 10;
 const GRACE: Duration = Duration::from_secs(10);
 const POLL: Duration = Duration::from_millis(20);
 
+/// What the line begins with that `--say-sandbox` puts before the log.
+const SANDBOX_PREFIX: &[u8] = b"sandbox: ";
+
 pub(super) struct Child {
     child: std::process::Child,
-    log: Option<JoinHandle<std::io::Result<Vec<String>>>>,
+    log: Option<JoinHandle<std::io::Result<Said>>>,
     log_file: PathBuf,
+}
+
+/// What came on standard error.
+struct Said {
+    tail: Vec<String>,
+    sandbox: Option<String>,
 }
 
 /// What is left of a builder.
 pub(super) struct End {
+    /// The sandbox that builds had, if the builder found one.
+    pub(super) sandbox: Option<String>,
     /// The last lines of the log.
     pub(super) tail: Vec<String>,
     pub(super) log_file: PathBuf,
@@ -41,7 +52,7 @@ impl Child {
         let file =
             File::create(&log_file).with_context(|| format!("cannot create {}", log_file.display()))?;
         let mut child = Command::new(program)
-            .args(["serve", "--write", "--store"])
+            .args(["serve", "--write", "--say-sandbox", "--store"])
             .arg(store)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -74,12 +85,12 @@ impl Child {
                 }
             }
         };
-        let tail = match self.log.take().map(JoinHandle::join) {
-            Some(Ok(tail)) => tail.with_context(|| format!("cannot write {}", self.log_file.display()))?,
+        let Said { tail, sandbox } = match self.log.take().map(JoinHandle::join) {
+            Some(Ok(said)) => said.with_context(|| format!("cannot write {}", self.log_file.display()))?,
             _ => return Err(anyhow!("the thread that reads the log is gone")),
         };
         let trouble = (!status.success()).then_some(status);
-        Ok(End { tail, log_file: std::mem::take(&mut self.log_file), trouble })
+        Ok(End { sandbox, tail, log_file: std::mem::take(&mut self.log_file), trouble })
     }
 }
 
@@ -118,10 +129,11 @@ fn follow(
     mut log: BufReader<impl std::io::Read>,
     mut file: BufWriter<File>,
     console: &Console,
-) -> std::io::Result<Vec<String>> {
+) -> std::io::Result<Said> {
     let mut tail = VecDeque::with_capacity(LOG_TAIL_LINES);
     let mut kept = Ok(());
     let mut line = Vec::new();
+    let sandbox = first_line(&mut log)?;
     loop {
         line.clear();
         if log.by_ref().take(MAX_LINE).read_until(b'\n', &mut line)? == 0 {
@@ -140,5 +152,15 @@ fn follow(
         tail.push_back(String::from_utf8_lossy(&line).trim_end().to_owned());
     }
     kept.and_then(|()| file.flush())?;
-    Ok(tail.into())
+    Ok(Said { tail: tail.into(), sandbox })
+}
+
+/// The line before the log, which is no part of it. What begins in another way is left where it is.
+fn first_line(log: &mut BufReader<impl std::io::Read>) -> std::io::Result<Option<String>> {
+    if !log.fill_buf()?.starts_with(SANDBOX_PREFIX) {
+        return Ok(None);
+    }
+    let mut line = Vec::new();
+    log.take(MAX_LINE).read_until(b'\n', &mut line)?;
+    Ok(Some(String::from_utf8_lossy(&line[SANDBOX_PREFIX.len()..]).trim_end().to_owned()))
 }

@@ -16,7 +16,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::Context as _;
-use drover_api::{BuildRequest, Reason};
+use drover_api::{BuildRequest, BuilderStatus, Reason};
 use drover_cache::Cache;
 use drover_nix::{StoreDir, StorePath};
 use drover_serve::BuildOptions;
@@ -60,12 +60,15 @@ pub(crate) fn run(args: &args::Build) -> exit::Outcome {
         let start = Timestamp::now();
         let broken =
             queue.items[index].needs.iter().find(|need| verdicts.get(need).is_some_and(Option::is_some));
-        let end = match broken {
-            Some(need) => End::Failed(Failed {
-                reason: Reason::InputMissing,
-                message: format!("{}, which makes an input, was not built", queue.items[*need].name()),
-                log_tail: vec![],
-            }),
+        let (end, sandbox) = match broken {
+            Some(need) => (
+                End::Failed(Failed {
+                    reason: Reason::InputMissing,
+                    message: format!("{}, which makes an input, was not built", queue.items[*need].name()),
+                    log_tail: vec![],
+                }),
+                None,
+            ),
             None => {
                 let resolved = queue.resolve(index).map_err(Fault::Input)?.clone();
                 build(&queue.items[index], &resolved, &setup, &console)?
@@ -80,7 +83,11 @@ pub(crate) fn run(args: &args::Build) -> exit::Outcome {
             End::Failed(failed) => Some(failed.reason),
         };
         verdicts.insert(index, verdict);
-        requests.push(status::with_status(&queue.items[index], &end, &setup.dir, start, Timestamp::now()));
+        let mut request = status::with_status(&queue.items[index], &end, &setup.dir, start, Timestamp::now());
+        if let (Some(status), Some(_)) = (&mut request.status, &sandbox) {
+            status.builder = Some(BuilderStatus { sandbox, ..Default::default() });
+        }
+        requests.push(request);
     }
     output::print(&requests, args.output)?;
     Ok(match verdicts.into_values().flatten().max_by_key(|reason| reason.is_infrastructure()) {
@@ -113,13 +120,18 @@ fn wanted(queue: &mut Queue, setup: &Setup) -> Result<BTreeSet<usize>, Fault> {
     Ok(wanted)
 }
 
-/// Builds one request. Fails only where not even the builder could be started.
-fn build(item: &Item, resolved: &Resolved, setup: &Setup, console: &Console) -> Result<End, Fault> {
+/// Builds one request; says also which sandbox it had. Fails only where not even the builder could be started.
+fn build(
+    item: &Item,
+    resolved: &Resolved,
+    setup: &Setup,
+    console: &Console,
+) -> Result<(End, Option<String>), Fault> {
     let job = job(item, resolved, setup);
     match drover_session::all_outputs_in_cache(&job) {
-        Ok(Some(outcome)) => return Ok(End::Done(Box::new(outcome))),
+        Ok(Some(outcome)) => return Ok((End::Done(Box::new(outcome)), None)),
         Ok(None) => {}
-        Err(failure) => return Ok(End::Failed(failed(failure, vec![]))),
+        Err(failure) => return Ok((End::Failed(failed(failure, vec![])), None)),
     }
     let mut child = Child::start(&setup.builder, &setup.store, setup.spool.path(), console.clone())
         .map_err(Fault::Infrastructure)?;
@@ -132,7 +144,7 @@ fn build(item: &Item, resolved: &Resolved, setup: &Setup, console: &Console) -> 
     if let Err(error) = keep_log(&*setup.push, &resolved.drv_path, &end.log_file) {
         console.line(&format!("warning: {error:#}"));
     }
-    Ok(match result {
+    let ended = match result {
         Ok(outcome) => End::Done(Box::new(outcome)),
         Err(failure) => {
             let mut failed = failed(failure, end.tail);
@@ -141,19 +153,22 @@ fn build(item: &Item, resolved: &Resolved, setup: &Setup, console: &Console) -> 
             }
             End::Failed(failed)
         }
-    })
+    };
+    Ok((ended, end.sandbox))
 }
 
 fn job(item: &Item, resolved: &Resolved, setup: &Setup) -> Job {
     let spec = &item.manifest.request.spec;
+    let limits = &setup.limits;
     Job {
         dir: setup.dir.clone(),
         drv_path: resolved.drv_path.clone(),
         derivation: resolved.derivation.clone(),
         options: BuildOptions {
-            max_silent_seconds: spec.max_silent_seconds.unwrap_or(0).into(),
-            timeout_seconds: spec.timeout_seconds.unwrap_or(0).into(),
-            max_log_bytes: spec.max_log_bytes.unwrap_or(0),
+            max_silent_seconds: spec.max_silent_seconds.or(limits.max_silent_time).unwrap_or(0).into(),
+            timeout_seconds: spec.timeout_seconds.or(limits.timeout).unwrap_or(0).into(),
+            max_log_bytes: spec.max_log_bytes.or(limits.max_log_bytes).unwrap_or(0),
+            keep_failed: limits.keep_failed,
             ..BuildOptions::default()
         },
         caches: setup.caches.clone(),

@@ -28,6 +28,8 @@ pub(super) struct Setup {
     pub(super) push: Arc<dyn Cache>,
     /// For logs, and for outputs on their way to the cache.
     pub(super) spool: TempDir,
+    /// For requests that do not say.
+    pub(super) limits: args::Limits,
 }
 
 impl Setup {
@@ -43,7 +45,7 @@ impl Setup {
         let (caches, push) = caches(args, &dir)?;
         let spool =
             TempDir::new().context("cannot create a temporary directory").map_err(Fault::Infrastructure)?;
-        Ok(Self { dir, store, builder, caches, push, spool })
+        Ok(Self { dir, store, builder, caches, push, spool, limits: args.limits.clone() })
     }
 }
 
