@@ -4,6 +4,9 @@
 
 mod common;
 
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
 use common::{Builder, User, out, path_for, set};
 use drover_nix::content_hash::content_hashes;
 use drover_nix::hash_modulo::SelfReferenceHash;
@@ -11,7 +14,7 @@ use drover_nix::{
     BasicDerivation, ContentAddress, DerivationOutput, Hash, HashAlgo, Method, OutputName, PathInfo, Sha256,
     StoreDir, StorePath,
 };
-use drover_serve::{BuildOptions, BuildResult, BuildStatus};
+use drover_serve::{BuildOptions, BuildResult, BuildStatus, Client};
 
 /// What stands for an output in a derivation that does not know its path.
 fn placeholder(output: &str) -> String {
@@ -369,4 +372,76 @@ fn what_is_there_already_is_left_alone() {
     assert_eq!((again.status, again.built_outputs.len()), (BuildStatus::Built, 2), "{}", again.error_message);
     assert_eq!(contents(&mut builder, &dev), before, "it is the one of the first build");
     assert_eq!(info(&mut builder, &out(&drv)).references, [dev].into(), "and is still found in the other");
+}
+
+/// What git has hashed would change if its temporary path were replaced, so that it may not be there, reference or not.
+#[test]
+fn what_git_hashes_does_not_name_itself() {
+    let mut builder = Builder::start(User::Current);
+    let mut drv = floating(&builder, "", Method::Git, HashAlgo::Sha1);
+    let script = "while read -r a b c; do case $c in outputs=*) out=${c#*=*=\\'}; out=${out%%\\'*};; esac; done \
+                  < $NIX_ATTRS_SH_FILE; echo $out > $out";
+    drv.args = vec!["-ec".into(), script.into()];
+    drv.env = [("__json".into(), r#"{"unsafeDiscardReferences":{"out":true}}"#.into())].into();
+    rejected(&mut builder, &drv, BuildStatus::OutputRejected, "changes its hash");
+}
+
+#[test]
+fn a_session_keeps_what_it_has_built() {
+    let mut builder = Builder::start(User::Current);
+    let drv = nar(&builder, "echo kept $out > $out");
+    let kept = built_one(&mut builder, &drv);
+    let root = builder.root.path().to_owned();
+    let collected = Command::new(common::BUILDER).arg("gc").arg("--store").arg(&root).output().unwrap();
+    assert!(collected.status.success(), "{collected:?}");
+    assert_eq!(build(&mut builder, &drv).status, BuildStatus::AlreadyValid);
+    assert_eq!(info(&mut builder, &kept.path), kept);
+}
+
+/// A client may call any derivation by any path, and what a build works in goes by it.
+#[test]
+fn builds_of_one_name_wait_for_each_other() {
+    let mut builder = Builder::start(User::Current);
+    let drv_path = path_for("one", "test.drv");
+    let store = builder.root.path().to_owned();
+    let mut other = Command::new(common::BUILDER)
+        .args(["serve", "--write", "--store"])
+        .arg(&store)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let (output, input) = (other.stdout.take().unwrap(), other.stdin.take().unwrap());
+    let client = Client::connect(output, input, StoreDir::default()).unwrap();
+    let scripts = ["echo 1 > $out; while [ ! -e go ]; do sleep 0.05; done", "echo 2 > $out"];
+    let drvs = scripts.map(|script| builder.derivation(script));
+    let build = |mut client: Client<_, _>, drv: &BasicDerivation| {
+        let (path, drv) = (drv_path.clone(), drv.clone());
+        std::thread::spawn(move || client.build_derivation(&path, &drv, &BuildOptions::default()).unwrap())
+    };
+    let first = build(client, &drvs[0]);
+    let scratch = store.join("nix/store").join(format!("{drv_path}.chroot/store"));
+    let begun = || std::fs::read(scratch.join(out(&drvs[0]).as_str())).is_ok_and(|text| text == b"1\n");
+    eventually("the first one runs", begun);
+    let second = build(builder.client.take().unwrap(), &drvs[1]);
+    eventually("the second one waits", || builder.log().contains("waiting for another build"));
+    assert!(begun(), "the first one's output is where it was");
+    for top in std::fs::read_dir(store.join("nix/var/nix/builds")).unwrap() {
+        std::fs::write(top.unwrap().path().join("build/go"), "").unwrap();
+    }
+    for (thread, drv, text) in [(first, &drvs[0], "1\n"), (second, &drvs[1], "2\n")] {
+        let result = thread.join().unwrap();
+        assert_eq!(result.status, BuildStatus::Built, "{}", result.error_message);
+        assert_eq!(contents(&mut builder, &out(drv)), text);
+    }
+    other.wait().unwrap();
+}
+
+fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while !holds() {
+        assert!(Instant::now() < deadline, "not within 30 seconds: {what}");
+        std::thread::yield_now();
+    }
 }

@@ -11,8 +11,10 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use common::{add, derivation, path_for, tools};
-use drover_nix::{BasicDerivation, StoreDir, StorePath};
+use common::{add, derivation, path_for, set, tools};
+use drover_nix::{
+    BasicDerivation, DerivationOutput, HashAlgo, Method, OutputName, Sha256, StoreDir, StorePath,
+};
 use drover_serve::{BuildOptions, BuildResult, BuildStatus, Client};
 use tempfile::TempDir;
 
@@ -250,6 +252,61 @@ fn a_lingering_build_is_found_again_with_its_log() {
     server.let_go();
     assert_eq!(joined.join().unwrap().unwrap().status, BuildStatus::AlreadyValid);
     second.says("last\n");
+}
+
+/// As [`held`], with an output whose path follows from its content: another one with each build.
+fn held_unknown(tools: &StorePath, name: &str, output: DerivationOutput) -> BasicDerivation {
+    let mut drv = held(tools, name);
+    let script = drv.args[1].to_string();
+    drv.args[1] = script.replace("touch $out", "cat /proc/sys/kernel/random/uuid > $out").into();
+    drv.outputs = [(OutputName::out(), output)].into();
+    let placeholder = Sha256::of(b"nix-output:out").to_nix32();
+    set(&mut drv, "out", &format!("/{placeholder}"));
+    drv
+}
+
+#[test]
+fn what_is_not_known_before_is_shared_by_its_derivation() {
+    let server = Server::start(&["--linger", "1000"]);
+    let (mut first, mut second) = (server.session(), server.session());
+    let tools = add(first.client.as_mut().unwrap(), "tools", tools().path());
+    let floating = DerivationOutput::CaFloating { method: Method::Nar, algo: HashAlgo::Sha256 };
+    let drv = held_unknown(&tools, "floating", floating);
+    let none = BuildOptions::default();
+    let built = first.build(&drv, &none);
+    first.says("first\n");
+    let joined = second.build(&drv, &none);
+    second.says("another session builds");
+    first.kill();
+    assert!(built.join().unwrap().is_none());
+    server.let_go();
+    let joined = joined.join().unwrap().unwrap();
+    assert_eq!(joined.status, BuildStatus::AlreadyValid);
+    // Remembered when nobody of those is there any more.
+    let again = server.session().build(&drv, &none).join().unwrap().unwrap();
+    assert_eq!(again.status, BuildStatus::AlreadyValid);
+    assert!(again.built_outputs.len() == 1 && again.built_outputs == joined.built_outputs);
+}
+
+#[test]
+fn what_is_impure_is_shared_with_nobody() {
+    let server = Server::start(&[]);
+    let (mut first, mut second) = (server.session(), server.session());
+    let tools = add(first.client.as_mut().unwrap(), "tools", tools().path());
+    let impure = DerivationOutput::Impure { method: Method::Nar, algo: HashAlgo::Sha256 };
+    let drv = held_unknown(&tools, "impure", impure);
+    let none = BuildOptions::default();
+    let one = first.build(&drv, &none);
+    first.says("first\n");
+    let other = second.build(&drv, &none);
+    second.says("waiting for another build");
+    server.let_go();
+    let one = one.join().unwrap().unwrap();
+    second.says("first\n");
+    server.let_go();
+    let other = other.join().unwrap().unwrap();
+    assert_eq!((one.status, other.status), (BuildStatus::Built, BuildStatus::Built));
+    assert_ne!(one.built_outputs, other.built_outputs);
 }
 
 #[test]

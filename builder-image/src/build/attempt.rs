@@ -49,7 +49,9 @@ impl Attempt<'_> {
     /// Built, or already valid since someone else was faster; and where the outputs are.
     pub(super) fn run(&self) -> Result<(BuildStatus, Paths), Error> {
         let (store, known) = (&self.builder.store, &self.wanted.known);
-        let names = targets::lock_names(self.drv_path, known).into_iter().collect();
+        let mut names: Vec<String> = targets::lock_names(self.drv_path, known).into_iter().collect();
+        // What it works in has the derivation's name, whatever a client says that its outputs are.
+        names.push(format!("{}.chroot", self.drv_path));
         let waiting = || self.log.note(&format!("waiting for another build of {}", self.drv_path));
         let _held = locks::lock(store, names, self.interest, waiting)?;
         if let Some(paths) = self.builder.made_before(self.wanted, self.roots)? {
@@ -232,6 +234,13 @@ impl Known for LocalStore {
     }
 
     fn outputs(&self, drv: &StorePath) -> Result<Vec<StorePath>, Error> {
-        Ok(self.derivation_outputs(drv)?.into_values().collect())
+        let known = self.derivation_outputs(drv)?;
+        if self.read_derivation(drv)?.basic.outputs.len() > known.len() {
+            return Err(Error::input(format!(
+                "exportReferencesGraph: the outputs of {} have paths that are not known from it",
+                self.store_dir().full(drv)
+            )));
+        }
+        Ok(known.into_values().collect())
     }
 }

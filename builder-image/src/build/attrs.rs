@@ -178,7 +178,9 @@ fn sorted(value: &Value) -> Value {
 }
 
 fn words(text: &[u8]) -> Vec<String> {
-    text.fields_with(|c| c.is_ascii_whitespace()).map(|word| word.to_str_lossy().into_owned()).collect()
+    text.fields_with(|c| matches!(c, ' ' | '\t' | '\n' | '\r'))
+        .map(|word| word.to_str_lossy().into_owned())
+        .collect()
 }
 
 pub(crate) fn string_array(name: &str, value: &Value) -> Result<Vec<String>, Error> {

@@ -12,7 +12,7 @@ use crate::error::Error;
 /// What is known of store paths.
 pub(crate) trait Known {
     fn info(&self, path: &StorePath) -> Result<PathInfo, Error>;
-    /// The outputs of a `.drv` that is in the store.
+    /// The outputs of a `.drv` that is in the store. Fails if their paths do not follow from it.
     fn outputs(&self, drv: &StorePath) -> Result<Vec<StorePath>, Error>;
 }
 
@@ -55,22 +55,32 @@ fn root(dir: &StoreDir, text: &str, inputs: &BTreeSet<StorePath>) -> Result<Stor
     })
 }
 
-/// The closure of `roots`, and of the outputs of every `.drv` in it.
+/// The closure of `roots`, and of the outputs of every `.drv` in it; but not of those that only these lead to.
 fn closure(roots: Vec<StorePath>, known: &dyn Known) -> Result<BTreeMap<StorePath, PathInfo>, Error> {
     let mut infos = BTreeMap::new();
-    let mut queue = roots;
+    extend(&mut infos, roots, known)?;
+    let drvs: Vec<StorePath> = infos.keys().filter(|path| path.is_derivation()).cloned().collect();
+    for drv in drvs {
+        extend(&mut infos, known.outputs(&drv)?, known)?;
+    }
+    Ok(infos)
+}
+
+fn extend(
+    infos: &mut BTreeMap<StorePath, PathInfo>,
+    paths: Vec<StorePath>,
+    known: &dyn Known,
+) -> Result<(), Error> {
+    let mut queue = paths;
     while let Some(path) = queue.pop() {
         if infos.contains_key(&path) {
             continue;
         }
         let info = known.info(&path)?;
         queue.extend(info.references.iter().cloned());
-        if path.is_derivation() {
-            queue.extend(known.outputs(&path)?);
-        }
         infos.insert(path, info);
     }
-    Ok(infos)
+    Ok(())
 }
 
 /// Path, deriver (empty), number of references, references: a line each, as `nix-store --register-validity` reads.
@@ -124,12 +134,20 @@ mod tests {
 
     const A: &str = "i00sflxqsj37lfmf95m8mn0grv615hpj-a";
     const B: &str = "i00sflxqsj37lfmf95m8mn0grv615hpj-b";
+    /// Its output is C, which refers to another derivation.
+    const DRV: &str = "i00sflxqsj37lfmf95m8mn0grv615hpj-c.drv";
+    const C: &str = "i00sflxqsj37lfmf95m8mn0grv615hpj-c";
+    const OTHER_DRV: &str = "i00sflxqsj37lfmf95m8mn0grv615hpj-d.drv";
 
-    struct Two;
+    struct Some;
 
-    impl Known for Two {
+    impl Known for Some {
         fn info(&self, path: &StorePath) -> Result<PathInfo, Error> {
-            let references: &[&str] = if path.as_str() == A { &[A, B] } else { &[] };
+            let references: &[&str] = match path.as_str() {
+                A => &[A, B],
+                C => &[OTHER_DRV],
+                _ => &[],
+            };
             Ok(PathInfo {
                 path: path.clone(),
                 nar_hash: Sha256::of(b""),
@@ -140,15 +158,18 @@ mod tests {
                 ca: None,
             })
         }
-        fn outputs(&self, _: &StorePath) -> Result<Vec<StorePath>, Error> {
-            Ok(Vec::new())
+        fn outputs(&self, drv: &StorePath) -> Result<Vec<StorePath>, Error> {
+            match drv.as_str() {
+                DRV => Ok(vec![C.parse().unwrap()]),
+                other => panic!("{other} is below an output only"),
+            }
         }
     }
 
     fn of(env: &[(&str, &str)]) -> Result<Graphs, Error> {
         let drv = derivation(env);
-        let inputs = [A, B].iter().map(|path| path.parse().unwrap()).collect();
-        graphs(&StoreDir::default(), &Attributes::parse(&drv).unwrap(), &inputs, &Two)
+        let inputs = [A, B, DRV].iter().map(|path| path.parse().unwrap()).collect();
+        graphs(&StoreDir::default(), &Attributes::parse(&drv).unwrap(), &inputs, &Some)
     }
 
     #[test]
@@ -168,6 +189,18 @@ mod tests {
         assert_eq!(graphs.values["g"][0]["closureSize"], 200);
         assert_eq!(graphs.values["g"][1]["references"], json!([]));
         assert!(graphs.files.is_empty());
+    }
+
+    #[test]
+    fn derivations_bring_their_outputs() {
+        let graphs = of(&[("exportReferencesGraph", &format!("g /nix/store/{DRV}"))]).unwrap();
+        let text = String::from_utf8(graphs.files["g"].clone()).unwrap();
+        assert_eq!(
+            text,
+            format!(
+                "/nix/store/{C}\n\n1\n/nix/store/{OTHER_DRV}\n/nix/store/{DRV}\n\n0\n/nix/store/{OTHER_DRV}\n\n0\n"
+            )
+        );
     }
 
     #[test]

@@ -220,7 +220,10 @@ impl Builder {
     /// Builds for this session and whoever joins it.
     fn build_own(&self, request: &Request<'_>, own: Own, wanted: &Wanted) -> BuildResult {
         let start = now();
-        let (shared, linger) = (own.shared.clone(), self.settings.linger);
+        let shared = own.shared.clone();
+        // What nobody could find again need not go on.
+        let is_lost = matches!(request.drv.kind(), Ok(DerivationType::Impure));
+        let linger = if is_lost { Duration::ZERO } else { self.settings.linger };
         let (log, interest) = (shared.log(), Interest::new(request.cancel, &shared, linger));
         let result = Attributes::parse(request.drv).and_then(|attributes| {
             let kind = self.accept(request.drv_path, request.drv, &attributes)?;

@@ -22,6 +22,10 @@ mod mode {
 /// The id of the object that a NAR holds: git's objects are hashed by SHA-1 or SHA-256. Reads not one byte beyond the
 /// archive's end.
 pub fn object_id(algo: HashAlgo, nar: impl Read) -> Result<Hash, Error> {
+    object_id_within(MAX_OPEN_ENTRIES, algo, nar)
+}
+
+fn object_id_within(limit: usize, algo: HashAlgo, nar: impl Read) -> Result<Hash, Error> {
     supports(algo)?;
     let mut reader = Reader::new(nar);
     let mut open: Vec<Tree> = Vec::new();
@@ -61,8 +65,8 @@ pub fn object_id(algo: HashAlgo, nar: impl Read) -> Result<Hash, Error> {
         };
         let entry = Entry { mode, name: std::mem::take(&mut name), id };
         held += entry.size();
-        if held > MAX_OPEN_ENTRIES {
-            let why = format!("its directories have more than {MAX_OPEN_ENTRIES} bytes of entries");
+        if held > limit {
+            let why = format!("its directories have more than {limit} bytes of entries");
             return Err(Error::Nar { offset: reader.offset(), why });
         }
         tree.entries.push(entry);
@@ -189,6 +193,30 @@ mod tests {
             assert_eq!(id(&|nar| nar.file_bytes(executable, b"#!/bin/sh\n").unwrap()), run);
         }
         assert_eq!(id(&|nar| nar.symlink(b"a/file").unwrap()), "bfd40f938065c2deddb49b44704d0df20b88eda8");
+    }
+
+    #[test]
+    fn directories_that_are_done_take_no_room() {
+        let entry = size_of::<Entry>() + 1 + HashAlgo::Sha1.size();
+        let tree = |deep: bool, entries: u8| {
+            let mut nar = Writer::new(Vec::new());
+            nar.directory().unwrap();
+            for name in 0..entries {
+                nar.entry(&[b'a' + name]).unwrap();
+                if deep {
+                    nar.directory().unwrap();
+                    nar.entry(b"x").unwrap();
+                }
+                nar.file_bytes(false, b"").unwrap();
+                if deep {
+                    nar.end_directory().unwrap();
+                }
+            }
+            nar.end_directory().unwrap();
+            object_id_within(5 * entry, HashAlgo::Sha1, nar.finish().unwrap().as_slice())
+        };
+        assert!(tree(false, 5).is_ok() && tree(true, 5).is_ok());
+        assert!(tree(false, 6).is_err());
     }
 
     #[test]

@@ -387,6 +387,42 @@ fn an_input_that_only_the_builder_has() {
     assert!(ran.store.paths.contains_key(&path(LIBC)));
 }
 
+/// Content that mentions an input, of which the builder says that it refers to nothing.
+#[test]
+fn references_are_discarded_where_the_derivation_says_so() {
+    for (attributes, accepted) in [
+        (r#"{"unsafeDiscardReferences":{"out":true}}"#, true),
+        (r#"{"unsafeDiscardReferences":{"out":false}}"#, false),
+        ("{}", false),
+    ] {
+        let mut world = World::new();
+        world.derivation =
+            single(DerivationOutput::CaFloating { method: Method::Flat, algo: HashAlgo::Sha256 });
+        world.derivation.env.insert("__json".into(), attributes.into());
+        let content = format!("see {LIBC}");
+        let address =
+            ContentAddress { method: Method::Flat, hash: Hash::from(Sha256::of(content.as_bytes())) };
+        let out =
+            address.store_path(&StoreDir::default(), &world.derivation.name, &[].into(), false).unwrap();
+        let expected = out.clone();
+        world.builder(move |store: &mut MemoryStore, _: &BasicDerivation| {
+            store.insert(out.clone(), &[], file_nar(content.as_bytes()));
+            success(&[(&OutputName::out(), &out)])
+        });
+        let ran = world.run();
+        if accepted {
+            let outcome = ran.result.as_ref().unwrap();
+            assert_eq!(
+                (&outcome.outputs["out"].path, outcome.outputs["out"].references.len()),
+                (&expected, 0)
+            );
+            assert!(ran.push.paths.lock().unwrap()[&expected].0.references.is_empty());
+        } else {
+            assert_eq!(ran.reason().0, Reason::OutputHashMismatch, "{attributes}");
+        }
+    }
+}
+
 #[test]
 fn missing_inputs_are_named_all_of_them() {
     let world = World::new();
