@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use drover_api::{BuildRequest, BuilderClassSpec, FEATURES_OF_ALL, Placement, Resources};
+use drover_api::{BuildRequest, BuilderClassSpec, FEATURES_OF_ALL, Placement, Resources, SandboxFloor};
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use kube::ResourceExt as _;
@@ -105,9 +105,7 @@ impl PodPlan<'_> {
                 // A builder that refuses to run says why in its log's last line, which so becomes part of the pod's end.
                 "terminationMessagePolicy": "FallbackToLogsOnError",
                 "ports": [{"name": "ssh", "containerPort": BUILDER_PORT, "protocol": "TCP"}],
-                // No capability is added, and seccomp stays as it is: RuntimeDefault refuses unshare. With a
-                // user namespace of its own and /proc unmasked, the builder nests Nix's whole sandbox.
-                "securityContext": {"allowPrivilegeEscalation": false, "procMount": "Unmasked"},
+                "securityContext": self.security_context(),
                 "resources": self.resources(),
                 "volumeMounts": [{"name": "nix", "mountPath": "/nix"}, {"name": "tmp", "mountPath": "/tmp"}],
             }],
@@ -134,6 +132,17 @@ impl PodPlan<'_> {
             },
             "spec": spec,
         })
+    }
+
+    /// With a user namespace of its own and /proc unmasked, the builder nests Nix's whole sandbox. Seccomp stays unset,
+    /// since RuntimeDefault refuses namespaces to whoever lacks SYS_ADMIN.
+    fn security_context(&self) -> Value {
+        let mut context = json!({"allowPrivilegeEscalation": false, "procMount": "Unmasked"});
+        if self.class.sandbox == SandboxFloor::NestedAdmin {
+            // Over the pod's own user namespace, and nothing outside it. Pod Security `baseline` does not admit it.
+            context["capabilities"] = json!({"add": ["SYS_ADMIN"]});
+        }
+        context
     }
 
     /// What a template may not change.
@@ -173,6 +182,9 @@ impl PodPlan<'_> {
                 "local",
                 "--system-features",
                 self.offered(),
+                // The builder takes the strongest that works, and does not start below this one.
+                "--sandbox",
+                self.class.sandbox.rung(),
             ]);
             // The nodes for these have another system of their own; the processor runs both.
             if let (I686, Some(args)) = (self.system, container["args"].as_array_mut()) {
@@ -383,6 +395,32 @@ template:
         assert_eq!(builder["volumeMounts"][0]["name"], "big");
         assert_eq!(builder["volumeMounts"].as_array().unwrap().len(), 2);
         assert_eq!(spec["containers"][1]["name"], "side");
+    }
+
+    #[test]
+    fn the_floor_of_the_sandbox_is_the_builders() {
+        for (spec, rung, added) in [
+            ("", "nested", Value::Null),
+            ("sandbox: Nested", "nested", Value::Null),
+            ("sandbox: NestedAdmin", "nested-admin", json!(["SYS_ADMIN"])),
+            ("sandbox: Pod", "pod", Value::Null),
+        ] {
+            // What a template says of arguments is not heard.
+            let template = "template: {spec: {containers: [{name: builder, args: [--sandbox, pod]}]}}";
+            let pod = pod(&request(), &class(&format!("{spec}\n{template}")), &[]);
+            assert_eq!(pod["spec"]["hostUsers"], false);
+            let builder = &pod["spec"]["containers"][0];
+            let args = builder["args"].as_array().unwrap();
+            let at = args.iter().position(|arg| arg == "--sandbox").unwrap();
+            assert_eq!(args[at + 1], rung);
+            let context = &builder["securityContext"];
+            assert_eq!(context["capabilities"]["add"], added, "{spec}");
+            assert_eq!(
+                (&context["procMount"], &context["allowPrivilegeEscalation"]),
+                (&"Unmasked".into(), &false.into())
+            );
+            assert!(context["seccompProfile"].is_null() && context["privileged"].is_null());
+        }
     }
 
     #[test]

@@ -197,6 +197,17 @@ pub enum SandboxFloor {
     Pod,
 }
 
+impl SandboxFloor {
+    /// The rung's name, as builders take it and report it.
+    pub fn rung(self) -> &'static str {
+        match self {
+            Self::Nested => "nested",
+            Self::NestedAdmin => "nested-admin",
+            Self::Pod => "pod",
+        }
+    }
+}
+
 /// What is believed of a request.
 #[derive(JsonSchema, Serialize, Deserialize, Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Trust {

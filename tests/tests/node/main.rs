@@ -3,3 +3,4 @@
 mod build;
 mod fixtures;
 mod images;
+mod sandbox;
