@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use drover_nix::hash_modulo::SelfReferenceHash;
 use drover_store::GcOptions;
 
+use crate::build::extra_paths::ExtraPath;
 use crate::network::Choice;
 use crate::nix_options;
 use crate::sandbox::rungs::Rung;
@@ -27,6 +28,9 @@ Options:
   --linger SECONDS          how long a build outlives its connection (default: 0)
   --sandbox RUNG            the weakest sandbox that builds may have: nested, nested-admin or pod (default: nested); the
                             strongest that works is used
+  --sandbox-paths LIST      what else of this machine builds see, with blanks between: INSIDE or INSIDE=OUTSIDE, and `?`
+                            behind what may be absent; store paths bring what they refer to
+  --no-use-cgroups          no control group for each build, where one could be made
   --say-sandbox             of serve: the first line on standard error is `sandbox: RUNG`, if builds can have one
   --sandbox-shell PATH      a static shell that builds see as /bin/sh (default: busybox, where there is one)
   --network auto|pasta|host|none
@@ -38,7 +42,7 @@ Options:
   --hashed-mirrors LIST     URLs below which builtin:fetchurl looks for flat files by their hashes first
   --cores NUMBER            NIX_BUILD_CORES (default: 0, as many as there are)
   --system SYSTEM           what this machine builds for (default: its own)
-  --extra-platforms LIST    what else it builds for
+  --extra-platforms LIST    what else it builds for (default: on x86_64 i686-linux and the processor's levels)
   --system-features LIST    what derivations may require (default: nixos-test benchmark big-parallel, and kvm)
   --self-reference-hash with-offsets|without-offsets
                             what the path of a content-addressed output that refers to itself is made of: as Nix 2.35
@@ -86,6 +90,8 @@ pub(crate) struct Cli {
     pub linger_seconds: u64,
     /// The weakest that is allowed.
     pub sandbox: Rung,
+    pub sandbox_paths: Vec<ExtraPath>,
+    pub cgroups: bool,
     /// Say on standard error which one they have.
     pub say_sandbox: bool,
     pub sandbox_shell: Option<PathBuf>,
@@ -114,6 +120,8 @@ pub(crate) fn parse(words: impl IntoIterator<Item = String>) -> Result<Cli, Stri
         store: "local".into(),
         linger_seconds: 0,
         sandbox: Rung::Nested,
+        sandbox_paths: Vec::new(),
+        cgroups: true,
         say_sandbox: false,
         sandbox_shell: None,
         network: Choice::Auto,
@@ -174,6 +182,13 @@ pub(crate) fn parse(words: impl IntoIterator<Item = String>) -> Result<Cli, Stri
             "--listen" => address = Some(value()?),
             "--authorized-key" => authorized_keys.push(value()?),
             "--host-key" => host_key = Some(value()?.into()),
+            "--sandbox-paths" | "--extra-sandbox-paths" => {
+                for item in value()?.split_whitespace() {
+                    cli.sandbox_paths.push(ExtraPath::parse(item).map_err(|why| format!("{name}: {why}"))?);
+                }
+            }
+            "--use-cgroups" => cli.cgroups = true,
+            "--no-use-cgroups" => cli.cgroups = false,
             "--say-sandbox" => cli.say_sandbox = true,
             "--sandbox-shell" => cli.sandbox_shell = Some(value()?.into()),
             "--network" => {
@@ -336,6 +351,13 @@ mod tests {
         // As Nix spells it, where it is no more than what is so anyway.
         let cli = parse("--sandbox serve --write").unwrap();
         assert_eq!((cli.sandbox, cli.command), (Rung::Nested, Command::Serve { write: true }));
+        assert!(
+            parse("serve --use-cgroups").unwrap().cgroups
+                && !parse("serve --no-use-cgroups").unwrap().cgroups
+        );
+        let paths = parse("serve --sandbox-paths=/a --extra-sandbox-paths /b=/c?").unwrap().sandbox_paths;
+        assert_eq!(paths, ["/a", "/b=/c?"].map(|item| ExtraPath::parse(item).unwrap()));
+        assert!(parse("serve --sandbox-paths a").unwrap_err().contains("--sandbox-paths"));
         assert!(parse("serve --sandbox=none").unwrap_err().contains("nested-admin"));
     }
 

@@ -3,14 +3,17 @@
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::Read as _;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context as _;
 use drover_nix::hash_modulo::SelfReferenceHash;
 
+use crate::build::extra_paths::ExtraPath;
 use crate::build::{Fetching, Settings};
 use crate::cli::Cli;
+use crate::platforms;
 use crate::sandbox::rungs::Ids;
 
 /// Features that every machine has (Nix: globals.cc). `kvm` and `uid-range` have conditions; the latter is not offered.
@@ -24,10 +27,11 @@ pub(crate) fn settings(cli: &Cli) -> anyhow::Result<Settings> {
     };
     let native = cli.system.clone().unwrap_or_else(native_system);
     let mut systems = vec![native];
-    systems.extend(cli.extra_platforms.clone().unwrap_or_default());
+    systems.extend(cli.extra_platforms.clone().unwrap_or_else(platforms::extra));
+    let (ids, sandbox) = (Ids::detect(), cli.sandbox);
     let features = match &cli.system_features {
         Some(features) => features.iter().cloned().collect(),
-        None => default_features(),
+        None => default_features(ids),
     };
     let linger = Duration::from_secs(cli.linger_seconds);
     let named =
@@ -36,6 +40,10 @@ pub(crate) fn settings(cli: &Cli) -> anyhow::Result<Settings> {
         Some(path) => Some(named_shell(&path)?),
         None => usual_shell(),
     };
+    // What is said to be there takes the place of what is there as a rule.
+    let replaced = |extra: &ExtraPath| extra.inside == Path::new("/bin/sh");
+    let sandbox_shell = sandbox_shell.filter(|_| !cli.sandbox_paths.iter().any(replaced));
+    let extra_paths = cli.sandbox_paths.clone();
     let fetching = Fetching {
         netrc: cli.netrc_file.as_deref().map(|path| readable("--netrc-file", path)).transpose()?,
         certificates: cli
@@ -50,7 +58,6 @@ pub(crate) fn settings(cli: &Cli) -> anyhow::Result<Settings> {
         (None, Ok(text)) => text.parse().context("DROVER_SELF_REFERENCE_HASH")?,
         (None, Err(_)) => SelfReferenceHash::default(),
     };
-    let (ids, sandbox) = (Ids::detect(), cli.sandbox);
     Ok(Settings {
         sandbox_shell,
         cores,
@@ -58,6 +65,8 @@ pub(crate) fn settings(cli: &Cli) -> anyhow::Result<Settings> {
         features,
         ids,
         sandbox,
+        extra_paths,
+        cgroups: cli.cgroups,
         fetching,
         network: cli.network,
         linger,
@@ -76,8 +85,16 @@ fn native_system() -> String {
     format!("{}-linux", std::env::consts::ARCH)
 }
 
-fn default_features() -> BTreeSet<String> {
-    let kvm = File::options().read(true).write(true).open("/dev/kvm").is_ok();
+fn default_features(ids: Ids) -> BTreeSet<String> {
+    const FOR_ALL: u32 = 0o006;
+    let usable = |device: File| match ids {
+        Ids::Own { .. } => true,
+        // Builds are nobody's group there, and could not open what this program can. Nix offers it nevertheless.
+        Ids::Pool { .. } => {
+            device.metadata().is_ok_and(|metadata| metadata.permissions().mode() & FOR_ALL == FOR_ALL)
+        }
+    };
+    let kvm = File::options().read(true).write(true).open("/dev/kvm").is_ok_and(usable);
     FEATURES.into_iter().chain(kvm.then_some("kvm")).map(str::to_owned).collect()
 }
 

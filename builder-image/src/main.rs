@@ -15,6 +15,7 @@ mod machine;
 mod maintain;
 mod network;
 mod nix_options;
+mod platforms;
 mod sandbox;
 mod stdio;
 

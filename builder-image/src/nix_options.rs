@@ -3,7 +3,7 @@
 //! `--no-NAME` turns one off), legacy.cc.
 
 /// Each is followed by this many words.
-const OPTIONS: [(&str, usize); 66] = [
+const OPTIONS: [(&str, usize); 64] = [
     ("--allowed-users", 1),
     ("--arg", 2),
     ("--argstr", 2),
@@ -17,7 +17,6 @@ const OPTIONS: [(&str, usize); 66] = [
     ("--debug", 0),
     ("--experimental-features", 1),
     ("--extra-experimental-features", 1),
-    ("--extra-sandbox-paths", 1),
     ("--extra-substituters", 1),
     ("--extra-system-features", 1),
     ("--extra-trusted-public-keys", 1),
@@ -47,7 +46,6 @@ const OPTIONS: [(&str, usize); 66] = [
     ("--sandbox", 0),
     ("--sandbox-build-dir", 1),
     ("--sandbox-fallback", 0),
-    ("--sandbox-paths", 1),
     ("--secret-key-files", 1),
     ("--show-trace", 0),
     ("--ssl-cert-file", 1),

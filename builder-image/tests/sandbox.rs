@@ -115,6 +115,69 @@ fn shared_memory_and_terminals() {
     );
 }
 
+#[test]
+fn paths_of_the_machine_that_builds_may_see() {
+    let dir = tempfile::tempdir_in("/tmp").unwrap();
+    std::fs::set_permissions(dir.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    std::fs::write(dir.path().join("a"), "seen\n").unwrap();
+    std::os::unix::fs::symlink("a", dir.path().join("link")).unwrap();
+    let paths = format!(
+        "/opt/here={0} /etc/motd={0}/a /opt/link={0}/link /absent=/no/such/path?",
+        dir.path().display()
+    );
+    for user in [User::Current, User::Ordinary] {
+        let mut builder = Builder::start_with(user, &["--sandbox-paths", &paths]);
+        let script =
+            "(cat /opt/here/a /etc/motd; readlink /opt/link; test -e /absent || echo absent; ls /opt) > $out";
+        let drv = builder.derivation(&format!("{script}\ntrue"));
+        let result = builder.build(&drv, &Default::default());
+        assert_eq!(result.status, BuildStatus::Built, "{user:?}: {} {}", result.error_message, builder.log());
+        let text = std::fs::read_to_string(builder.store_file(&out(&drv))).unwrap();
+        assert_eq!(text, "seen\nseen\na\nabsent\nhere\nlink\n");
+
+        let mut builder = Builder::start_with(user, &["--sandbox-paths", "/a=/no/such/path"]);
+        let result = builder.run("echo > $out");
+        assert!(result.error_message.contains("/no/such/path"), "{}", result.error_message);
+    }
+}
+
+/// Directories of control groups of this process's, by the lines of its `/proc/self/cgroup` that have one below /sys.
+fn unified_group() -> Option<std::path::PathBuf> {
+    let text = std::fs::read_to_string("/proc/self/cgroup").unwrap();
+    let path = text.lines().find_map(|line| line.strip_prefix("0::"))?.to_owned();
+    let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
+    let mount = mounts.lines().find(|line| line.split(' ').nth(2) == Some("cgroup2"))?;
+    Some(std::path::Path::new(mount.split(' ').nth(1)?).join(path.trim_start_matches('/')))
+}
+
+#[test]
+fn a_control_group_of_its_own_where_there_can_be_one() {
+    let groups =
+        |text: &str| text.lines().map(|line| line.rsplit(':').next().unwrap().to_owned()).collect::<Vec<_>>();
+    for (user, args) in
+        [(User::Current, &[][..]), (User::Ordinary, &[]), (User::Current, &["--no-use-cgroups"])]
+    {
+        let mut builder = Builder::start_with(user, args);
+        let drv = builder.derivation("cat /proc/self/cgroup > $out\ntrue");
+        let result = builder.build(&drv, &Default::default());
+        assert_eq!(result.status, BuildStatus::Built, "{user:?}: {} {}", result.error_message, builder.log());
+        let seen = std::fs::read_to_string(builder.store_file(&out(&drv))).unwrap();
+        let outside = std::fs::read_to_string(format!("/proc/{}/cgroup", builder.child.id())).unwrap();
+        // Root of this machine may make groups, but for root of a container to whom they are read-only.
+        let probe = unified_group().map(|dir| dir.join(format!("drover-test-{}", std::process::id())));
+        let can =
+            probe.is_some_and(|dir| std::fs::create_dir(&dir).is_ok() && std::fs::remove_dir(&dir).is_ok());
+        if can && is_root() && user == User::Current && args.is_empty() {
+            assert!(groups(&seen).iter().all(|group| group == "/"), "{seen}");
+        } else {
+            assert_eq!(groups(&seen), groups(&outside), "{user:?} {args:?}");
+        }
+        let name = format!("drover-build-{}-", builder.child.id());
+        let left = unified_group().into_iter().flat_map(|dir| std::fs::read_dir(dir).unwrap().flatten());
+        assert!(left.filter(|entry| entry.file_name().to_string_lossy().starts_with(&name)).count() == 0);
+    }
+}
+
 /// Starts a process that outlives its parents' groups, sessions and signals, and says its marker in its command line.
 fn survivor(marker: &str) -> String {
     // By way of a process that goes at once, so that nothing in the build is its parent.

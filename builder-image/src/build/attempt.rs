@@ -12,11 +12,12 @@ use ring::rand::{SecureRandom as _, SystemRandom};
 
 use super::attrs::Attributes;
 use super::cancel::Interest;
+use super::confine::Site;
 use super::evidence::Watch;
 use super::graph::Known;
 use super::ids::BuildIds;
 use super::log::BuildLog;
-use super::scratch::{BUILD_DIR, Scratch};
+use super::scratch::BUILD_DIR;
 use super::supervise::Limits;
 use super::targets::Paths;
 use super::{
@@ -25,6 +26,7 @@ use super::{
 };
 use crate::error::Error;
 use crate::network::Network;
+use crate::sandbox::group::Group;
 use crate::sandbox::plan::{Command, Layout, Program};
 use crate::sandbox::rungs::Rung;
 
@@ -108,10 +110,12 @@ impl Attempt<'_> {
             scratch.build_file(name, contents)?;
         }
         let made: BTreeSet<&StorePath> = outputs.values().collect();
-        let visible = inputs.iter().filter(|path| !made.contains(path));
+        let visible = inputs.iter().filter(|path| !made.contains(path)).collect();
         let network = builder.network_of(kind)?;
         let command = self.command(prepared.command, &outputs)?;
-        let plan = self.plan(rung, &network, &scratch, &ids, visible, command)?;
+        let group = builder.settings.cgroups.then(Group::make).flatten();
+        let site = Site { rung, network: &network, scratch: &scratch, ids: &ids, group: group.as_ref() };
+        let plan = self.plan(&site, &visible, command)?;
         let seconds = |seconds: u64| (seconds > 0).then(|| Duration::from_secs(seconds));
         let limits = Limits {
             timeout: seconds(options.timeout_seconds),
@@ -124,6 +128,8 @@ impl Attempt<'_> {
         self.interest.runs();
         let ended = supervise::supervise(running, &limits, self.log, self.interest);
         drop(connection);
+        // Kills what might have escaped every other net.
+        drop(group);
         if rung == Rung::Pod {
             bare::take_outputs(store, &scratch, &outputs)?;
         }
@@ -187,19 +193,14 @@ impl Attempt<'_> {
     }
 
     /// Makes the mount points of the inputs and says what goes where.
-    pub(super) fn layout<'a>(
-        &self,
-        scratch: &Scratch,
-        ids: &BuildIds,
-        network: &Network,
-        inputs: impl Iterator<Item = &'a StorePath>,
-    ) -> Result<Layout, Error> {
-        let store = &self.builder.store;
-        let skeleton = self.builder.skeleton(self.kind, network, ids)?;
+    pub(super) fn layout(&self, site: &Site<'_>, inputs: &BTreeSet<&StorePath>) -> Result<Layout, Error> {
+        let (store, scratch) = (&self.builder.store, site.scratch);
+        let skeleton = self.builder.skeleton(self.kind, site.network, site.ids)?;
         let mut binds = skeleton.binds;
         binds.push((scratch.tmp(), "/tmp".into()));
         binds.push((scratch.build_dir(), BUILD_DIR.into()));
-        for path in inputs {
+        let extra = self.builder.extra_store_paths()?;
+        for path in inputs.iter().copied().chain(&extra).collect::<BTreeSet<_>>() {
             let source = store.real_path(path);
             if scratch.input(&source, path)? {
                 binds.push((source, store.store_dir().full(path).into()));
@@ -211,10 +212,10 @@ impl Attempt<'_> {
             store_dir: store.store_dir().as_str().into(),
             binds,
             build_dir: BUILD_DIR.into(),
-            private_network: !matches!(network, Network::Host(_)),
+            private_network: !matches!(site.network, Network::Host(_)),
             linux32: confine::is_32_bit(&self.drv.system.to_string()),
             shm: Path::new("/dev/shm").is_dir(),
-            cgroup: false,
+            cgroup: site.group.is_some(),
         })
     }
 }

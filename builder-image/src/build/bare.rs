@@ -40,7 +40,14 @@ impl Builder {
         if fs::symlink_metadata(NO_HOME).is_ok() {
             return Err(format!("{NO_HOME} exists, and is the home of builds that have none. Remove it"));
         }
-        Ok(())
+        let moved = self.settings.extra_paths.iter().find(|extra| extra.inside != extra.outside);
+        match moved {
+            Some(extra) => Err(format!(
+                "--sandbox-paths would have {} at another place, and builds see the pod's files where they are",
+                extra.outside.display()
+            )),
+            None => Ok(()),
+        }
     }
 }
 
@@ -73,11 +80,12 @@ pub(super) fn plan(
         .map_err(Error::file("change the group of", &store_dir))?;
     fs::set_permissions(&store_dir, Permissions::from_mode(0o1775))
         .map_err(Error::file("change the mode of", &store_dir))?;
-    let shell = builder.settings.sandbox_shell.iter().cloned();
+    let shell = builder.settings.sandbox_shell.iter();
+    let more = shell.chain(builder.settings.extra_paths.iter().map(|extra| &extra.outside)).cloned();
     let layout = BareLayout {
         store_dir,
         build_dir: BUILD_DIR.into(),
-        readable: READABLE.into_iter().map(PathBuf::from).chain(shell).collect(),
+        readable: READABLE.into_iter().map(PathBuf::from).chain(more).collect(),
         network,
         linux32: is_32_bit(system),
         uid: ids.uid,

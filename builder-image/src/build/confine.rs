@@ -14,6 +14,7 @@ use super::targets::Paths;
 use super::{Builder, bare};
 use crate::error::Error;
 use crate::network::Network;
+use crate::sandbox::group::Group;
 use crate::sandbox::plan::{
     self, Birth, Command, INSIDE_GID, INSIDE_UID, IdMap, Isolation, Layout, Namespaces, Plan,
 };
@@ -25,6 +26,15 @@ pub(super) struct Ladder {
     found: Arc<OnceLock<Result<Rung, String>>>,
     /// The one build of [`Rung::Pod`] has begun.
     pub(super) spent: Arc<AtomicBool>,
+}
+
+/// Where and as whom one build runs.
+pub(super) struct Site<'a> {
+    pub rung: Rung,
+    pub network: &'a Network,
+    pub scratch: &'a Scratch,
+    pub ids: &'a BuildIds,
+    pub group: Option<&'a Group>,
 }
 
 impl Builder {
@@ -47,6 +57,9 @@ impl Attempt<'_> {
         outputs: &Paths,
         valid: &BTreeSet<StorePath>,
     ) -> Result<Scratch, Error> {
+        if rung != Rung::Nested {
+            self.log.note(&format!("the sandbox is `{rung}`, not `{}`", Rung::Nested));
+        }
         let mut place = None;
         if rung == Rung::Pod {
             if !valid.is_empty() {
@@ -65,21 +78,20 @@ impl Attempt<'_> {
     }
 
     /// How the build is made: with `visible` of its store, and `command` at its end.
-    pub(super) fn plan<'a>(
+    pub(super) fn plan(
         &self,
-        rung: Rung,
-        network: &Network,
-        scratch: &Scratch,
-        ids: &BuildIds,
-        visible: impl Iterator<Item = &'a StorePath>,
+        site: &Site<'_>,
+        visible: &BTreeSet<&StorePath>,
         command: Command,
     ) -> Result<Plan, Error> {
-        if rung == Rung::Pod {
-            let (system, network) = (self.drv.system.to_string(), *network != Network::None);
-            return bare::plan(self.builder, ids, &system, network, command);
-        }
-        let layout = self.layout(scratch, ids, network, visible)?;
-        Ok(nested(rung, &layout, ids, command))
+        let mut plan = if site.rung == Rung::Pod {
+            let (system, network) = (self.drv.system.to_string(), *site.network != Network::None);
+            bare::plan(self.builder, site.ids, &system, network, command)?
+        } else {
+            nested(site.rung, &self.layout(site, visible)?, site.ids, command)
+        };
+        plan.birth.group = site.group.map(|group| group.dir().to_owned());
+        Ok(plan)
     }
 }
 

@@ -3,7 +3,7 @@
 //! In the order of its story: what has to be built first ([`goals`]), who else in this process builds it ([`shared`]) and
 //! who wants it ([`cancel`]), what was made of it before ([`realised`]), whether it can be built here ([`accept`]), the one
 //! attempt ([`attempt`]): where its outputs go ([`targets`]), locks ([`locks`]), ids ([`ids`]), directories ([`scratch`],
-//! [`root`], [`skeleton`]), what the builder sees ([`attrs`], [`json`], [`graph`], [`env`], [`builtins`]), the sandbox ([`confine`],
+//! [`root`], [`extra_paths`], [`skeleton`]), what the builder sees ([`attrs`], [`json`], [`graph`], [`env`], [`builtins`]), the sandbox ([`confine`],
 //! [`bare`], `crate::sandbox`) and its network ([`connect`]), the watch over it ([`supervise`], [`log`]); how it ended ([`evidence`], [`verdict`]) and what
 //! becomes of its outputs ([`outputs`], [`checks`]) or of its directory ([`keep`]). Nothing here speaks a protocol.
 
@@ -18,6 +18,7 @@ mod confine;
 mod connect;
 mod env;
 mod evidence;
+pub(crate) mod extra_paths;
 pub(crate) mod goals;
 mod graph;
 mod ids;
@@ -53,6 +54,7 @@ pub(crate) use self::builtins::Fetching;
 use self::cancel::{Cancel, Interest};
 use self::confine::Ladder;
 use self::evidence::Company;
+use self::extra_paths::ExtraPath;
 use self::log::Log;
 use self::realised::{Key, Realised};
 use self::shared::{Entry, Identity, Joined, Own, Registry};
@@ -75,6 +77,10 @@ pub(crate) struct Settings {
     pub ids: Ids,
     /// The weakest sandbox that builds may have.
     pub sandbox: Rung,
+    /// What builds see of this machine beside what all of them do.
+    pub extra_paths: Vec<ExtraPath>,
+    /// Each build gets a control group, where one can be made.
+    pub cgroups: bool,
     pub fetching: Fetching,
     /// Of builds that may fetch.
     pub network: network::Choice,

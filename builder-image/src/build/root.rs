@@ -86,6 +86,7 @@ impl Builder {
                 skeleton.bind(Path::new(&path), &path)?;
             }
         }
+        self.add_extra_paths(&mut skeleton)?;
         Ok(skeleton)
     }
 }

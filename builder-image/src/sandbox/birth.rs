@@ -19,14 +19,15 @@ pub(crate) enum Act {
     KillAllOf {
         uid: u32,
     },
-    Clone(Isolation),
+    /// Into a control group, if there is one for it.
+    Clone {
+        isolation: Isolation,
+        group: Option<PathBuf>,
+    },
     MapUid(IdMap),
     /// With it a build could leave groups, and so gain what a group is denied; required of ordinary users.
     DenySetgroups,
     MapGid(IdMap),
-    EnterGroup {
-        group: PathBuf,
-    },
 }
 
 /// What is done before the process is there; the last of it makes it.
@@ -35,19 +36,18 @@ fn before(birth: &Birth) -> Vec<Act> {
         Isolation::Nested(_) | Isolation::Trial => None,
         Isolation::Uid(uid) => Some(Act::KillAllOf { uid }),
     };
-    sweep.into_iter().chain([Act::Clone(birth.isolation)]).collect()
+    let clone = Act::Clone { isolation: birth.isolation, group: birth.group.clone() };
+    sweep.into_iter().chain([clone]).collect()
 }
 
 /// What is done to it before its first step.
 fn after(birth: &Birth) -> Vec<Act> {
-    let maps = match birth.isolation {
+    match birth.isolation {
         Isolation::Nested(namespaces) => {
             vec![Act::MapUid(namespaces.uid), Act::DenySetgroups, Act::MapGid(namespaces.gid)]
         }
         Isolation::Uid(_) | Isolation::Trial => Vec::new(),
-    };
-    let group = birth.group.iter().map(|group| Act::EnterGroup { group: group.clone() });
-    maps.into_iter().chain(group).collect()
+    }
 }
 
 /// Clones. None in the child, which then has to wait until [`prepare`] is done with it. `groups` is how giving up
@@ -65,7 +65,9 @@ pub(crate) fn clone(
     for act in before(birth) {
         let result = match &act {
             Act::KillAllOf { uid } => parent.kill_all_of(*uid),
-            Act::Clone(isolation) => parent.clone(isolation).map(|pid| child = pid),
+            Act::Clone { isolation, group } => {
+                parent.clone(isolation, group.as_deref()).map(|pid| child = pid)
+            }
             // Of the others none is done before there is a process.
             _ => Ok(()),
         };
@@ -81,7 +83,6 @@ pub(crate) fn prepare(birth: &Birth, child: Pid, parent: &mut dyn Parent) -> Res
             Act::MapUid(map) => parent.map_uid(child, *map),
             Act::DenySetgroups => parent.deny_setgroups(child),
             Act::MapGid(map) => parent.map_gid(child, *map),
-            Act::EnterGroup { group } => parent.enter_group(child, group),
             // The others were done before there was a process.
             _ => Ok(()),
         };
@@ -121,11 +122,10 @@ mod tests {
         let mut kernel = Recorder::default();
         give(&nested(Some("/sys/fs/cgroup/b")), &mut kernel).unwrap();
         let expected = [
-            "clone into namespaces, network true, admin false",
+            "clone into namespaces, network true, admin false, and /sys/fs/cgroup/b",
             "uid_map 1000 30001",
             "deny setgroups",
             "gid_map 100 30000",
-            "enter /sys/fs/cgroup/b",
         ];
         assert_eq!(kernel.acts, expected);
     }

@@ -120,13 +120,15 @@ impl Parent for Recorder {
     fn kill_all_of(&mut self, uid: u32) -> io::Result<()> {
         self.act(format!("kill all of {uid}"))
     }
-    fn clone(&mut self, isolation: &Isolation) -> io::Result<Option<Pid>> {
-        self.act(match isolation {
+    fn clone(&mut self, isolation: &Isolation, group: Option<&Path>) -> io::Result<Option<Pid>> {
+        let group = group.map(|group| format!(", and {}", group.display())).unwrap_or_default();
+        let clone = match isolation {
             Isolation::Nested(Namespaces { private_network, admin, .. }) => {
                 format!("clone into namespaces, network {private_network}, admin {admin}")
             }
             Isolation::Uid(_) | Isolation::Trial => "clone".into(),
-        })?;
+        };
+        self.act(clone + &group)?;
         Ok(Pid::from_raw(7))
     }
     fn map_uid(&mut self, _: Pid, map: IdMap) -> io::Result<()> {
@@ -137,9 +139,6 @@ impl Parent for Recorder {
     }
     fn map_gid(&mut self, _: Pid, map: IdMap) -> io::Result<()> {
         self.act(format!("gid_map {} {}", map.inside, map.outside))
-    }
-    fn enter_group(&mut self, _: Pid, group: &Path) -> io::Result<()> {
-        self.act(format!("enter {}", group.display()))
     }
 }
 
@@ -236,22 +235,21 @@ pub(crate) fn every_act() -> Vec<Act> {
     let all = vec![
         Act::DropGroups,
         Act::KillAllOf { uid: 1 },
-        Act::Clone(Isolation::Nested(nested)),
-        Act::Clone(Isolation::Uid(1)),
+        Act::Clone { isolation: Isolation::Nested(nested), group: None },
+        Act::Clone { isolation: Isolation::Uid(1), group: None },
+        Act::Clone { isolation: Isolation::Nested(nested), group: Some("/g".into()) },
         Act::MapUid(map),
         Act::DenySetgroups,
         Act::MapGid(map),
-        Act::EnterGroup { group: "/g".into() },
     ];
     for act in &all {
         match act {
             Act::DropGroups
             | Act::KillAllOf { .. }
-            | Act::Clone(_)
+            | Act::Clone { .. }
             | Act::MapUid(_)
             | Act::DenySetgroups
-            | Act::MapGid(_)
-            | Act::EnterGroup { .. } => {}
+            | Act::MapGid(_) => {}
         }
     }
     all

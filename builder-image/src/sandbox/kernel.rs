@@ -49,10 +49,9 @@ pub(crate) trait Parent {
     fn drop_groups(&mut self) -> io::Result<()>;
     /// Kills every process of this id, and waits until all of them are gone.
     fn kill_all_of(&mut self, uid: u32) -> io::Result<()>;
-    /// Like fork, into new namespaces. None in the child.
-    fn clone(&mut self, isolation: &Isolation) -> io::Result<Option<Pid>>;
+    /// Like fork, into new namespaces and a control group of version 2. None in the child.
+    fn clone(&mut self, isolation: &Isolation, group: Option<&Path>) -> io::Result<Option<Pid>>;
     fn map_uid(&mut self, child: Pid, map: IdMap) -> io::Result<()>;
     fn deny_setgroups(&mut self, child: Pid) -> io::Result<()>;
     fn map_gid(&mut self, child: Pid, map: IdMap) -> io::Result<()>;
-    fn enter_group(&mut self, child: Pid, group: &Path) -> io::Result<()>;
 }

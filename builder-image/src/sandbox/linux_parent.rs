@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Write as _};
+use std::os::fd::AsRawFd as _;
 use std::path::Path;
 
 use rustix::process::{self, Pid, WaitOptions};
@@ -30,7 +31,13 @@ impl Parent for Linux {
         }
     }
 
-    fn clone(&mut self, isolation: &Isolation) -> io::Result<Option<Pid>> {
+    fn clone(&mut self, isolation: &Isolation, group: Option<&Path>) -> io::Result<Option<Pid>> {
+        // Opened before a right is put aside, and closed in the child with all else.
+        let group = group.map(File::open).transpose()?;
+        let clone = |namespaces| match &group {
+            Some(group) => clone_into(namespaces, group),
+            None => clone(namespaces),
+        };
         match isolation {
             Isolation::Nested(namespaces) => {
                 let mut flags = libc::CLONE_NEWUSER
@@ -58,11 +65,6 @@ impl Parent for Linux {
     fn map_gid(&mut self, child: Pid, map: IdMap) -> io::Result<()> {
         write_of(child, "gid_map", &line(map))
     }
-
-    fn enter_group(&mut self, child: Pid, group: &Path) -> io::Result<()> {
-        let mut file = File::options().write(true).open(group.join("cgroup.procs"))?;
-        file.write_all(child.as_raw_nonzero().to_string().as_bytes())
-    }
 }
 
 fn line(map: IdMap) -> String {
@@ -83,6 +85,46 @@ fn clone(namespaces: libc::c_int) -> io::Result<Option<Pid>> {
     // whatever their order on this architecture.
     let pid = check(unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) })?;
     Ok(Pid::from_raw(i32::try_from(pid).map_err(io::Error::other)?))
+}
+
+/// The same in a control group of version 2, which takes a thousandth of the time of moving it there.
+#[allow(unsafe_code)]
+fn clone_into(namespaces: libc::c_int, group: &File) -> io::Result<Option<Pid>> {
+    const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+    let args = CloneArgs {
+        flags: u64::from(namespaces.cast_unsigned()) | CLONE_INTO_CGROUP,
+        exit_signal: u64::from(libc::SIGCHLD.cast_unsigned()),
+        cgroup: u64::from(group.as_raw_fd().cast_unsigned()),
+        ..CloneArgs::default()
+    };
+    // SAFETY: as in `clone`; the struct lives across the call and its size is given (clone3, in clone(2)).
+    let pid = check(unsafe { libc::syscall(libc::SYS_clone3, &raw const args, size_of::<CloneArgs>()) })?;
+    Ok(Pid::from_raw(i32::try_from(pid).map_err(io::Error::other)?))
+}
+
+/// Whether there is such a call here at all; container runtimes' filters hide it as a rule.
+#[allow(unsafe_code)]
+pub(super) fn has_clone_into() -> bool {
+    // SAFETY: no size is right for no struct, so the call that is there does nothing but refuse.
+    let refused = check(unsafe { libc::syscall(libc::SYS_clone3, std::ptr::null::<CloneArgs>(), 0_usize) });
+    refused.is_err_and(|error| error.raw_os_error() == Some(libc::EINVAL))
+}
+
+/// linux/sched.h, up to version 2 of it: Linux 5.7.
+#[repr(C)]
+#[derive(Default)]
+struct CloneArgs {
+    flags: u64,
+    pidfd: u64,
+    child_tid: u64,
+    parent_tid: u64,
+    exit_signal: u64,
+    stack: u64,
+    stack_size: u64,
+    tls: u64,
+    set_tid: u64,
+    set_tid_size: u64,
+    cgroup: u64,
 }
 
 /// Does what a process without SYS_ADMIN could do as well. The right is there again afterwards, in the parent; in a child

@@ -6,7 +6,7 @@
 //! read. The helper's own acts are [`birth::Act`]s. Both reach the kernel through the traits of [`kernel`] only, which
 //! [`linux`] implements, and what is refused is said in the words of [`refusal`].
 //!
-//! [`rungs`] finds out what the machine allows; [`cgroup`] and [`oom`] know control groups.
+//! [`rungs`] finds out what the machine allows; [`cgroup`], [`group`] and [`oom`] know control groups.
 //!
 //! Nothing in here knows stores or derivations.
 
@@ -15,6 +15,7 @@ pub(crate) mod cgroup;
 pub(crate) mod child;
 #[cfg(test)]
 pub(crate) mod double;
+pub(crate) mod group;
 pub(crate) mod kernel;
 pub(crate) mod landlock;
 pub(crate) mod launch;

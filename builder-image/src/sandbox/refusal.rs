@@ -78,7 +78,7 @@ impl Step {
             Self::MountProc { .. } => {
                 "Give the pod `procMount: Unmasked` together with `hostUsers: false`: a masked /proc forbids a fresh one"
             }
-            Self::CgroupNamespace => "Turn control groups of builds off with --use-cgroups never",
+            Self::CgroupNamespace => "Turn control groups of builds off with --no-use-cgroups",
             Self::PivotRoot { .. } => {
                 "pivot_root is forbidden by a seccomp profile, or the machine runs from an initramfs: leave seccompProfile unset"
             }
@@ -111,18 +111,24 @@ impl Act {
         match self {
             Self::DropGroups => "give up supplementary groups (setgroups)".into(),
             Self::KillAllOf { uid } => format!("kill what runs under the build's uid {uid} already"),
-            Self::Clone(Isolation::Nested(_)) => {
-                "clone the builder's process into namespaces of its own (clone CLONE_NEWUSER)".into()
+            Self::Clone { isolation, group } => {
+                let (namespaces, call) = match isolation {
+                    Isolation::Nested(_) => (" into namespaces of its own", " (clone CLONE_NEWUSER)"),
+                    Isolation::Uid(_) | Isolation::Trial => ("", ""),
+                };
+                match group {
+                    Some(group) => format!(
+                        "clone the builder's process{namespaces} in the control group {} (clone3 CLONE_INTO_CGROUP)",
+                        group.display()
+                    ),
+                    None => format!("clone the builder's process{namespaces}{call}"),
+                }
             }
-            Self::Clone(Isolation::Uid(_) | Isolation::Trial) => "clone the builder's process".into(),
             Self::MapUid(ids) => map("uid_map", ids),
             Self::DenySetgroups => {
                 "deny setgroups in the build's user namespace (/proc/PID/setgroups)".into()
             }
             Self::MapGid(ids) => map("gid_map", ids),
-            Self::EnterGroup { group } => {
-                format!("move the build into the control group {}", group.display())
-            }
         }
     }
 
@@ -131,18 +137,20 @@ impl Act {
         match self {
             Self::DropGroups => "Keep the capability SETGID, or run as a user other than root",
             Self::KillAllOf { .. } => "Keep the capabilities KILL and SETUID",
-            Self::Clone(Isolation::Nested(_)) => {
+            Self::Clone { group: Some(_), .. } => {
+                "If builds work with --no-use-cgroups, leave it so; otherwise allow user namespaces"
+            }
+            Self::Clone { isolation: Isolation::Nested(_), .. } => {
                 "Allow user namespaces: in a pod leave seccompProfile unset (RuntimeDefault forbids them without SYS_ADMIN); \
                  on a machine check /proc/sys/user/max_user_namespaces and its security modules' settings"
             }
-            Self::Clone(Isolation::Uid(_) | Isolation::Trial) => {
+            Self::Clone { isolation: Isolation::Uid(_) | Isolation::Trial, .. } => {
                 "The limit on processes or memory is reached: raise it"
             }
             Self::MapUid(_) | Self::MapGid(_) => {
                 "Keep the capabilities SETUID and SETGID, or run as a user other than root"
             }
             Self::DenySetgroups => "See that /proc is mounted and writable for this program",
-            Self::EnterGroup { .. } => "Turn control groups of builds off with --use-cgroups never",
         }
     }
 }
