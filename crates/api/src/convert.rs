@@ -161,8 +161,15 @@ fn check_name(spec: &DerivationSpec) -> Result<(), FieldError> {
     let field = || format!("{ROOT}.name");
     // Whether the name will do is for the store path's own rules to say; the hash does not matter.
     StorePath::from_parts([0; 20], &spec.name).map_err(|error| FieldError::new(field(), error))?;
-    if spec.name.ends_with(".drv") {
-        return Err(FieldError::new(field(), "it ends with .drv; give the name without"));
+    // Nix: primops.cc, derivationStrict.
+    let makes_a_derivation = || {
+        let text = |output: &OutputSpec| output.method.as_deref() == Some(Method::Text.as_str());
+        spec.outputs.len() == 1 && spec.outputs.get("out").is_some_and(text)
+    };
+    if spec.name.ends_with(".drv") && !makes_a_derivation() {
+        let why = "it ends with .drv, which is for derivations whose one output, `out`, is such a file (method \
+                   text); give the name without";
+        return Err(FieldError::new(field(), why));
     }
     let longest = MAX_NAME_LEN - ".drv".len();
     if spec.name.len() > longest {

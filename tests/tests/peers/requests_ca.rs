@@ -40,10 +40,12 @@ let
     args = sh ''while read -r line; do case $line in "declare -A outputs="*) o=''${line#*=*=\'}; o=''${o%%\'*}; esac; done < "$NIX_ATTRS_SH_FILE"
       read -r json < "$NIX_ATTRS_JSON_FILE" || :; echo "$json" > "$o"''; };
   top = d { name = "top"; inherit structured deferred; args = sh "echo $structured $deferred > $out"; };
+  made = ''Derive([("out","","r:sha256","")],[],[],"x86_64-linux","/bin/sh",[],[("out","")])'';
+  maker = d (floating // { name = "made.drv"; outputHashMode = "text"; inherit base; args = sh "printf %s '${made}' > $out"; });
   impure = d { name = "impure"; __impure = true; args = sh "echo impure > $out"; };
   of-impure = d { name = "of-impure"; __impure = true; inherit impure base; args = sh "echo $impure $base > $out"; };
   wrongly-pure = d (floating // { name = "wrongly-pure"; inherit impure; args = sh "echo $impure > $out"; });
-in { inherit base text flat git above fixed deferred structured top impure of-impure wrongly-pure; }
+in { inherit base text flat git above fixed deferred structured top maker impure of-impure wrongly-pure; }
 "#;
 
 /// Somebody with a Nix store and a Drover.
@@ -154,6 +156,13 @@ fn requests_are_what_nix_resolves_to() -> Result<()> {
         seen += 1;
     }
     assert_eq!(seen, 9);
+
+    // What Nix shows of them comes to the same.
+    let shown = side.nix("nix", &["derivation", "show", "--recursive", &dir.full(&top)])?;
+    let mut request = side.home.drover(&["request", "-", "--store", &side.store()])?;
+    let of_json = xtask::run::filter(&mut request, shown.as_bytes())?;
+    let mut request = side.home.drover(&["request", &dir.full(&top), "--store", &side.store()])?;
+    assert_eq!(of_json, xtask::run::stdout(&mut request)?);
     Ok(())
 }
 
@@ -174,7 +183,7 @@ fn nothing_pure_is_made_of_what_is_impure() -> Result<()> {
 fn builds_from_the_bottom_up_are_what_nix_builds() -> Result<()> {
     let side = Side::new()?;
     let dir = StoreDir::default();
-    let wanted = ["top", "of-impure"].map(|name| side.instantiate(name));
+    let wanted = ["top", "maker", "of-impure"].map(|name| side.instantiate(name));
     let wanted: Vec<StorePath> = wanted.into_iter().collect::<Result<_>>()?;
     let files: Vec<String> = wanted.iter().map(|drv| side.file(drv).display().to_string()).collect();
     let files: Vec<&str> = files.iter().map(String::as_str).collect();
@@ -188,7 +197,7 @@ fn builds_from_the_bottom_up_are_what_nix_builds() -> Result<()> {
     ensure!(plan.contains("known when what makes them is built") && plan.contains("after: base-"), "{plan}");
 
     let built = requests(&side.home.run(&[&["build", "--recursive", "-o", "json"], &files[..]].concat())?)?;
-    assert_eq!(built.len(), 11);
+    assert_eq!(built.len(), 12);
     for drv in &wanted {
         side.realise_any(drv)?;
     }
@@ -213,7 +222,7 @@ fn builds_from_the_bottom_up_are_what_nix_builds() -> Result<()> {
             }
         }
     }
-    assert_eq!(addressed, 9);
+    assert_eq!(addressed, 10);
     let ours = side.home.store().display().to_string();
     side.nix("nix-store", &["--store", &ours, "--verify", "--check-contents"])?;
 

@@ -58,6 +58,15 @@ fn every_kind_of_output_round_trips() {
 }
 
 #[test]
+fn a_derivation_may_make_a_derivation() {
+    let mut spec = spec(&[("out", algo("text", "sha256"))]);
+    spec.name = "made.drv".into();
+    assert_eq!(to_basic(&spec, &dir()).unwrap().name, "made.drv");
+    spec.outputs = [("out".to_owned(), algo("nar", "sha256"))].into();
+    assert_eq!(to_basic(&spec, &dir()).unwrap_err().field, "spec.derivation.name");
+}
+
+#[test]
 fn text_stays_as_it_is() {
     let given = spec(&[("out", OutputSpec::default())]);
     let back = from_basic(&to_basic(&given, &dir()).unwrap(), &dir()).unwrap();
