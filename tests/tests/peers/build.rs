@@ -85,7 +85,7 @@ impl Builder {
 
 /// Real Nix builds `args`' derivations in one store, ours in another from the same `.drv` files, which must come out the
 /// same. Returns the log of ours.
-fn build_by_both(peer: &Peer, args: &[&str]) -> Result<String> {
+pub(crate) fn build_by_both(peer: &Peer, args: &[&str]) -> Result<String> {
     let (theirs, ours) = (Root::new()?, Root::new()?);
     let nix = theirs.as_nix(peer);
     let drv = nix.run("nix-instantiate", args)?;
