@@ -166,6 +166,7 @@ async fn create_pod(operator: &Operator, world: &World, attempt: u32) -> Result<
         attempt,
         system: &accepted.derivation.system.to_string(),
         features: &crate::plan::required_features(&accepted.derivation),
+        fetches: accepted.derivation.kind().is_ok_and(|kind| !kind.is_sandboxed()),
         authorized_key: &key.public_line(),
         settings: &operator.settings,
     }

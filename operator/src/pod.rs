@@ -5,7 +5,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use drover_api::{BuildRequest, BuilderClassSpec, FEATURES_OF_ALL, Placement, Resources, SandboxFloor};
+use drover_api::{
+    BuildRequest, BuilderClassSpec, EgressMode, FEATURES_OF_ALL, Placement, Resources, SandboxFloor,
+};
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use kube::ResourceExt as _;
@@ -17,6 +19,8 @@ use crate::settings::{BUILDER_PORT, Settings};
 /// Labels and annotations of builder pods.
 pub const UID_LABEL: &str = "drover.build/request-uid";
 pub const ATTEMPT_LABEL: &str = "drover.build/attempt";
+/// Whether the pod may open connections: `allowed` or `denied`. The chart's NetworkPolicy goes by it.
+pub const EGRESS_LABEL: &str = "drover.build/egress";
 /// `namespace/name` of the request, for people and for finding the request of a pod.
 pub const REQUEST_ANNOTATION: &str = "drover.build/request";
 /// The container that builds.
@@ -66,6 +70,8 @@ pub struct PodPlan<'a> {
     /// System of the derivation and the features that it requires.
     pub system: &'a str,
     pub features: &'a BTreeSet<String>,
+    /// What it builds may fetch: it is a fixed-output or an impure derivation.
+    pub fetches: bool,
     /// Public half of the attempt's client key.
     pub authorized_key: &'a str,
     pub settings: &'a Settings,
@@ -155,6 +161,7 @@ impl PodPlan<'_> {
         metadata["namespace"] = namespace(self.class, &request_namespace, self.settings).into();
         metadata["labels"][UID_LABEL] = uid.as_str().into();
         metadata["labels"][ATTEMPT_LABEL] = self.attempt.to_string().into();
+        metadata["labels"][EGRESS_LABEL] = if self.may_connect() { "allowed" } else { "denied" }.into();
         metadata["annotations"][REQUEST_ANNOTATION] =
             format!("{request_namespace}/{}", request.name_any()).into();
         if self.class.placement == Placement::RequestNamespace {
@@ -186,10 +193,23 @@ impl PodPlan<'_> {
                 "--sandbox",
                 self.class.sandbox.rung(),
             ]);
+            // The builder keeps to it even where no network plugin enforces policies.
+            if let (EgressMode::None, Some(args)) = (self.class.egress.mode, container["args"].as_array_mut())
+            {
+                args.extend(["--network".into(), "none".into()]);
+            }
             // The nodes for these have another system of their own; the processor runs both.
             if let (I686, Some(args)) = (self.system, container["args"].as_array_mut()) {
                 args.extend(["--extra-platforms".into(), I686.into()]);
             }
+        }
+    }
+
+    fn may_connect(&self) -> bool {
+        match self.class.egress.mode {
+            EgressMode::None => false,
+            EgressMode::FixedOutput => self.fetches,
+            EgressMode::All => true,
         }
     }
 
@@ -316,6 +336,7 @@ mod tests {
             attempt: 2,
             system: "x86_64-linux",
             features: &features.iter().map(|f| (*f).to_owned()).collect(),
+            fetches: features.contains(&"fetches"),
             authorized_key: "ssh-ed25519 AAAA",
             settings: &settings(),
         };
@@ -445,6 +466,28 @@ resources: {default: {requests: {cpu: '4'}, limits: {memory: 8Gi}}}
         // Whatever the request needs, the builder offers what the class says.
         let args = &without["spec"]["containers"][0]["args"];
         assert_eq!((&args[7], &args[8]), (&"--system-features".into(), &"ca-derivations,kvm".into()));
+    }
+
+    #[test]
+    fn who_may_open_connections() {
+        // A pod that fetches and one that does not, under each mode.
+        for (mode, [fetching, pure], told) in [
+            ("None", ["denied", "denied"], true),
+            ("FixedOutput", ["allowed", "denied"], false),
+            ("All", ["allowed", "allowed"], false),
+        ] {
+            let class = class(&format!("egress: {{mode: {mode}}}"));
+            for (features, expected) in [(&["fetches"][..], fetching), (&[], pure)] {
+                let pod = pod(&request(), &class, features);
+                assert_eq!(pod["metadata"]["labels"][EGRESS_LABEL], expected, "{mode}");
+                let args = pod["spec"]["containers"][0]["args"].to_string();
+                assert_eq!(args.contains(r#""--network","none""#), told, "{mode}: {args}");
+            }
+        }
+        let default = pod(&request(), &class(""), &[]);
+        assert_eq!(default["metadata"]["labels"][EGRESS_LABEL], "denied");
+        let template = class("template: {metadata: {labels: {drover.build/egress: allowed}}}");
+        assert_eq!(pod(&request(), &template, &[])["metadata"]["labels"][EGRESS_LABEL], "denied");
     }
 
     #[test]
