@@ -123,10 +123,11 @@ impl Attempt<'_> {
             max_log_bytes: Some(options.max_log_bytes).filter(|bytes| *bytes > 0),
         };
         self.interest.check()?;
-        let watch = Watch::begin(&builder.company);
+        let watch = Watch::begin(&builder.company, group.as_ref().map(Group::dir), rung != Rung::Pod);
         let (running, connection) = connect::start(&plan, &ids, &network, scratch.top())?;
         self.interest.runs();
         let ended = supervise::supervise(running, &limits, self.log, self.interest);
+        let evidence = watch.end(store.layout(), &scratch.build_dir());
         drop(connection);
         // Kills what might have escaped every other net.
         drop(group);
@@ -134,7 +135,6 @@ impl Attempt<'_> {
             bare::take_outputs(store, &scratch, &outputs)?;
         }
         let (end, tail) = ended?;
-        let evidence = watch.end(store.layout());
         let result = match verdict::failure(&dir.full(self.drv_path), kind, &end, &tail, &evidence) {
             None => outputs::Finished {
                 store,

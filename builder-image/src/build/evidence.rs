@@ -18,31 +18,41 @@ const LOW_INODES: u64 = 16;
 #[derive(Clone, PartialEq, Eq, Default, Debug)]
 pub(crate) struct Evidence {
     pub oom: OomKills,
-    /// No other build of this process ran at any time during this one: what its control group counted is this one's.
+    /// What was counted is this build's: it had a control group to itself, or no other build of this process ran at any time
+    /// during this one.
     pub alone: bool,
     /// Which disk is nearly full, and of what.
     pub low_disk: Option<String>,
+    /// No process of the build could have killed the builder by SIGKILL.
+    pub contained: bool,
 }
 
 /// From a build's beginning to its end.
 pub(crate) struct Watch {
     oom: OomWatch,
+    own_group: bool,
     stay: Stay,
+    contained: bool,
 }
 
 impl Watch {
-    pub(crate) fn begin(company: &Company) -> Self {
-        Self { oom: OomWatch::start(None), stay: company.enter() }
+    /// `group`: the directory of the build's own control group, if it has one. `contained`: it gets a process namespace of
+    /// its own.
+    pub(crate) fn begin(company: &Company, group: Option<&Path>, contained: bool) -> Self {
+        // Without the controller for memory it counts nothing.
+        let group = group.filter(|dir| dir.join("memory.events").exists());
+        let own_group = group.is_some();
+        Self { oom: OomWatch::start(group), own_group, stay: company.enter(), contained }
     }
 
-    /// Call it before anything that the build has made is deleted.
-    pub(crate) fn end(self, layout: &StoreLayout) -> Evidence {
-        let builds = layout.state_dir.join("builds");
-        let disks = [&layout.real_store_dir, &layout.state_dir, &builds];
+    /// Call it before anything that the build has made is deleted, and before its control group is. `build_dir`: where it worked.
+    pub(crate) fn end(self, layout: &StoreLayout, build_dir: &Path) -> Evidence {
+        let disks = [layout.real_store_dir.as_path(), &layout.state_dir, build_dir];
         Evidence {
             oom: self.oom.kills(),
-            alone: self.stay.was_alone(),
-            low_disk: disks.into_iter().find_map(|dir| low_disk(dir)),
+            alone: self.own_group || self.stay.was_alone(),
+            low_disk: disks.into_iter().find_map(low_disk),
+            contained: self.contained,
         }
     }
 }

@@ -94,7 +94,8 @@ fn cause(end: &End, evidence: &Evidence) -> Option<Cause> {
     if evidence.oom.count > 0 && (ours || killed) {
         return Some(Cause::OutOfMemory);
     }
-    if *end == End::Signalled(libc::SIGKILL) {
+    // Without a process namespace of its own, a build may as well have killed itself.
+    if *end == End::Signalled(libc::SIGKILL) && evidence.contained {
         return Some(Cause::Killed);
     }
     evidence.low_disk.is_some().then_some(Cause::DiskFull)
@@ -153,7 +154,7 @@ mod tests {
 
     fn evidence(count: u64, whole_machine: bool, alone: bool, low_disk: bool) -> Evidence {
         let low_disk = low_disk.then(|| "/nix/store has only 3 bytes left".to_owned());
-        Evidence { oom: OomKills { count, whole_machine }, alone, low_disk }
+        Evidence { oom: OomKills { count, whole_machine }, alone, low_disk, contained: true }
     }
 
     /// Status, and what the message begins with.
@@ -186,6 +187,9 @@ mod tests {
             assert_eq!(verdict(PURE, &end, &quiet), (pure, cause), "{end:?}");
             assert_eq!(verdict(NETWORK, &end, &quiet), (network, cause), "{end:?}");
         }
+        let exposed = Evidence { contained: false, ..quiet };
+        let killed = verdict(PURE, &End::Signalled(libc::SIGKILL), &exposed);
+        assert_eq!(killed, (PermanentFailure, None), "it may have been the build itself");
         let good = failure("/nix/store/x.drv", PURE, &End::Exited(0), &[], &evidence(9, false, true, true));
         assert!(good.is_none(), "nothing speaks against success");
     }
