@@ -110,6 +110,17 @@ impl Error {
     }
 }
 
+/// The last words of a session that an error ended. The protocol has no place for them, so that they go to standard error;
+/// whoever reads that finds the cause at the beginning, as in a result.
+pub(crate) fn last_words(error: &anyhow::Error) -> String {
+    let is_full = |cause: &(dyn std::error::Error + 'static)| {
+        cause.downcast_ref().is_some_and(Error::is_disk_full)
+            || cause.downcast_ref().is_some_and(drover_store::Error::is_disk_full)
+    };
+    let line = one_line(error);
+    if error.chain().any(is_full) { Cause::DiskFull.say(&line) } else { line }
+}
+
 /// An error and its causes in one line, for a log or a terminal: what an earlier part has said already is not repeated,
 /// and what a peer's bytes could do to a terminal is shown instead of done.
 pub(crate) fn one_line(error: &anyhow::Error) -> String {
@@ -128,6 +139,21 @@ pub(crate) fn one_line(error: &anyhow::Error) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn last_words_name_a_full_disk() {
+        let full = || drover_store::Error::Io {
+            act: "write",
+            path: "/x".into(),
+            source: io::ErrorKind::StorageFull.into(),
+        };
+        for source in [drover_serve::BoxError::from(full()), Error::from(full()).into()] {
+            let error = drover_serve::Error::Backend { act: "add a path".into(), source };
+            let words = last_words(&error.into());
+            assert!(words.starts_with("disk full: cannot add a path: cannot write /x: "), "{words}");
+        }
+        assert_eq!(last_words(&anyhow::anyhow!("no")), "no");
+    }
 
     #[test]
     fn one_line_says_everything_once() {

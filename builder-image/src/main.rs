@@ -57,7 +57,7 @@ fn main() -> ExitCode {
     match result {
         Ok(code) => code,
         Err(error) => {
-            complain(&format!("drover-builder: {}\n", error::one_line(&error)));
+            complain(&format!("drover-builder: {}\n", error::last_words(&error)));
             match error.downcast_ref() {
                 Some(error::Error::Unfit { .. }) => ExitCode::from(UNFIT),
                 _ => ExitCode::FAILURE,

@@ -12,6 +12,7 @@ use super::authorized::Access;
 use super::bridge::{Client, Incoming, Input};
 use crate::backend;
 use crate::build::log::Log;
+use crate::error;
 
 /// All that a session starts with.
 pub(super) struct Session {
@@ -39,8 +40,9 @@ impl Session {
         let client_log = Log::to(self.client.error_output());
         let result = self.serve(client_log.clone().and(&self.shared.log));
         if let Err(error) = &result {
-            client_log.note(&format!("{error:#}"));
-            self.note(&format!("{error:#}"));
+            let words = error::last_words(error);
+            client_log.note(&words);
+            self.note(&words);
         }
         client_log.flush();
         // A client that has read the status may come back at once.

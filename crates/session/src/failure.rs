@@ -1,6 +1,13 @@
 use std::error::Error as StdError;
 use std::fmt;
 
+use drover_serve::Cause;
+
+/// What Drover's builder begins its own lines of a log with.
+const BUILDER_SAYS: &str = "drover-builder: ";
+/// How many of the last lines may be its last words: an SSH client may add some of its own.
+const LAST_WORDS: usize = 3;
+
 /// How a session can end without outputs: the words that the API has for it.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 #[non_exhaustive]
@@ -68,6 +75,22 @@ pub struct Failure {
 }
 
 impl Failure {
+    /// The same failure, or what the builder's last words make of it: a session that an error ends has no place for that
+    /// error but the end of its log. `log` is the last lines of it.
+    #[must_use]
+    pub fn with_last_words(self, log: &[String]) -> Self {
+        if self.reason != Reason::ConnectionLost {
+            return self;
+        }
+        let words = log.iter().rev().take(LAST_WORDS).find_map(|line| line.strip_prefix(BUILDER_SAYS));
+        match words.map(|words| (words, Cause::of_text(words))) {
+            Some((words, Some(Cause::DiskFull))) => {
+                Self { reason: Reason::DiskFull, message: format!("{words} ({})", self.message), ..self }
+            }
+            _ => self,
+        }
+    }
+
     /// The request, a cache's content or the build is at fault: another attempt gives the same.
     pub(crate) fn verdict(reason: Reason, message: impl Into<String>) -> Self {
         Self { reason, message: message.into(), infrastructure: false, source: None }
@@ -110,5 +133,36 @@ impl fmt::Display for Failure {
 impl StdError for Failure {
     fn source(&self) -> Option<&(dyn StdError + 'static)> {
         self.source.as_deref().map(|source| source as &(dyn StdError + 'static))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn last_words_explain_a_broken_connection() {
+        let lines = |lines: &[&str]| lines.iter().map(|line| (*line).to_owned()).collect::<Vec<_>>();
+        let closed = || drover_serve::Error::Closed { act: "sending" };
+        let explained = |log: &[&str]| Failure::builder("sending x")(closed()).with_last_words(&lines(log));
+        let full = "drover-builder: disk full: cannot add a path";
+        let failure = explained(&["building", full, "Connection closed."]);
+        assert_eq!((failure.reason, failure.infrastructure), (Reason::DiskFull, true));
+        assert!(
+            failure.message.starts_with("disk full: cannot add a path (sending x: "),
+            "{}",
+            failure.message
+        );
+        for log in [
+            &["drover-builder: no such path"][..],
+            &["disk full: says the build"],
+            &[full, "much", "more", "log"],
+            &[full, "drover-builder: something else"],
+            &[],
+        ] {
+            assert_eq!(explained(log).reason, Reason::ConnectionLost, "{log:?}");
+        }
+        let failure = Failure::verdict(Reason::BuildFailed, "no").with_last_words(&lines(&[full]));
+        assert_eq!(failure.reason, Reason::BuildFailed);
     }
 }

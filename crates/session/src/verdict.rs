@@ -187,8 +187,9 @@ mod tests {
             (BuildStatus::PermanentFailure, "builder of 'disk full: x' failed", Reason::BuildFailed),
             (BuildStatus::TransientFailure, "builder of 'out of memory: x' failed", Reason::BuildFailed),
             (BuildStatus::OutputRejected, "disk full: a file", Reason::OutputRejected),
+            (BuildStatus::TimedOut, "timed out after 3 seconds", Reason::TimedOut),
         ] {
-            let message = format!("{head}; last 4 log lines:\n{printed}");
+            let message = format!("{head}; last 6 log lines:\n> silence\n> hash mismatch\n{printed}");
             let failure = failure(&derivation(true), &BuildResult::failure(status, message.clone())).unwrap();
             assert_eq!((failure.reason, failure.infrastructure), (reason, false));
             assert_eq!(failure.message, message);

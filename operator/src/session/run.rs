@@ -87,12 +87,13 @@ pub(super) async fn run(
         };
         let mut observer = |event: Event| observe(&progress, &event);
         // Both pipes are consumed: when this returns, the builder has seen the end of its input.
-        let end = match drover_session::run(stdout, stdin, &job, &mut observer) {
-            Ok(outcome) => job::finished(&job.dir, &outcome, reached_after),
-            Err(failure) => job::failed(&failure),
-        };
+        let result = drover_session::run(stdout, stdin, &job, &mut observer);
+        let tail = log.tail();
         keep_log(&job, log);
-        end
+        match result {
+            Ok(outcome) => job::finished(&job.dir, &outcome, reached_after),
+            Err(failure) => job::failed(&failure.with_last_words(&tail.lines())),
+        }
     });
     let end = tokio::select! {
         end = &mut build => Some(end),
@@ -166,11 +167,12 @@ fn observe(progress: &Progress, event: &Event) {
     }
 }
 
-/// Puts the log where `nix log` finds it. A build whose log is lost is still a build.
+/// Waits for the log's end, and puts the log where `nix log` finds it. A build whose log is lost is still a build.
 fn keep_log(job: &Job, log: Log) {
+    let file = log.into_file(LOG_PATIENCE);
     let Some(cache) = &job.push else { return };
     let derivation = &job.drv_path;
-    match log.into_file(LOG_PATIENCE) {
+    match file {
         Some(mut file) => {
             if let Err(error) = cache.put_log(derivation, &mut file) {
                 let (cache, error) = (cache.url(), &error as &dyn std::error::Error);

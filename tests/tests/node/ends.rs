@@ -30,7 +30,7 @@ fn a_build_that_the_machine_failed_is_told_from_one_that_failed() -> Result<()> 
     classes(&drover)?;
     // A string that doubles; a megabyte that is written again and again.
     let hog = "x=mmmmmmmmmmmmmmmm; while :; do x=$x$x; done";
-    let fill = "x=dddddddddddddddd; i=0; while [ $i != 16 ]; do x=$x$x; i=$((i + 1)); done; while echo $x; do :; done";
+    let fill = "x=dddddddddddddddd; i=0; while [ $i != 16 ]; do x=$x$x; i=$((i + 1)); done; while echo \"$x\"; do :; done";
     let cases = [
         Case {
             name: "fails",

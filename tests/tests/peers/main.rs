@@ -7,6 +7,7 @@ mod builds_ends;
 mod builds_fixture;
 mod builds_floods;
 mod builds_paths;
+mod builds_verdicts;
 mod builtins;
 mod cache;
 mod clients;

@@ -12,6 +12,7 @@ mod status;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io;
+use std::os::unix::process::ExitStatusExt as _;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -147,7 +148,12 @@ fn build(
     let ended = match result {
         Ok(outcome) => End::Done(Box::new(outcome)),
         Err(failure) => {
-            let mut failed = failed(failure, end.tail);
+            let mut failed = failed(failure.with_last_words(&end.tail), end.tail);
+            // Nothing of the builder's own ends it so.
+            let killed = end.trouble.is_some_and(|status| status.signal().is_some());
+            if failed.reason == Reason::ConnectionLost && killed {
+                failed.reason = Reason::BuilderLost;
+            }
             if let (true, Some(code)) = (failed.reason.is_infrastructure(), end.trouble) {
                 failed.message = format!("{} (the builder ended with {code})", failed.message);
             }
