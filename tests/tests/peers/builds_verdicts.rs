@@ -95,7 +95,6 @@ fn cases() -> Vec<Case> {
             number: 5,
             said: "hash mismatch in fixed-output derivation",
             options: nothing(),
-            ..plain
         },
         Case {
             name: "fixed-fails",
@@ -104,7 +103,6 @@ fn cases() -> Vec<Case> {
             number: 6,
             said: "failed with exit code 9",
             options: nothing(),
-            ..plain
         },
         Case {
             name: "too-long",
