@@ -3,13 +3,14 @@
 //! readable by its owner alone, so that nothing here races with a builder (Nix: chroot.cc, derivation-builder.cc).
 
 use std::fs::{self, File, Permissions};
-use std::io::Write as _;
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
+use std::io::{self, Write as _};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use drover_nix::StorePath;
 use drover_store::StoreLayout;
+use rustix::io::Errno;
 
 use super::ids::BuildIds;
 use super::keep;
@@ -17,6 +18,8 @@ use crate::error::Error;
 
 /// Where the build directory is inside (Nix: `sandbox-build-dir`).
 pub(crate) const BUILD_DIR: &str = "/build";
+/// How often deleting begins anew when somebody changes what is deleted.
+const DELETE_PASSES: u32 = 100;
 
 /// Deleted when dropped, but for a build directory that is to be kept.
 pub(crate) struct Scratch {
@@ -43,10 +46,10 @@ impl Scratch {
         let number = COUNTER.fetch_add(1, Ordering::Relaxed);
         let top = builds.join(format!("nix-{}-{number}", std::process::id()));
         let scratch = Self { parent, top, place, owner: ids.foreign(), keep: false };
+        private(&builds)?;
         for dir in [&scratch.parent, &scratch.top] {
-            // Directories that have to be there, and those that must not be, are rare: look when it does not work.
+            // What must not be there is rare: look when it does not work.
             if make_dir(dir, 0o700).is_err() {
-                fs::create_dir_all(&builds).map_err(Error::file("create", &builds))?;
                 drover_store::fs::delete(dir)?;
                 make_dir(dir, 0o700)?;
             }
@@ -133,8 +136,8 @@ impl Scratch {
         if let Some(place) = &self.place {
             // One that cannot be removed may be a mount, and serve if it is empty.
             match fs::remove_dir(place) {
-                Err(error) if error.kind() == std::io::ErrorKind::ResourceBusy => set_mode(place, 0o700)?,
-                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(error) if error.kind() == io::ErrorKind::ResourceBusy => set_mode(place, 0o700)?,
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
                     return Err(Error::file("make the build directory", place)(error));
                 }
                 _ => make_dir(place, 0o700)?,
@@ -167,7 +170,26 @@ impl Drop for Scratch {
 /// Deletes a directory and what is in it, which as a rule is these empty directories only.
 fn delete_all(path: &Path, within: &[PathBuf]) -> Result<(), drover_store::Error> {
     let empty = within.iter().chain([&path.to_owned()]).all(|dir| fs::remove_dir(dir).is_ok());
-    if empty { Ok(()) } else { drover_store::fs::delete(path).map(drop) }
+    if empty {
+        return Ok(());
+    }
+    // Whoever has a directory of a fixed output open, from outside, can add to it and exchange what is in it until that
+    // very directory is gone.
+    let changed = |error: &io::Error| {
+        matches!(
+            Errno::from_io_error(error),
+            Some(Errno::NOTEMPTY | Errno::NOTDIR | Errno::ISDIR | Errno::LOOP)
+        )
+    };
+    let mut passes = 1;
+    loop {
+        match drover_store::fs::delete(path) {
+            Err(drover_store::Error::Io { source, .. }) if changed(&source) && passes < DELETE_PASSES => {
+                passes += 1;
+            }
+            other => return other.map(drop),
+        }
+    }
 }
 
 /// `/etc/passwd` as Nix writes it for the ids that builds see.
@@ -187,6 +209,30 @@ pub(crate) const HOSTS: &str = "127.0.0.1 localhost\n::1 localhost\n";
 
 /// Name resolution of builds that have the network.
 pub(crate) const NSSWITCH: &str = "hosts: files dns\nservices: files\n";
+
+/// Makes the directory of build directories if it is not there. Refuses one that others could exchange anything in: the
+/// names of build directories are no secret (Nix: derivation-builder.cc, checkNotWorldWritable).
+fn private(builds: &Path) -> Result<(), Error> {
+    let metadata = match fs::symlink_metadata(builds) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            fs::create_dir_all(builds).map_err(Error::file("create", builds))?;
+            fs::symlink_metadata(builds)
+        }
+        other => other,
+    };
+    let metadata = metadata.map_err(Error::file("examine", builds))?;
+    let owner = rustix::process::geteuid().as_raw();
+    if metadata.is_dir() && metadata.uid() == owner && metadata.mode() & 0o022 == 0 {
+        return Ok(());
+    }
+    let why = format!(
+        "it must be a directory, no symlink, that belongs to user {owner} and that nobody else may write to (its owner is \
+         {}, its mode {:o}); remove it, and it is made anew",
+        metadata.uid(),
+        metadata.mode()
+    );
+    Err(Error::file("build in", builds)(io::Error::new(io::ErrorKind::PermissionDenied, why)))
+}
 
 fn make_dir(path: &Path, mode: u32) -> Result<(), Error> {
     fs::DirBuilder::new().mode(mode).create(path).map_err(Error::file("create", path))?;

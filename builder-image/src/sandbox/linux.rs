@@ -25,6 +25,7 @@ impl Kernel for Linux {
     fn session(&mut self) -> io::Result<()> {
         default_signals()?;
         process::setsid()?;
+        forget_keys()?;
         rustix::stdio::dup2_stdin(File::open("/dev/null")?)?;
         rustix::stdio::dup2_stderr(rustix::stdio::stdout())?;
         Ok(())
@@ -177,6 +178,20 @@ pub(crate) fn die_with_caller(command: &mut std::process::Command) {
     let die = || Ok(process::set_parent_process_death_signal(Some(Signal::KILL))?);
     // SAFETY: what runs between fork and exec is one system call, which takes no lock and allocates nothing.
     unsafe { command.pre_exec(die) };
+}
+
+/// A session keyring of its own instead of the one that everything which this program starts inherits: keyrings belong to
+/// no namespace, so that builds would find the keys of whoever started this, and each other's.
+#[allow(unsafe_code)]
+fn forget_keys() -> io::Result<()> {
+    const JOIN_SESSION_KEYRING: libc::c_long = 1;
+    let anonymous: *const libc::c_char = std::ptr::null();
+    // SAFETY: takes a name, which may be null.
+    match check(unsafe { libc::syscall(libc::SYS_keyctl, JOIN_SESSION_KEYRING, anonymous) }) {
+        // Containers' filters forbid this call, and kernels may lack it; then the build has no keys either.
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EPERM | libc::ENOSYS)) => Ok(()),
+        other => other.map(drop),
+    }
 }
 
 /// A child of this process that has ended and is not reaped yet. It stays so.

@@ -197,6 +197,9 @@ pub(crate) struct BareLayout {
     pub gid: u32,
 }
 
+/// Where files of the machine are shown to a build: its shell, its name servers, its certificates.
+const MACHINE_FILES: [&str; 2] = ["/bin", "/etc"];
+
 /// The steps of a build in namespaces.
 ///
 /// Where this differs from Nix: the root is made ready and read-only once for all builds, so that the tree of `/dev` and
@@ -217,8 +220,14 @@ pub(crate) fn build_steps(layout: &Layout) -> Vec<Step> {
     steps.push(Step::ReadOnly { target: layout.root.clone() });
     let store = inside(&layout.store_dir);
     steps.push(Step::Bind { source: layout.store.clone(), target: store.clone() });
-    let binds = layout.binds.iter();
-    steps.extend(binds.map(|(source, target)| Step::Bind { source: source.clone(), target: inside(target) }));
+    for (source, target) in &layout.binds {
+        let place = inside(target);
+        steps.push(Step::Bind { source: source.clone(), target: place.clone() });
+        // The machine's own files, which may belong to the very user that the build runs as.
+        if MACHINE_FILES.iter().any(|dir| target.starts_with(dir)) {
+            steps.push(Step::ReadOnly { target: place });
+        }
+    }
     steps.push(Step::ReadOnlyBelow { target: store });
     steps.push(Step::MountProc { target: inside(Path::new("/proc")) });
     if layout.shm {

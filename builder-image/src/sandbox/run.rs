@@ -138,6 +138,7 @@ mod tests {
             "read-only /r",
             "bind /s/x.drv.chroot/store /r/nix/store",
             "bind /etc/hosts /r/etc/hosts",
+            "read-only /r/etc/hosts",
             "read-only below /r/nix/store",
             "proc /r/proc",
             "control group namespace",

@@ -54,7 +54,7 @@ impl Tail {
         if !self.current.is_empty() {
             self.end_line();
         }
-        self.lines.iter().map(|line| String::from_utf8_lossy(line).into_owned()).collect()
+        self.lines.iter().map(|line| harmless(&String::from_utf8_lossy(line))).collect()
     }
 
     fn end_line(&mut self) {
@@ -67,6 +67,12 @@ impl Tail {
         }
         self.lines.push_back(line);
     }
+}
+
+/// Messages go to terminals and into fields of resources: what would do something there is shown instead.
+fn harmless(line: &str) -> String {
+    let shown = |c: char| if c.is_control() && c != '\t' { c.escape_default().to_string() } else { c.into() };
+    line.chars().map(shown).collect()
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ use std::ffi::OsStr;
 use std::ops::RangeInclusive;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use drover_nix::nar::MAX_DEPTH;
 use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Stat, Uid};
@@ -16,6 +16,9 @@ use crate::Error;
 
 /// Most bytes of names of extended attributes of one file (Linux: XATTR_LIST_MAX).
 const MAX_XATTR_NAMES: usize = 64 << 10;
+/// Paths of files in a store are shorter, with their final NUL (Linux: PATH_MAX). Nix, which goes by paths, could not even
+/// verify a store with others in it.
+const MAX_PATH_LEN: usize = 4096;
 /// Attributes that the file system or a security module owns, as Nix's `ignored-acls` has them.
 const IGNORED_XATTRS: [&[u8]; 3] = [b"security.csm", b"security.selinux", b"system.nfs4_acl"];
 
@@ -47,6 +50,10 @@ impl Walk<'_> {
         if depth == MAX_DEPTH {
             let why = format!("it lies more than {MAX_DEPTH} levels deep, which no archive can hold");
             return Err(Error::BadFile { path: path.into(), why });
+        }
+        if path.as_os_str().len() >= MAX_PATH_LEN {
+            let why = format!("its path has {MAX_PATH_LEN} bytes or more, which most programs cannot open");
+            return Err(Error::BadFile { path: shortened(path), why });
         }
         // A descriptor that gives no access, but holds on to this one file whatever becomes of its name.
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
@@ -120,6 +127,11 @@ impl Walk<'_> {
     }
 }
 
+/// For a message: the beginning of a path that is too long to be read.
+fn shortened(path: &Path) -> PathBuf {
+    path.iter().take(8).collect()
+}
+
 /// True if it had to change the file's mode for that.
 fn remove_xattrs(fd: &OwnedFd, stat: &Stat, path: &Path) -> Result<bool, Error> {
     let act = "list the extended attributes of";
@@ -146,7 +158,15 @@ fn remove_xattrs(fd: &OwnedFd, stat: &Stat, path: &Path) -> Result<bool, Error> 
             }
             other => other,
         };
-        removed.map_err(Error::sys("remove an extended attribute of", path))?;
+        removed.map_err(|errno| match errno {
+            // A builder can give a file capabilities, in a user namespace of its own, that only root may take away.
+            Errno::PERM | Errno::ACCESS => {
+                let name = String::from_utf8_lossy(name);
+                let why = format!("its extended attribute {name:?} cannot be removed: {errno}");
+                Error::BadFile { path: path.into(), why }
+            }
+            errno => Error::sys("remove an extended attribute of", path)(errno),
+        })?;
     }
     Ok(mode_changed)
 }
@@ -226,6 +246,21 @@ mod tests {
         assert!(error.to_string().contains("ownership"), "{error}");
         // Another output of the same build links to it: seen, so it passes.
         canonicalise(&tree.join("b"), Some(foreign), &mut seen).unwrap();
+        super::super::delete(&tree).unwrap();
+    }
+
+    #[test]
+    fn what_no_path_can_name_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let (tree, name) = (dir.path().join("t"), "d".repeat(250));
+        std::fs::create_dir(&tree).unwrap();
+        let mut here = rustix::fs::open(&tree, super::super::OPEN_DIRECTORY, Mode::empty()).unwrap();
+        for _ in 0..20 {
+            rustix::fs::mkdirat(&here, &name, Mode::RWXU).unwrap();
+            here = rustix::fs::openat(&here, &name, super::super::OPEN_DIRECTORY, Mode::empty()).unwrap();
+        }
+        let error = canonicalise(&tree, None, &mut SeenInodes::new()).unwrap_err();
+        assert!(error.to_string().contains("4096 bytes"), "{error}");
         super::super::delete(&tree).unwrap();
     }
 
