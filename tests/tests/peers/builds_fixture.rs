@@ -175,6 +175,11 @@ impl Session {
         eventually(&format!("the session says {text:?}"), || self.log().contains(text))
     }
 
+    /// The program's process.
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// How the program ended, and how long that took.
     pub(crate) fn wait(&mut self) -> Result<(ExitStatus, Duration)> {
         let begin = Instant::now();

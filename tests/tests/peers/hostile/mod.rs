@@ -2,6 +2,7 @@
 
 mod archives;
 mod arena;
+mod builders;
 mod bytes;
 mod disconnect;
 mod race;
