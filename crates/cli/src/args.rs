@@ -153,7 +153,7 @@ pub(crate) struct Submit {
     pub(crate) files: Files,
     #[command(flatten)]
     pub(crate) target: Target,
-    /// Wait until they have ended
+    /// Wait until they have ended. What needs another one's output is sent when that is built
     #[arg(long)]
     pub(crate) wait: bool,
 }

@@ -1,6 +1,7 @@
 //! `drover` against a real API server. Nobody builds here: the test plays the operator.
 
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use drover_tests::{ControlPlane, program};
@@ -50,7 +51,7 @@ fn a_request_from_submit_to_output() -> Result<()> {
     let waiting = Command::new(program("drover")?)
         .env("KUBECONFIG", plane.kubeconfig())
         .args(["wait", "hello", "--timeout", "60"])
-        .stdout(std::process::Stdio::piped())
+        .stdout(Stdio::piped())
         .spawn()?;
     let path = "/nix/store/i00sflxqsj37lfmf95m8mn0grv615hpj-hello";
     end(
@@ -69,8 +70,50 @@ fn a_request_from_submit_to_output() -> Result<()> {
     assert!(code == Some(2) && said.contains("it has out"), "{code:?} {said}");
     assert!(good(&plane, &["describe", "hello"])?.contains(path));
 
+    chains(&plane)?;
     failures(&plane)?;
     plugin(&plane)
+}
+
+/// Derivations whose inputs' paths are known only when these are built: sent with these paths in them, one after the other.
+fn chains(plane: &ControlPlane) -> Result<()> {
+    let drv = "crates/nix/testdata/content-addressed/gm4wzcsawaihldpc37262n1n3ism6xgj-deferred.drv";
+    let (code, said) = bad(plane, &["submit", "--recursive", drv])?;
+    assert!(code == Some(2) && said.contains("--wait"), "{code:?} {said}");
+
+    let submitting = Command::new(program("drover")?)
+        .env("KUBECONFIG", plane.kubeconfig())
+        .current_dir(checkout())
+        .args(["submit", "--recursive", "--wait", drv])
+        .stdout(Stdio::piped())
+        .spawn()?;
+    // What Nix 2.34 built of them. The names are the resolved derivations'.
+    for (name, outputs) in [
+        (
+            "base-7papim1j",
+            &[
+                ("out", "rphn4lwi1ilhyw9nrc0j9jb1rabzwq5w-base"),
+                ("dev", "5qd6cp1z5976fljxy94a8zvijghj65v2-base-dev"),
+            ][..],
+        ),
+        ("plain-txt-pasxmlj2", &[("out", "axwixvp9c4mz2mv1g4cixzi2356hq387-plain.txt")]),
+        ("fixed-ssqnvrc6", &[("out", "w0fkqvh6w58g3lwp5v8mwyhh92vf18j5-fixed")]),
+        ("above-s1q3bbn1", &[("out", "d6h2xy1112cmkmvvs0kbbb6vyvdh9lag-above")]),
+        ("deferred-pcqf7d5g", &[("out", "5pgb55my4f0k5759ajhrnm0rgcngkp1a-deferred")]),
+    ] {
+        run::wait_for(name, Duration::from_secs(60), || Ok(plane.kubectl(&["get", "breq", name]).is_ok()))?;
+        let output = |(output, path): &(&str, &str)| {
+            format!(r#""{output}": {{"path": "/nix/store/{path}", "narHash": "sha256:x", "narSize": 8}}"#)
+        };
+        let outputs = outputs.iter().map(output).collect::<Vec<_>>().join(", ");
+        end(plane, name, "True", "Built", &format!(r#""outputs": {{{outputs}}}"#))?;
+    }
+    let submitted = submitting.wait_with_output()?;
+    let said = String::from_utf8_lossy(&submitted.stdout);
+    assert!(submitted.status.success() && said.ends_with("deferred-pcqf7d5g Built\n"), "{said}");
+    let path = ["get", "breq", "deferred-pcqf7d5g", "-o", "jsonpath={.spec.derivation.outputs.out.path}"];
+    assert_eq!(plane.kubectl(&path)?, "/nix/store/5pgb55my4f0k5759ajhrnm0rgcngkp1a-deferred");
+    Ok(())
 }
 
 /// Several at once: each way to end has its exit code, and the worst one counts.

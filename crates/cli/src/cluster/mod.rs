@@ -3,6 +3,7 @@
 
 mod describe;
 mod logs;
+mod submit;
 
 use std::collections::BTreeMap;
 use std::future::Future;
@@ -21,7 +22,8 @@ use serde_json::json;
 use crate::args;
 use crate::exit::{self, Fault, Outcome};
 use crate::manifest::Manifest;
-use crate::{order, output};
+use crate::order::{self, Item};
+use crate::output;
 
 /// Who changed a field, as the API server remembers it.
 const FIELD_MANAGER: &str = "drover";
@@ -29,25 +31,20 @@ const FIELD_MANAGER: &str = "drover";
 pub(crate) fn submit(args: &args::Submit) -> Outcome {
     // Order and content are checked here, before anything is sent: all or nothing is friendlier than half.
     let mut queue = order::Queue::load(&args.files, &StoreDir::default())?;
+    if args.wait {
+        return run(async { submit::in_order(&Cluster::connect(&args.target).await?, &mut queue).await });
+    }
     for index in 0..queue.items.len() {
         // A cluster builds what it gets at once: what is to be resolved later cannot be sent.
-        queue.resolve(index).map_err(Fault::Input)?;
+        let resolved = queue.resolve(index);
+        resolved.context("only with --wait it can be sent when these are built").map_err(Fault::Input)?;
     }
-    let items = queue.items;
     run(async {
         let cluster = Cluster::connect(&args.target).await?;
-        let mut names = Vec::new();
-        for item in &items {
-            let request = named(&item.manifest, item.name())?;
-            let name = request.name_any();
-            let params = PatchParams::apply(FIELD_MANAGER).force();
-            let sent = cluster.requests.patch(&name, &params, &Patch::Apply(&request)).await;
-            sent.with_context(|| format!("cannot create {name} ({})", item.manifest.file()))
-                .map_err(refused)?;
-            output::print_text(&format!("buildrequest.drover.build/{name}\n"))?;
-            names.push(name);
+        for item in &queue.items {
+            cluster.submit(item).await?;
         }
-        if args.wait { cluster.wait(&names).await } else { Ok(exit::DONE) }
+        Ok(exit::DONE)
     })
 }
 
@@ -142,19 +139,35 @@ impl Cluster {
             .map_err(refused)
     }
 
+    /// Creates the request of an item, says so on a line, and gives the request's name.
+    async fn submit(&self, item: &Item) -> Result<String, Fault> {
+        let request = named(&item.manifest, item.name())?;
+        let name = request.name_any();
+        let params = PatchParams::apply(FIELD_MANAGER).force();
+        let sent = self.requests.patch(&name, &params, &Patch::Apply(&request)).await;
+        sent.with_context(|| format!("cannot create {name} ({})", item.manifest.file())).map_err(refused)?;
+        output::print_text(&format!("buildrequest.drover.build/{name}\n"))?;
+        Ok(name)
+    }
+
     /// Waits until all have ended and says how, each on a line.
     async fn wait(&self, names: &[String]) -> Outcome {
         let mut code = exit::DONE;
         for name in names {
-            let reason = self.wait_for(name).await?;
-            output::print_text(&format!("{name} {reason}\n"))?;
-            code = match Reason::parse(&reason) {
-                Some(reason) if reason.is_infrastructure() => exit::INFRASTRUCTURE,
-                Some(Reason::Built | Reason::AlreadyBuilt) => code,
-                _ => code.max(exit::BUILD_FAILED),
-            };
+            code = code.max(self.wait_for_one(name).await?);
         }
         Ok(code)
+    }
+
+    /// Waits until it has ended, says how on a line, and gives the exit code for it.
+    async fn wait_for_one(&self, name: &str) -> Outcome {
+        let reason = self.wait_for(name).await?;
+        output::print_text(&format!("{name} {reason}\n"))?;
+        Ok(match Reason::parse(&reason) {
+            Some(reason) if reason.is_infrastructure() => exit::INFRASTRUCTURE,
+            Some(Reason::Built | Reason::AlreadyBuilt) => exit::DONE,
+            _ => exit::BUILD_FAILED,
+        })
     }
 
     /// The reason with which a request ends.
