@@ -298,6 +298,15 @@ fn the_pod_as_the_sandbox() {
 }
 
 #[test]
+fn the_pod_needs_the_store_where_builds_expect_it() {
+    let mut builder = Builder::start_in_pod(&["--sandbox", "pod", "--store", "/tmp/elsewhere"]);
+    let why = builder.run("echo > $out").error_message;
+    for part in ["none works here", "store has to be at /nix/store", "--store local"] {
+        assert!(why.contains(part), "no {part:?} in {why}");
+    }
+}
+
+#[test]
 fn what_a_build_leaves_running_in_the_pod_is_killed() {
     if is_root() {
         nothing_survives(&mut Builder::start_in_pod(&["--sandbox", "pod"]), "8643003");

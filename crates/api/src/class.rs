@@ -191,7 +191,8 @@ pub enum SandboxFloor {
     /// Nix's full sandbox in nested namespaces; the pod passes Pod Security `baseline`.
     #[default]
     Nested,
-    /// The same with SYS_ADMIN of the pod's own user namespace.
+    /// The same with SYS_ADMIN of the pod's own user namespace, for nodes whose pods have a seccomp profile in any case.
+    /// Pod Security `baseline` does not admit it: the builders' namespace has to.
     NestedAdmin,
     /// The pod is the sandbox, and serves one build only.
     Pod,
