@@ -20,6 +20,16 @@ use crate::store_parts::{Root, Session, with_nix};
 /// What a case expects its builder to have in the environment.
 const VARIABLE: (&str, &str) = ("CORPUS_VARIABLE", "from outside");
 
+/// Who runs the implementation.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum User {
+    Root,
+    Ordinary,
+}
+
+/// The ordinary user.
+const NOBODY: u32 = 65534;
+
 pub(super) struct Leg {
     session: Session,
     root: PathBuf,
@@ -30,29 +40,47 @@ pub(super) struct Leg {
 }
 
 impl Leg {
-    /// `nix-store --serve --write` with its store at `/nix`, its sandbox on, and builds under ids of their own.
-    pub(super) fn nix(peer: &Peer, root: &Root, shell: &Path) -> Result<Self> {
-        std::fs::create_dir_all(root.path().join("nix"))?;
-        let mut command = with_nix(peer, root).command("nix-store")?;
-        command.args(["--serve", "--write"]).env("NIX_CONFIG", nix_config(shell));
+    /// `nix-store --serve --write` with its store at `/nix` and its sandbox on; root's builds have ids of their own.
+    pub(super) fn nix(peer: &Peer, root: &Root, shell: &Path, user: User) -> Result<Self> {
+        let at = root.path().join("nix");
+        std::fs::create_dir_all(&at)?;
+        let peer = with_nix(peer, root);
+        let mut command = match user {
+            User::Root => peer.command("nix-store")?,
+            User::Ordinary => {
+                std::os::unix::fs::chown(&at, Some(NOBODY), Some(NOBODY))?;
+                let mut command = peer.command("/usr/sbin/chroot")?;
+                command.args([
+                    &format!("--userspec={NOBODY}:{NOBODY}"),
+                    "--groups=",
+                    "/",
+                    "env",
+                    "HOME=/nix",
+                    "nix-store",
+                ]);
+                command
+            }
+        };
+        // Not what an ordinary user gets otherwise, a store in the home directory.
+        command.args(["--serve", "--write", "--store", "local"]).env("NIX_CONFIG", nix_config(shell, user));
         Self::start(command, root)
     }
 
-    /// `drover-builder serve --write`.
-    pub(super) fn drover(root: &Root, shell: &Path, options: &[&str]) -> Result<Self> {
-        let mut command = root.builder(&["serve", "--write"])?;
-        command.arg("--sandbox-shell").arg(shell).args(options);
-        Self::start(command, root)
-    }
-
-    /// The same for an ordinary user, to whom `root` is given. `copy` is a place where that user finds the program.
-    pub(super) fn drover_of_a_user(root: &Root, shell: &Path, copy: &Path) -> Result<Self> {
-        const NOBODY: u32 = 65534;
-        std::fs::copy(program("drover-builder")?, copy)?;
-        std::os::unix::fs::chown(root.path(), Some(NOBODY), Some(NOBODY))?;
-        let mut command = Command::new(copy);
-        command.args(["serve", "--write", "--sandbox-shell"]).arg(shell).arg("--store").arg(root.path());
-        command.current_dir("/").uid(NOBODY).gid(NOBODY);
+    /// `drover-builder serve --write`. `tools` has the shell, and is where an ordinary user finds the program.
+    pub(super) fn drover(root: &Root, tools: &Path, user: User, options: &[&str]) -> Result<Self> {
+        let mut command = match user {
+            User::Root => Command::new(program("drover-builder")?),
+            User::Ordinary => {
+                let copy = tools.join("drover-builder");
+                std::fs::copy(program("drover-builder")?, &copy)?;
+                std::os::unix::fs::chown(root.path(), Some(NOBODY), Some(NOBODY))?;
+                let mut command = Command::new(copy);
+                command.current_dir("/").uid(NOBODY).gid(NOBODY);
+                command
+            }
+        };
+        command.args(["serve", "--write", "--store"]).arg(root.path());
+        command.arg("--sandbox-shell").arg(tools.join("bin/busybox")).args(options);
         Self::start(command, root)
     }
 
@@ -163,13 +191,16 @@ impl Leg {
     }
 }
 
-/// Builds get ids that no other store on this machine gives out: who ends a build kills all that has its id.
-pub(super) fn nix_config(shell: &Path) -> String {
-    let start = 872_415_232 + u64::from(std::process::id() % 16_384) * 65_536;
-    format!(
+/// Root's builds get ids that no other store on this machine gives out: who ends a build kills all that has its id.
+fn nix_config(shell: &Path, user: User) -> String {
+    let common = format!(
         "sandbox = true\nsandbox-fallback = false\nsandbox-paths = /bin/sh={}\nsubstitute = false\n\
-         extra-experimental-features = {FEATURES} auto-allocate-uids\n\
-         auto-allocate-uids = true\nstart-id = {start}\nid-count = 65536\n",
+         extra-experimental-features = {FEATURES} auto-allocate-uids\n",
         shell.display()
-    )
+    );
+    let start = 872_415_232 + u64::from(std::process::id() % 16_384) * 65_536;
+    match user {
+        User::Root => format!("{common}auto-allocate-uids = true\nstart-id = {start}\nid-count = 65536\n"),
+        User::Ordinary => common,
+    }
 }

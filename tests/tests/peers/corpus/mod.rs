@@ -5,6 +5,7 @@
 mod leg;
 mod outcome;
 mod report;
+mod visible;
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -16,7 +17,7 @@ use drover_store::{Access, LocalStore};
 use drover_tests::corpus::{self, Case};
 use drover_tests::{Nix, Peer};
 
-use self::leg::Leg;
+use self::leg::{Leg, User};
 use self::outcome::Outcomes;
 use crate::store_parts::{Root, no_leftovers, verify};
 
@@ -66,7 +67,7 @@ const WITHOUT_OFFSETS: [&str; 2] = ["--self-reference-hash", "without-offsets"];
 #[test]
 fn drover_builds_what_nix_builds() -> Result<()> {
     let corpus = Corpus::new()?;
-    let shell = corpus.shell();
+    let tools = corpus.tools.path();
     let all: Vec<&Case> = corpus.cases.iter().collect();
     let itself: Vec<&Case> =
         all.iter().copied().filter(|case| report::SELF_REFERENCES.contains(&case.name.as_str())).collect();
@@ -74,10 +75,10 @@ fn drover_builds_what_nix_builds() -> Result<()> {
 
     let [theirs, ours, older, users] = [Root::new()?, Root::new()?, Root::new()?, Root::new()?];
     let [nix, drover, without_offsets, ordinary] = corpus.build([
-        (Leg::nix(&corpus.peer, &theirs, &shell)?, &all),
-        (Leg::drover(&ours, &shell, &[])?, &all),
-        (Leg::drover(&older, &shell, &WITHOUT_OFFSETS)?, &itself),
-        (Leg::drover_of_a_user(&users, &shell, &corpus.tools.path().join("drover-builder"))?, &all),
+        (Leg::nix(&corpus.peer, &theirs, &corpus.shell(), User::Root)?, &all),
+        (Leg::drover(&ours, tools, User::Root, &[])?, &all),
+        (Leg::drover(&older, tools, User::Root, &WITHOUT_OFFSETS)?, &itself),
+        (Leg::drover(&users, tools, User::Ordinary, &[])?, &all),
     ])?;
 
     let with = SelfReferenceHash::WithOffsets;

@@ -102,6 +102,11 @@ impl Outcome {
 }
 
 impl Output {
+    /// The contents, where the output is one small file.
+    pub(super) fn text(&self) -> &[u8] {
+        &self.text
+    }
+
     /// Looks at the object `info` in a store.
     pub(super) fn look(info: PathInfo, store: &LocalStore) -> Result<Self> {
         let place = store.real_path(&info.path);
