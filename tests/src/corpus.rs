@@ -11,10 +11,13 @@ use drover_serve::{BuildOptions, BuildStatus};
 use serde_json::Value;
 use xtask::{checkout, run};
 
-use crate::Peer;
+use crate::{Peer, program};
 
 /// What the corpus needs of Nix beyond what is stable.
 pub const FEATURES: &str = "nix-command ca-derivations impure-derivations dynamic-derivations git-hashing";
+
+/// What a case expects its builder to have in the environment.
+pub const VARIABLE: (&str, &str) = ("CORPUS_VARIABLE", "from outside");
 
 /// One derivation and what is to become of it.
 #[derive(Clone, Debug)]
@@ -62,6 +65,67 @@ pub fn instantiate(peer: &Peer, tools: &Path, more: &[&str]) -> Result<Vec<Case>
     let cases: BTreeMap<String, Value> =
         serde_json::from_str(&json).context("nix-instantiate prints JSON")?;
     cases.into_iter().map(|(name, value)| case(name, &value)).collect()
+}
+
+/// The limits of a case as fields of a request.
+pub fn limits(case: &Case) -> BTreeMap<&'static str, u64> {
+    let options = &case.options;
+    let all = [
+        ("timeoutSeconds", options.timeout_seconds),
+        ("maxSilentSeconds", options.max_silent_seconds),
+        ("maxLogBytes", options.max_log_bytes),
+    ];
+    all.into_iter().filter(|(_, limit)| *limit > 0).collect()
+}
+
+/// The BuildRequest of a case, as `drover request` makes it from the `.drv` in this store, with the case's limits.
+pub fn request(case: &Case, store: &str) -> Result<Value> {
+    let drv = format!("/nix/store/{}", case.drv);
+    let mut command = Command::new(program("drover")?);
+    let json = run::stdout(command.args(["request", &drv, "--json", "--store", store]))
+        .with_context(|| case.name.clone())?;
+    let mut request: Value = serde_json::from_str(&json).context("drover request prints JSON")?;
+    for (field, limit) in limits(case) {
+        request["spec"][field] = limit.into();
+    }
+    Ok(request)
+}
+
+/// The request of a case among those that `drover build` prints, or a cluster has.
+pub fn request_of<'a>(requests: &'a [Value], case: &Case) -> Result<&'a Value> {
+    // A name ends with the beginning of the hash of the .drv that was asked for, or of the one that it was resolved to.
+    let end = format!("-{}", &case.drv.hash_part()[..8]);
+    let is_its = |request: &&Value| {
+        let name = request["metadata"]["name"].as_str().unwrap_or_default();
+        name.ends_with(&end) || request["spec"]["derivation"]["name"] == *case.name
+    };
+    requests.iter().find(is_its).with_context(|| format!("no request for {}", case.name))
+}
+
+/// Why a request ended: the reason of its condition Succeeded.
+pub fn reason(status: &Value) -> String {
+    let conditions = status["conditions"].as_array().into_iter().flatten();
+    let succeeded = conditions.into_iter().find(|condition| condition["type"] == "Succeeded");
+    succeeded.and_then(|condition| condition["reason"].as_str()).unwrap_or("none").to_owned()
+}
+
+/// The outputs in a status by name: path, narHash, narSize and references, sorted.
+pub fn outputs(status: &Value) -> BTreeMap<String, Value> {
+    let outputs = status["outputs"].as_object().into_iter().flatten();
+    let sorted = |output: &Value| {
+        let mut references: Vec<String> = output["references"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .filter_map(Value::as_str)
+            .map(str::to_owned)
+            .collect();
+        references.sort();
+        serde_json::json!({
+            "path": output["path"], "narHash": output["narHash"], "narSize": output["narSize"], "references": references,
+        })
+    };
+    outputs.map(|(name, output)| (name.clone(), sorted(output))).collect()
 }
 
 fn case(name: String, value: &Value) -> Result<Case> {

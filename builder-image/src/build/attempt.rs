@@ -52,8 +52,9 @@ impl Attempt<'_> {
     pub(super) fn run(&self) -> Result<(BuildStatus, Paths), Error> {
         let (store, known) = (&self.builder.store, &self.wanted.known);
         let mut names: Vec<String> = targets::lock_names(self.drv_path, known).into_iter().collect();
-        // What it works in has the derivation's name, whatever a client says that its outputs are.
-        names.push(format!("{}.chroot", self.drv_path));
+        // What it works in has the derivation's name, whatever a client says that its outputs are. Of that the hash will
+        // do: a name as long as they may be is too long for a file with one more suffix.
+        names.push(format!("{}-chroot", self.drv_path.hash_part()));
         let waiting = || self.log.note(&format!("waiting for another build of {}", self.drv_path));
         let _held = locks::lock(store, names, self.interest, waiting)?;
         if let Some(paths) = self.builder.made_before(self.wanted, self.roots)? {

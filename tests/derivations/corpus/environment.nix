@@ -19,7 +19,7 @@ in {
   odd-names = builds dump {
     "with space" = "1"; "with.dot" = "2"; "with-dash" = "3"; "with=sign" = "4"; "1digit" = "5"; "ünïcode" = "6"; "a\nb" = "7";
   };
-  empty-name = local "a BuildRequest refuses a variable without a name" (builds dump { "" = "nameless"; });
+  empty-name = served "a BuildRequest refuses a variable without a name" (builds dump { "" = "nameless"; });
   odd-values = builds dump {
     newline = "a\nb\n"; tab = "a\tb"; return = "a\rb"; quotes = "'\"`$(x)\${y}"; backslash = "a\\b\\n"; spaces = "  a  ";
     unicode = "żółć 漢字 🦀"; empty = ""; escape = builtins.fromJSON "\"\\u001b[31m\\u0001\\u007f\"";

@@ -5,7 +5,7 @@ let all = outputs: { inherit outputs; }; in {
   # `out` is not the first, or not there at all.
   order = builds "for o in $bin $out $a; do echo $o > $o; done" (all [ "bin" "out" "a" ]);
   without-out = builds "echo lib > $lib; echo $lib > $dev" (all [ "lib" "dev" ]);
-  many = builds "for o in $outputs; do eval \"mkdir \\$$o; touch \\$$o/$o\"; done" (all (builtins.genList (n: "o${toString n}") 40));
+  many = local "a BuildRequest has 16 outputs at most" (builds "for o in $outputs; do eval \"mkdir \\$$o; touch \\$$o/$o\"; done" (all (builtins.genList (n: "o${toString n}") 40)));
   odd-names = builds "tr '\\0' '\\n' < /proc/$$/environ | sed -n 's/^a[^=]*=//p' | while read p; do case $p in /nix/*) echo hi > $p; esac; done" (all [ "a-b" "a.b" "a+1" "a_" "a?" ]);
   missing = rejects "true" { };
   one-missing = rejects "echo > $out" (all [ "out" "dev" ]);

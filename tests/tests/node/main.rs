@@ -1,6 +1,7 @@
 //! The `node` layer: in a real cluster. Run it by `cargo xtask test node`.
 
 mod build;
+mod corpus;
 mod ends;
 mod fixtures;
 mod images;

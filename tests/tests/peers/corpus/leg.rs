@@ -11,14 +11,11 @@ use drover_nix::derivation::modulo;
 use drover_nix::{Derivation, OutputName, StoreDir, StorePath};
 use drover_serve::{BuildOptions, BuildResult, BuildStatus, Client};
 use drover_store::{Access, LocalStore, StoreLayout};
-use drover_tests::corpus::{Case, FEATURES};
+use drover_tests::corpus::{Case, FEATURES, VARIABLE};
 use drover_tests::{Peer, program};
 
 use super::outcome::{Outcome, Outcomes, Output};
 use crate::store_parts::{Root, Session, with_nix};
-
-/// What a case expects its builder to have in the environment.
-const VARIABLE: (&str, &str) = ("CORPUS_VARIABLE", "from outside");
 
 /// Who runs the implementation.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -2,6 +2,7 @@
 //! and by Drover. The same status, output paths, archives, references, content addresses, derivers and files have to come
 //! out; where they do not by intention, the case and the reason are listed here, and a list that is no longer true fails.
 
+mod command_line;
 mod leg;
 mod outcome;
 mod report;
