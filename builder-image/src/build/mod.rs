@@ -41,7 +41,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use drover_nix::derivation::modulo::InputHash;
+use drover_nix::derivation::modulo::{self, InputHash};
 use drover_nix::derivation::{DerivationType, realisation};
 use drover_nix::hash_modulo::SelfReferenceHash;
 use drover_nix::{BasicDerivation, Derivation, OutputName, Sha256, StoreDir, StorePath};
@@ -121,8 +121,16 @@ struct Wanted {
     known: BTreeMap<OutputName, Option<StorePath>>,
     /// Under which the paths that are not known are remembered. None where all are known, or every build makes its own.
     key: Option<Key>,
-    /// What old clients file the outputs under whose paths are not known.
-    drv_hash: Option<Sha256>,
+    /// What Nix files the outputs under whose paths are not known.
+    filed: Option<Filed>,
+}
+
+/// The names of one derivation in Nix's two tables of realised outputs. Both follow from its text alone.
+struct Filed {
+    /// Since Nix 2.35.
+    drv_path: StorePath,
+    /// Up to Nix 2.34. Clients of that age ask for it too.
+    drv_hash: Sha256,
 }
 
 impl Builder {
@@ -164,11 +172,11 @@ impl Builder {
             DerivationType::CaFloating => Some(Key::of(dir, request.drv_path, drv)?),
             _ => None,
         };
-        let drv_hash = match kind {
-            DerivationType::CaFloating | DerivationType::Impure => realisation_key(dir, drv)?,
+        let filed = match kind {
+            DerivationType::CaFloating | DerivationType::Impure => Filed::of(dir, drv)?,
             _ => None,
         };
-        let wanted = Wanted { known, key, drv_hash };
+        let wanted = Wanted { known, key, filed };
         loop {
             if let Some(paths) = self.made_before(&wanted, request.roots)? {
                 return Ok(wanted.finished(BuildStatus::AlreadyValid, paths));
@@ -203,10 +211,21 @@ impl Builder {
             (Some(known), _) => known,
             (None, Some(key)) => match self.realised.get(key) {
                 Some(made) => made,
-                None => return Ok(None),
+                None => return self.noted_by_nix(wanted, roots),
             },
             (None, None) => return Ok(None),
         };
+        Ok(self.all_valid(&paths, roots)?.then_some(paths))
+    }
+
+    /// All outputs, if a Nix with the same store has noted where it has built them, and they are valid.
+    fn noted_by_nix(&self, wanted: &Wanted, roots: &TempRoots) -> Result<Option<Paths>, Error> {
+        let Some(Filed { drv_path, drv_hash }) = &wanted.filed else { return Ok(None) };
+        let mut paths = Paths::new();
+        for name in wanted.known.keys() {
+            let Some(path) = self.store.realised_output(drv_path, drv_hash, name)? else { return Ok(None) };
+            paths.insert(name.clone(), path);
+        }
         Ok(self.all_valid(&paths, roots)?.then_some(paths))
     }
 
@@ -289,15 +308,19 @@ impl Wanted {
     fn finished(&self, status: BuildStatus, paths: Paths) -> BuildResult {
         let built = |(name, path)| (name, BuiltOutput { path, signatures: Vec::new() });
         let built_outputs = paths.into_iter().map(built).collect();
-        BuildResult { built_outputs, drv_hash: self.drv_hash, ..BuildResult::new(status) }
+        let drv_hash = self.filed.as_ref().map(|filed| filed.drv_hash);
+        BuildResult { built_outputs, drv_hash, ..BuildResult::new(status) }
     }
 }
 
-/// The same for all outputs of a derivation.
-fn realisation_key(dir: &StoreDir, drv: &BasicDerivation) -> Result<Option<Sha256>, Error> {
-    let drv = Derivation { basic: drv.clone(), input_drvs: BTreeMap::new() };
-    let keys = realisation::keys(dir, &drv, &mut |_| Ok(InputHash::Deferred))?;
-    Ok(keys.into_values().next())
+impl Filed {
+    fn of(dir: &StoreDir, drv: &BasicDerivation) -> Result<Option<Self>, Error> {
+        let drv = Derivation { basic: drv.clone(), input_drvs: BTreeMap::new() };
+        let keys = realisation::keys(dir, &drv, &mut |_| Ok(InputHash::Deferred))?;
+        // The same for all outputs of a derivation.
+        let Some(drv_hash) = keys.into_values().next() else { return Ok(None) };
+        Ok(Some(Self { drv_path: modulo::drv_path(dir, &drv)?, drv_hash }))
+    }
 }
 
 fn now() -> u64 {

@@ -46,6 +46,9 @@ in {
       args = sh "echo $out $lib > $out; echo $lib > $lib"; });
     impure = d "impure" { __impure = true; args = sh "echo x $out > $out"; };
     impure-git = d "impure-git" { __impure = true; outputHashMode = "git"; outputHashAlgo = "sha1"; args = sh "echo x > $out"; };
+    # Another derivation, which is what dynamic derivations are made of.
+    derivation = d "made.drv" (floating "text" "sha256" // {
+      args = sh ''echo -n 'Derive([("out","","r:sha256","")],[],[],"x86_64-linux","/bin/sh",[],[("out","")])' > $out''; });
     fixed-text = d "fixed-text" (fixed "text" "sha256" (builtins.hashString "sha256" "x\n") // { args = sh "echo x > $out"; });
     fixed-git = d "fixed-git" (fixed "git" "sha1" "587be6b4c3f93f93c489c0111bba5596147a26cb" // { args = sh "echo x > $out"; });
     fixed-nar = d "fixed-nar" (fixed "recursive" "sha1" "ce66fb50f8435866a20d72d6d470c33bc00fd5cd" // { args = sh "echo x > $out"; });
@@ -65,6 +68,7 @@ in {
     flat-refers = d "flat-refers" (floating "flat" "sha256" // { args = sh "echo ${source} > $out"; });
     git-refers = d "git-refers" (floating "git" "sha1" // { args = sh "echo ${source} > $out"; });
     sha512-refers = d "sha512-refers" (floating "nar" "sha512" // { args = sh "echo ${source} > $out"; });
+    no-derivation = d "no.drv" (floating "text" "sha256" // { args = sh "echo x > $out"; });
     text-itself = d "text-itself" (floating "text" "sha256" // { args = sh "echo $out > $out"; });
     mismatch = d "mismatch" (fixed "flat" "sha256" (builtins.hashString "sha256" "other") // { args = sh "echo x > $out"; });
     mismatch-nar = d "mismatch-nar" (fixed "recursive" "sha256" (builtins.hashString "sha256" "other") // { args = sh "echo x > $out"; });
@@ -202,7 +206,7 @@ fn every_kind_is_built_to_what_nix_builds() -> Result<()> {
         }
     }
     ensure!(wrong.is_empty(), "{}", wrong.join("\n"));
-    ensure!(both.drvs.len() == 20, "{:?}", both.drvs.keys());
+    ensure!(both.drvs.len() == 21, "{:?}", both.drvs.keys());
     // Where they are built is what the builder is told, and says.
     let scratch = |log: String| -> Vec<String> {
         let lines = log.lines().filter_map(|line| line.split_once("scratch /"));
@@ -219,9 +223,10 @@ fn what_nix_refuses_is_refused_with_its_status() -> Result<()> {
     use BuildStatus::*;
     let both = Both::instantiate(KINDS, &["-A", "bad"])?;
     let (mut nix, mut drover) = (both.nix_session()?, both.drover_session()?);
-    // Nix takes it for an accident that content with references cannot have such an address, and would be asked again
-    // for what can never work.
-    let accident = ["flat-refers", "git-refers", "sha512-refers", "text-itself", "fixed-flat-refers"];
+    // Nix takes it for an accident that content with references cannot have such an address, or is no derivation, and
+    // would be asked again for what can never work.
+    let accident =
+        ["flat-refers", "git-refers", "sha512-refers", "text-itself", "fixed-flat-refers", "no.drv"];
     let mut wrong = Vec::new();
     for (name, drv_path) in &both.drvs {
         let theirs = both.build(&mut nix, drv_path)?;
@@ -236,7 +241,7 @@ fn what_nix_refuses_is_refused_with_its_status() -> Result<()> {
         }
     }
     ensure!(wrong.is_empty(), "{}", wrong.join("\n"));
-    ensure!(both.drvs.len() == 19, "{:?}", both.drvs.keys());
+    ensure!(both.drvs.len() == 20, "{:?}", both.drvs.keys());
     drover.end(true)?;
     nix.end(true)?;
     // What a wrong hash was found for is there under the right one, in both.
@@ -277,6 +282,36 @@ fn chains_are_resolved_as_they_are_built() -> Result<()> {
     ensure!(ours.all_valid_paths()?.len() == in_ours.len());
     drover.end(true)?;
     nix.end(true)?;
+    both.drover.expect_clean()
+}
+
+/// Two outputs that are others with each build.
+const RANDOM: &str = r#"
+derivation {
+  name = "random"; system = "x86_64-linux"; builder = "/bin/sh"; outputs = [ "out" "dev" ];
+  __contentAddressed = true; outputHashMode = "recursive"; outputHashAlgo = "sha256";
+  args = [ "-ec" "read x < /proc/sys/kernel/random/uuid; echo $x > $out; echo $x > $dev" ];
+}
+"#;
+
+#[test]
+fn what_nix_has_built_in_the_same_store_is_found() -> Result<()> {
+    let both = Both::instantiate(RANDOM, &[])?;
+    let drv_path = both.drvs.values().next().context("one derivation")?;
+    let mut nix = both.nix_session()?;
+    let theirs = both.build(&mut nix, drv_path)?;
+    ensure!(theirs.status == BuildStatus::Built, "{}", theirs.error_message);
+    nix.end(true)?;
+    let mut drover = Session::start(both.nix.drover(&[])?, Reader::Follows)?;
+    let ours = both.build(&mut drover, drv_path)?;
+    ensure!(ours.status == BuildStatus::AlreadyValid, "{:?}: {}", ours.status, ours.error_message);
+    ensure!(ours.built_outputs.len() == 2 && ours.built_outputs == theirs.built_outputs, "{ours:?}");
+    drover.end(true)?;
+    // Where nobody has built it, it is another.
+    let mut elsewhere = both.drover_session()?;
+    let other = both.build(&mut elsewhere, drv_path)?;
+    ensure!(other.status == BuildStatus::Built && other.built_outputs != theirs.built_outputs);
+    elsewhere.end(true)?;
     both.drover.expect_clean()
 }
 
