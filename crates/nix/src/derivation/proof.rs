@@ -389,6 +389,37 @@ mod tests {
     }
 
     #[test]
+    fn closures_with_floating_outputs_below() {
+        // Of real Nix: `fixed` depends on `base`, whose outputs' paths follow from their content.
+        let real = |name: &str, text: &[u8]| (name.parse::<StorePath>().unwrap(), text.to_vec());
+        let (base, base_text) = real(
+            "7papim1jhqjlq8kcsnwmjyxbdgmw9pgv-base.drv",
+            include_bytes!("../../testdata/content-addressed/7papim1jhqjlq8kcsnwmjyxbdgmw9pgv-base.drv"),
+        );
+        let (fixed, fixed_text) = real(
+            "ssqnvrc6cpwwl3csijv225ns3zqipp42-fixed.drv",
+            include_bytes!("../../testdata/content-addressed/ssqnvrc6cpwwl3csijv225ns3zqipp42-fixed.drv"),
+        );
+        let mut files = Files::from([(base.clone(), base_text), (fixed.clone(), fixed_text)]);
+        let mut proven = Proven::default();
+        prove(&mut proven, &files, &fixed).unwrap();
+        // What depends on the fixed one has a path that can be proven.
+        let top = add(&mut files, &mut proven, "top", &[&fixed]);
+        let request = proven.resolve(&StoreDir::default(), &top).unwrap();
+        let input = "w0fkqvh6w58g3lwp5v8mwyhh92vf18j5-fixed".parse().unwrap();
+        assert_eq!(request.input_srcs, [input].into());
+        // What depends on the floating one has not, whatever it claims.
+        let dir = StoreDir::default();
+        let mut drv =
+            Derivation { basic: basic("liar"), input_drvs: [(base, [OutputName::out()].into())].into() };
+        let foreign = StorePath::from_parts([7; 20], "liar").unwrap();
+        drv.basic.outputs.insert(OutputName::out(), DerivationOutput::InputAddressed(foreign));
+        let liar = modulo::drv_path(&dir, &drv).unwrap();
+        files.insert(liar.clone(), aterm::print(&dir, &drv).unwrap());
+        assert!(matches!(prove(&mut proven, &files, &liar), Err(ProofError::Deferred { .. })));
+    }
+
+    #[test]
     fn a_request_alone() {
         let dir = StoreDir::default();
         let mut drv = basic("alone");

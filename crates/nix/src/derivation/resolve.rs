@@ -196,6 +196,8 @@ mod tests {
             let fixed = basic.kind().unwrap() == DerivationType::CaFixed;
             assert_eq!(drv.resolves_to_another().unwrap(), !fixed, "{path}");
             assert!(!whole.resolves_to_another().unwrap(), "{path}");
+            // Once it is resolved, it proves its own paths.
+            crate::derivation::proof::prove_alone(&dir, &basic).unwrap();
         }
         assert_eq!(pairs().len(), 5);
     }
