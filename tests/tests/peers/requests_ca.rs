@@ -2,14 +2,19 @@
 //! build`: resolved as Nix resolves them, built to what Nix builds.
 
 use std::path::PathBuf;
-use std::process::Output;
+use std::process::{Command, Output, Stdio};
+use std::sync::{Arc, Mutex};
 
 use anyhow::{Context as _, Result, ensure};
-use drover_api::{BuildRequest, convert};
+use drover_api::BuildRequest;
+use drover_api::convert::{self, Target};
+use drover_cache::CacheOptions;
 use drover_nix::derivation::aterm;
 use drover_nix::{Derivation, StoreDir, StorePath};
+use drover_serve::BuildOptions;
+use drover_session::{Job, Trust};
 use drover_store::{Access, LocalStore, StoreLayout};
-use drover_tests::{Nix, Peer};
+use drover_tests::{Nix, Peer, program};
 use serde_json::Value;
 
 use crate::command_line::Home;
@@ -237,6 +242,55 @@ fn builds_from_the_bottom_up_are_what_nix_builds() -> Result<()> {
             .context("the same")?
             .spec
     );
+    Ok(())
+}
+
+/// What an operator does with the same requests, with a class that believes nothing: trust is `drover build`'s only for
+/// what is its user's own.
+#[test]
+fn sessions_that_believe_nothing_take_them_all() -> Result<()> {
+    let side = Side::new()?;
+    let dir = StoreDir::default();
+    let top = side.instantiate("top")?;
+    side.realise(&top)?;
+    let options = CacheOptions::default();
+    let (cache, spool) = (side.home.path().join("cache"), side.home.path().join("spool"));
+    std::fs::create_dir_all(&cache)?;
+    std::fs::create_dir_all(&spool)?;
+    let push = drover_cache::open(&format!("file://{}", cache.display()), &options)?;
+    let proven = Arc::<Mutex<_>>::default();
+    let store = side.open()?;
+    for request in requests(&side.request(&top, &["--recursive"])?)? {
+        let drv_path = convert::drv_path(&request.spec, &dir)?.context("a drvPath")?;
+        let Target::Derivation(derivation) = convert::target(&request.spec, &dir)? else {
+            anyhow::bail!("{drv_path} has no derivation")
+        };
+        let job = Job {
+            dir: dir.clone(),
+            drv_path,
+            derivation,
+            options: BuildOptions::default(),
+            // What was built before comes from where it was put.
+            caches: vec![Arc::clone(&push)],
+            push: Some(Arc::clone(&push)),
+            signing_key: None,
+            trust: Trust::Verified,
+            proven: Arc::clone(&proven),
+            max_output_bytes: None,
+            spool_dir: spool.clone(),
+        };
+        let mut builder = Command::new(program("drover-builder")?);
+        builder.args(["serve", "--write", "--store"]).arg(side.home.store()).stderr(Stdio::null());
+        let mut child = builder.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+        let (input, output) = (child.stdout.take().context("stdout")?, child.stdin.take().context("stdin")?);
+        let outcome = drover_session::run(input, output, &job, &mut |_| {})?;
+        child.wait()?;
+        for output in outcome.outputs.values() {
+            let info =
+                store.path_info(&output.path)?.with_context(|| format!("not Nix's: {}", output.path))?;
+            assert_eq!((output.nar_hash, &output.ca), (info.nar_hash, &info.ca), "{}", output.path);
+        }
+    }
     Ok(())
 }
 
