@@ -66,6 +66,9 @@ impl Kernel for Recorder {
     fn mount_proc(&mut self, target: &Path) -> io::Result<()> {
         self.act(format!("proc {}", target.display()))
     }
+    fn private_terminals(&mut self) -> io::Result<()> {
+        self.act("terminals")
+    }
     fn mount_shm(&mut self, target: &Path) -> io::Result<()> {
         self.act(format!("shm {}", target.display()))
     }
@@ -182,6 +185,7 @@ pub(crate) fn every_step() -> Vec<Step> {
         Step::ReadOnlyBelow { target: "/a".into() },
         Step::MountProc { target: "/a".into() },
         Step::MountShm { target: "/a".into() },
+        Step::PrivateTerminals,
         Step::CgroupNamespace,
         Step::PivotRoot { root: "/a".into() },
         Step::NoNewPrivileges,
@@ -210,6 +214,7 @@ pub(crate) fn every_step() -> Vec<Step> {
             | Step::ReadOnlyBelow { .. }
             | Step::MountProc { .. }
             | Step::MountShm { .. }
+            | Step::PrivateTerminals
             | Step::CgroupNamespace
             | Step::PivotRoot { .. }
             | Step::NoNewPrivileges

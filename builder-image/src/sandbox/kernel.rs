@@ -25,6 +25,8 @@ pub(crate) trait Kernel {
     fn read_only(&mut self, target: &Path) -> io::Result<()>;
     fn read_only_below(&mut self, target: &Path) -> io::Result<()>;
     fn mount_proc(&mut self, target: &Path) -> io::Result<()>;
+    /// Mounts terminals of the build's own, if that can be done.
+    fn private_terminals(&mut self) -> io::Result<()>;
     fn mount_shm(&mut self, target: &Path) -> io::Result<()>;
     fn cgroup_namespace(&mut self) -> io::Result<()>;
     fn pivot_root(&mut self, root: &Path) -> io::Result<()>;

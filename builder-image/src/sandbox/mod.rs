@@ -28,3 +28,4 @@ pub(crate) mod refusal;
 pub(crate) mod run;
 pub(crate) mod rungs;
 pub(crate) mod seccomp;
+mod terminals;

@@ -46,6 +46,8 @@ pub(crate) enum Step {
     MountProc {
         target: PathBuf,
     },
+    /// Terminals of the build's own over those of the machine (where the kernel can); behind [`Step::PivotRoot`].
+    PrivateTerminals,
     MountShm {
         target: PathBuf,
     },
@@ -205,7 +207,8 @@ const MACHINE_FILES: [&str; 2] = ["/bin", "/etc"];
 /// Where this differs from Nix: the root is made ready and read-only once for all builds, so that the tree of `/dev` and
 /// the mode of `/etc` are no steps; inputs are mounted read-only, where Nix trusts their owner and modes alone; nothing is
 /// mounted into a build that runs (which Nix does for recursive builds), so that the store's mount is not shared and no
-/// second mount namespace is needed; `/dev/pts` is the machine's, as it is under Nix when the user namespace has no id 0.
+/// second mount namespace is needed; `/dev/pts` is the build's own, where Nix takes
+/// the machine's when a build has no id 0.
 pub(crate) fn build_steps(layout: &Layout) -> Vec<Step> {
     let inside = |path: &Path| layout.root.join(path.strip_prefix("/").unwrap_or(path));
     let mut steps = vec![Step::Session, Step::DieWithParent, Step::OomFirst];
@@ -236,8 +239,9 @@ pub(crate) fn build_steps(layout: &Layout) -> Vec<Step> {
     if layout.cgroup {
         steps.push(Step::CgroupNamespace);
     }
+    steps.push(Step::PivotRoot { root: layout.root.clone() });
+    steps.push(Step::PrivateTerminals);
     steps.extend([
-        Step::PivotRoot { root: layout.root.clone() },
         Step::NoNewPrivileges,
         // The namespace is what keeps the network away.
         Step::FilterSyscalls { network: true },

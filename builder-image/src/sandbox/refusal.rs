@@ -37,6 +37,7 @@ impl Step {
                 format!("make all mounts below {} read-only (mount_setattr)", target.display())
             }
             Self::MountProc { target } => format!("mount a fresh /proc on {}", target.display()),
+            Self::PrivateTerminals => "mount terminals of its own (devpts)".into(),
             Self::MountShm { target } => format!("mount a tmpfs on {}", target.display()),
             Self::CgroupNamespace => "make a control group namespace (unshare CLONE_NEWCGROUP)".into(),
             Self::PivotRoot { root } => format!("make {} the root directory (pivot_root)", root.display()),
@@ -69,7 +70,7 @@ impl Step {
             Self::HostNames { .. } => {
                 "A seccomp profile or a security module forbids sethostname in the build's own namespace: leave seccompProfile unset"
             }
-            Self::PrivateMounts | Self::MountShm { .. } => MOUNTS,
+            Self::PrivateMounts | Self::PrivateTerminals | Self::MountShm { .. } => MOUNTS,
             Self::Bind { .. } => {
                 "See that both are there and that this program may read the first; beyond that, a seccomp profile or a security \
                  module may forbid mount: leave seccompProfile unset"

@@ -26,6 +26,7 @@ pub(crate) fn run(
             Step::ReadOnly { target } => kernel.read_only(target),
             Step::ReadOnlyBelow { target } => kernel.read_only_below(target),
             Step::MountProc { target } => kernel.mount_proc(target),
+            Step::PrivateTerminals => kernel.private_terminals(),
             Step::MountShm { target } => kernel.mount_shm(target),
             Step::CgroupNamespace => kernel.cgroup_namespace(),
             Step::PivotRoot { root } => kernel.pivot_root(root),
@@ -81,11 +82,12 @@ mod tests {
         (kernel.acts, ready)
     }
 
-    const CONFINED: [&str; 14] = [
+    const CONFINED: [&str; 15] = [
         "read-only below /r/nix/store",
         "proc /r/proc",
         "shm /r/dev/shm",
         "pivot /r",
+        "terminals",
         "no new privileges",
         "filter",
         "scope",
@@ -143,6 +145,7 @@ mod tests {
             "proc /r/proc",
             "control group namespace",
             "pivot /r",
+            "terminals",
             "no new privileges",
             "filter",
             "scope",

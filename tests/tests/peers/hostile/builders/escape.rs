@@ -1,13 +1,16 @@
 //! Out of the sandbox: other processes, the kernel's files, mounts, devices, keys, terminals, sockets; also as root of a
 //! user namespace that the builder makes for itself.
 
-use std::fs;
+use std::fs::{self, File};
 use std::net::TcpListener;
+use std::os::fd::AsFd as _;
 use std::os::linux::net::SocketAddrExt as _;
+use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::net::{SocketAddr, UnixListener};
 
 use anyhow::{Context as _, Result, ensure};
 use drover_serve::{BuildOptions, BuildStatus};
+use rustix::pty::OpenptFlags;
 
 use super::den::{Den, USERS, User};
 
@@ -83,6 +86,30 @@ fn no_way_out() -> Result<()> {
         let log = den.log();
         ensure!(log.contains("descriptors: 0 1 2\r\n") || log.contains("descriptors: 0 1 2\n"), "{log}");
         ensure!(log.contains("nested: root"), "user namespaces are not nested here: {log}");
+        den.check()?;
+    }
+    Ok(())
+}
+
+/// Terminals are files of the machine: a build that runs under its user's own id would be let in by their modes.
+#[test]
+fn terminals_of_the_machine_are_not_the_builds() -> Result<()> {
+    for user in USERS {
+        let mut den = Den::new(user)?;
+        // Someone's terminal, of the very user that the build runs as.
+        let ours = rustix::pty::openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)?;
+        rustix::pty::unlockpt(&ours)?;
+        rustix::io::ioctl_fionbio(&ours, true)?;
+        let name = rustix::pty::ptsname(&ours, Vec::new())?.into_string()?;
+        let theirs = File::options().read(true).write(true).open(&name)?;
+        let uid = den.build_uids().start;
+        rustix::fs::fchown(&theirs, Some(rustix::fs::Uid::from_raw(uid)), None)?;
+        ensure!(theirs.metadata()?.uid() == uid);
+        let attack = den.attack(&["terminal", &name])?;
+        den.built(&attack)?;
+        den.none_worked(1, &[])?;
+        ensure!(rustix::io::read(ours.as_fd(), &mut [0_u8; 16][..]).is_err(), "{user:?}: it was written to");
+        ensure!(den.log().contains("own terminal: Ok(())"), "{user:?}: {}", den.log());
         den.check()?;
     }
     Ok(())
