@@ -59,7 +59,7 @@ impl Layer {
                 [host::C_TOOLS, host::SSH_TOOLS, host::SANDBOX_TOOLS].into_iter().try_for_each(host::ensure)
             }
             Self::Peers => {
-                host::ensure(host::C_TOOLS)?;
+                [host::C_TOOLS, host::NET_TOOLS, host::ROOT_TOOLS].into_iter().try_for_each(host::ensure)?;
                 host::ensure(host::SANDBOX_TOOLS)?;
                 host::ensure(host::SSH_TOOLS)?;
                 rootfs::nginx()?;

@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 use std::net::TcpListener;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use drover_nix::{Sha256, nar};
 use drover_tests::{Nix, Peer};
 use xtask::run;
@@ -93,8 +93,9 @@ in
 "#;
 
 fn environment(derivations: &str) -> Result<String> {
-    let tools = tools()?;
-    let expression = ENVIRONMENT.replace("${TOOLS}", &format!("${{{}}}", tools.path().display()))
+    let dir = tempfile::tempdir()?;
+    let tools = tools(dir.path())?;
+    let expression = ENVIRONMENT.replace("${TOOLS}", &format!("${{{}}}", tools.display()))
         + &format!("environment [ {derivations} ]");
     build_by_both(&Peer::new(Nix::V2_34)?, &["-E", &expression])
 }
@@ -109,21 +110,17 @@ fn buildenv() -> Result<()> {
     Ok(())
 }
 
-/// A directory with `bin`, as an expression's path.
-fn tools() -> Result<tempfile::TempDir> {
-    let tools =
-        tempfile::Builder::new().prefix("tools").rand_bytes(0).tempdir_in(tempfile::tempdir()?.keep())?;
-    let bin = tools.path().join("bin");
-    std::fs::create_dir(&bin)?;
+/// Fills a directory of the name `tools`, as expressions know it.
+fn tools(dir: &Path) -> Result<PathBuf> {
+    let bin = dir.join("tools/bin");
+    std::fs::create_dir_all(&bin)?;
     let busybox = ["/usr/bin/busybox", "/bin/busybox"].map(Path::new).into_iter().find(|path| path.exists());
-    std::fs::copy(
-        busybox.unwrap_or(Path::new("busybox: apt-get install busybox-static")),
-        bin.join("busybox"),
-    )?;
-    for applet in ["mkdir", "ln", "cat"] {
+    let busybox = busybox.context("busybox not found: apt-get install busybox-static")?;
+    std::fs::copy(busybox, bin.join("busybox"))?;
+    for applet in ["mkdir", "ln"] {
         symlink("busybox", bin.join(applet))?;
     }
-    Ok(tools)
+    Ok(dir.join("tools"))
 }
 
 #[test]

@@ -3,7 +3,8 @@
 //! The builder runs in a network namespace that the test makes, with a cable to another one where the servers are.
 
 use std::fs::File;
-use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -194,6 +195,77 @@ fn without_a_network_there_is_none() -> Result<()> {
     store.expect_clean()
 }
 
+/// An ordinary user, where everybody may open `/dev/net/tun`, on a machine whose name server listens on its loopback interface.
+#[test]
+fn an_ordinary_user_with_a_name_server_on_loopback() -> Result<()> {
+    const NOBODY: u32 = 65534;
+    let cable = Cable::new()?;
+    let web =
+        Web::serve(Cable::listen(&cable.there, THERE)?, [("file".to_owned(), b"fetched\n".to_vec())].into())?;
+    let port = web.url.rsplit(':').next().context("a port")?.to_owned();
+    let names = Cable::within(&cable.here, || Ok(UdpSocket::bind((Ipv4Addr::LOCALHOST, 53))?))?;
+    std::thread::spawn(move || name_server(&names, THERE));
+
+    // Where that user can reach it, which the cache is not as a rule.
+    let dir = tempfile::tempdir()?;
+    std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755))?;
+    for program in ["passt", "passt.avx2"] {
+        std::fs::copy(parts::rootfs::passt()?.join("usr/bin").join(program), dir.path().join(program))?;
+    }
+    for program in ["pasta", "pasta.avx2"] {
+        std::os::unix::fs::symlink(program.replace("pasta", "passt"), dir.path().join(program))?;
+    }
+    let resolv_conf = dir.path().join("resolv.conf");
+    std::fs::write(&resolv_conf, "nameserver 127.0.0.1\n")?;
+    let store = Store::new()?;
+    for path in [store.path(""), store.path("nix")] {
+        std::os::unix::fs::chown(path, Some(NOBODY), Some(NOBODY))?;
+    }
+    let builder = store.drover(&["--network", "pasta"])?;
+    let script = format!(
+        "mkdir -p /dev/net && mount -t tmpfs tmpfs /dev/net && mknod -m 666 /dev/net/tun c 10 200 && \
+         mount --bind {} /etc/resolv.conf && exec setpriv --reuid {NOBODY} --regid {NOBODY} --clear-groups \"$@\"",
+        resolv_conf.display()
+    );
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "sh", "-ec", &script, "sh"]).arg(builder.get_program()).args(builder.get_args());
+    command.env("PATH", format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", dir.path().display()));
+    let mut session = Cable::within(&cable.here, || Session::start(command, Reader::Follows))?;
+    let tools = add_tools(&mut session, &["cat"])?;
+    let mut builtin = fixed("builtin", "", &tools, "fetched\n")?.0;
+    builtin.drv.builder = "builtin:fetchurl".into();
+    builtin.drv.env.insert("url".into(), format!("http://files.example:{port}/file").into());
+    expect_built(&mut session, &builtin)?;
+    ensure!(web.asked() == ["/file"]);
+    session.end(true)?;
+    store.expect_clean()
+}
+
+/// Answers every question for an IPv4 address with this one, and others with nothing.
+fn name_server(socket: &UdpSocket, address: Ipv4Addr) {
+    let mut query = [0; 512];
+    while let Ok((length, from)) = socket.recv_from(&mut query) {
+        // Header of 12 bytes; then one question: labels, each behind its length, an empty one, type and class.
+        let mut end = 12;
+        while end < length && query[end] != 0 {
+            end += usize::from(query[end]) + 1;
+        }
+        end += 5;
+        if end > length {
+            continue;
+        }
+        let is_address = query[end - 4..end - 2] == [0, 1];
+        let mut answer = query[..end].to_vec();
+        answer[2..12].copy_from_slice(&[0x81, 0x80, 0, 1, 0, u8::from(is_address), 0, 0, 0, 0]);
+        if is_address {
+            // The question's name, type, class, 60 seconds, four bytes.
+            answer.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4]);
+            answer.extend(address.octets());
+        }
+        let _nobody_waits = socket.send_to(&answer, from);
+    }
+}
+
 /// Says something into an abstract socket, or waits for somebody who does.
 const SOCKETS: &str = r#"
 #include <stddef.h>
@@ -273,7 +345,6 @@ fn builds_that_fetch_share_no_abstract_sockets() -> Result<()> {
 
 /// Adds a directory whose `bin` has this program.
 fn add_program(session: &mut Session, name: &str, contents: &[u8]) -> Result<StorePath> {
-    use std::os::unix::fs::PermissionsExt as _;
     let tree = tempfile::tempdir()?;
     let bin = tree.path().join("bin");
     std::fs::create_dir(&bin)?;
