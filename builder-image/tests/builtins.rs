@@ -9,7 +9,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use common::http::{Reply, Server, authority};
-use common::{Builder, User, add, out, set};
+use common::{Builder, User, add, out, path_for, set};
 use drover_nix::{BasicDerivation, Hash, Method, Sha256, nar};
 use drover_serve::{BuildOptions, BuildResult, BuildStatus};
 use tempfile::TempDir;
@@ -252,6 +252,50 @@ fn builtin_builders_are_in_the_sandbox() {
         expect_built(&mut builder, &drv);
         assert_eq!(builder.store_file(&out(&drv)).metadata().unwrap().mode() & 0o7777, 0o444);
     }
+}
+
+/// What the helper has open for this build and for others stays out of a built-in builder.
+#[test]
+fn nothing_is_open_in_a_builtin_builder() {
+    let server = Server::start("127.0.0.1", None, |_, _| Reply::Stalled(vec![0; 1000], 10));
+    let mut builder = Builder::start(User::Current);
+    let drv = fetch_flat(&builder, &server.url, b"");
+    let mut client = builder.client.take().unwrap();
+    let building = std::thread::spawn(move || {
+        let options = BuildOptions { timeout_seconds: 60, ..BuildOptions::default() };
+        client.build_derivation(&path_for("open", "test.drv"), &drv, &options)
+    });
+    while server.requests().is_empty() {
+        assert!(!building.is_finished(), "{:?} {}", building.join(), builder.log());
+        std::thread::yield_now();
+    }
+    let children = |parent: u32| -> Vec<u32> {
+        let processes = std::fs::read_dir("/proc").unwrap().flatten();
+        let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+        let parent_of = |pid: &u32| {
+            let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+            stat.rsplit(") ").next().and_then(|rest| rest.split(' ').nth(1)?.parse::<u32>().ok())
+        };
+        pids.filter(|pid| parent_of(pid) == Some(parent)).collect()
+    };
+    let helper = children(builder.child.id());
+    assert_eq!(helper.len(), 1, "{helper:?}");
+    let first = children(helper[0]);
+    assert_eq!(first.len(), 1, "{first:?}");
+    match std::fs::read_dir(format!("/proc/{}/fd", first[0])) {
+        Ok(entries) => {
+            let mut open: Vec<_> = entries.map(|entry| entry.unwrap().file_name()).collect();
+            open.sort();
+            assert_eq!(open, ["0", "1", "2"]);
+        }
+        // Not even to the user that it runs as.
+        Err(error) => {
+            assert_eq!(error.kind(), std::io::ErrorKind::PermissionDenied);
+            assert!(!rustix::process::geteuid().is_root());
+        }
+    }
+    builder.child.kill().unwrap();
+    assert!(building.join().unwrap().is_err());
 }
 
 #[test]
