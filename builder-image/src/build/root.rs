@@ -44,11 +44,14 @@ impl Builder {
 
     fn describe(&self, kind: DerivationType, network: &Network, ids: &BuildIds) -> Result<Skeleton, Error> {
         let mut skeleton = Skeleton::new(ids.foreign().map(|(_, gid)| gid));
-        for directory in ["/bin", "/proc", "/tmp", "/dev/shm", BUILD_DIR, self.store.store_dir().as_str()] {
+        for directory in
+            ["/bin", "/proc", "/tmp", "/dev/shm", "/dev/pts", BUILD_DIR, self.store.store_dir().as_str()]
+        {
             skeleton.directory(directory);
         }
         for (name, target) in [
             ("/dev/fd", "/proc/self/fd"),
+            ("/dev/ptmx", "/dev/pts/ptmx"),
             ("/dev/stdin", "/proc/self/fd/0"),
             ("/dev/stdout", "/proc/self/fd/1"),
             ("/dev/stderr", "/proc/self/fd/2"),
@@ -79,8 +82,7 @@ impl Builder {
             skeleton.bind(shell, "/bin/sh")?;
         }
         let kvm = self.settings.features.contains("kvm").then_some("kvm");
-        // A terminal file system of the build's own would need an id 0 in its user namespace, which it has not.
-        for device in DEVICES.into_iter().chain(kvm).chain(["pts", "ptmx"]) {
+        for device in DEVICES.into_iter().chain(kvm) {
             let path = format!("/dev/{device}");
             if Path::new(&path).exists() {
                 skeleton.bind(Path::new(&path), &path)?;

@@ -95,7 +95,7 @@ impl Kernel for Linux {
     }
 
     fn private_terminals(&mut self) -> io::Result<()> {
-        // Otherwise the machine's stay, as under Nix: for a build that needs none that is no reason to fail.
+        // Without them a build has none: for one that needs none, which is nearly every one, that is no reason to fail.
         let _unsupported = super::terminals::mount();
         Ok(())
     }

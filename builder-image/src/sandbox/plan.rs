@@ -46,7 +46,7 @@ pub(crate) enum Step {
     MountProc {
         target: PathBuf,
     },
-    /// Terminals of the build's own over those of the machine (where the kernel can); behind [`Step::PivotRoot`].
+    /// Terminals of the build's own (where the kernel can); behind [`Step::PivotRoot`].
     PrivateTerminals,
     MountShm {
         target: PathBuf,

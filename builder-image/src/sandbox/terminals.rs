@@ -8,7 +8,6 @@
 
 use std::io;
 use std::os::fd::{AsFd as _, FromRawFd as _, OwnedFd};
-use std::path::Path;
 
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags};
 use rustix::process::{DumpableBehavior, Gid, Pid, Uid, WaitOptions, waitpid};
@@ -17,20 +16,14 @@ use rustix::thread::{self, UnshareFlags};
 use super::plan::{INSIDE_GID, INSIDE_UID};
 
 const TERMINALS: &str = "/dev/pts";
-const MULTIPLEXER: &str = "/dev/ptmx";
 /// How many terminals a build can have. The machine's number is limited, too, and for all together (`kernel.pty.max`).
 const MAX_TERMINALS: &str = "256";
 
-/// Mounts them over the machine's, in the root directory of the build. On failure nothing is mounted.
+/// Mounts them in the root directory of the build.
 pub(super) fn mount() -> io::Result<()> {
     let mounted = hand_over()?;
     let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
-    rustix::mount::move_mount(mounted.as_fd(), "", rustix::fs::CWD, TERMINALS, flags)?;
-    // In containers it is a symlink to the one in that directory already.
-    if !Path::new(MULTIPLEXER).is_symlink() {
-        rustix::mount::mount_bind(format!("{TERMINALS}/ptmx"), MULTIPLEXER)?;
-    }
-    Ok(())
+    Ok(rustix::mount::move_mount(mounted.as_fd(), "", rustix::fs::CWD, TERMINALS, flags)?)
 }
 
 /// The file system, mounted nowhere.
@@ -73,8 +66,8 @@ fn make() -> io::Result<OwnedFd> {
         rustix::mount::fsconfig_set_string(terminals.as_fd(), key, value)?;
     }
     rustix::mount::fsconfig_create(terminals.as_fd())?;
-    let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NOEXEC;
-    let mounted = rustix::mount::fsmount(terminals.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes)?;
+    let mounted =
+        rustix::mount::fsmount(terminals.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())?;
     Ok(mounted)
 }
 

@@ -106,13 +106,17 @@ const EXPLAINED: &[Explained] = &[
         &["- oom_score_adj: 0", "+ oom_score_adj: 100"],
     ),
     (
-        "The machine's terminals are bound, not an instance of the build's own.",
+        "Terminals are mounted by the build's own id, for want of an id 0.",
         &[
-            "- link: /dev/ptmx -> /dev/pts/ptmx",
-            "+ link: /dev/ptmx -> ",
-            "+ dev: /dev/ptmx character special file 666 65534 65534 5,2",
-            "+ mount: /dev/ptmx",
+            "- dev: /dev/pts directory 755 65534 65534 0,0",
+            "+ dev: /dev/pts directory 755 1000 100 0,0",
+            "- directory: /dev/pts drwxr-xr-x 65534 65534",
+            "+ directory: /dev/pts drwxr-xr-x 1000 100",
         ],
+    ),
+    (
+        "The shell may belong to the very user that builds run as.",
+        &["- mount: /bin/sh", "+ mount: /bin/sh ro"],
     ),
 ];
 
