@@ -16,6 +16,8 @@ use drover_serve::{BuildOptions, BuildStatus, Client};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
+/// Some key.
+const KEY: &str = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA";
 /// Longest that anything here may take.
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -242,4 +244,33 @@ fn told_to_stop_it_stops_what_runs() {
     assert!(!ssh.wait().unwrap().success());
     let left = std::fs::read_dir(server.file("nix/store")).unwrap().filter_map(Result::ok);
     assert_eq!(left.filter(|entry| entry.path().extension().is_some_and(|e| e == "chroot")).count(), 0);
+}
+
+#[test]
+fn says_which_network_builds_have() {
+    let root = TempDir::new().unwrap();
+    let listen = |network: &str| {
+        let mut command = Command::new(common::BUILDER);
+        command.args(["listen", "--listen", "127.0.0.1:0", "--network", network, "--store"]).arg(root.path());
+        // Nobody logs in with it. And there is no pasta on this PATH.
+        command.args(["--authorized-key", KEY]).env("PATH", root.path());
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+    };
+    for (network, expected) in
+        [("auto", "host (there is no program `pasta`"), ("host", "host"), ("none", "none")]
+    {
+        let mut child = listen(network);
+        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let said =
+            lines.map_while(Result::ok).find_map(|line| Some(line.strip_prefix("network: ")?.to_owned()));
+        assert!(said.as_ref().is_some_and(|said| said.starts_with(expected)), "{network}: {said:?}");
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+    let output = listen("pasta").wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(
+        !output.status.success() && said.contains("no program `pasta`"),
+        "what was demanded is no wish: {said}"
+    );
 }
