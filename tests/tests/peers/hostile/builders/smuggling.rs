@@ -16,7 +16,7 @@ use drover_serve::{BuildOptions, BuildStatus};
 use rustix::fs::{AtFlags, Mode, OFlags, RenameFlags};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 
-use super::den::{Den, USERS};
+use super::den::{Den, USERS, User};
 use crate::builds_fixture::eventually;
 
 const BENIGN: &[u8] = b"benign\n";
@@ -28,15 +28,18 @@ const BENIGN: &[u8] = b"benign\n";
 /// then it takes the descriptor from the build's process, as root can, so that the copy is what is tested in either case.
 #[test]
 fn cve_2024_27297_a_descriptor_of_a_fixed_output_changes_nothing_afterwards() -> Result<()> {
-    for user in USERS {
-        let mut den = Den::new(user)?;
-        let name = format!("drover-give-{}-{user:?}", std::process::id());
+    for (user, network) in users_and_networks() {
+        let mut den = Den::with(user, &["--network", network], &[])?;
+        let name = format!("drover-give-{}-{user:?}-{network}", std::process::id());
         let hash = Hash::from(Sha256::of(BENIGN));
         let attack = den.fixed(&["give", &name], Method::Flat, hash)?;
         let pending = den.start(&attack, &BuildOptions::default())?;
         den.says("listening")?;
         let file = match UnixStream::connect_addr(&SocketAddr::from_abstract_name(&name)?) {
-            Ok(stream) => receive(&stream)?,
+            Ok(stream) => {
+                ensure!(network == "host", "{user:?}: reached from outside of its network namespace");
+                receive(&stream)?
+            }
             Err(_) => steal(&den, attack.out().as_str())?,
         };
         ensure!(content(&file)? == BENIGN, "not the output");
@@ -102,12 +105,14 @@ fn cve_2024_27297_a_directory_of_a_fixed_output_neither() -> Result<()> {
     Ok(())
 }
 
-/// Builds with the network are the ones that may share a network namespace, and with it abstract sockets.
+/// Builds with the network are the ones that may share a network namespace, and with it abstract sockets. Where they do,
+/// with the machine's own network, Landlock keeps them apart (Linux 6.12).
 #[test]
 fn cve_2025_46416_builds_pass_no_descriptors_to_each_other() -> Result<()> {
-    for user in USERS {
-        let (mut giver, mut taker) = (Den::new(user)?, Den::new(user)?);
-        let name = format!("drover-pass-{}-{user:?}", std::process::id());
+    for (user, network) in users_and_networks() {
+        let den = || Den::with(user, &["--network", network], &[]);
+        let (mut giver, mut taker) = (den()?, den()?);
+        let name = format!("drover-pass-{}-{user:?}-{network}", std::process::id());
         let give = giver.fixed(&["give", &name], Method::Flat, Hash::from(Sha256::of(BENIGN)))?;
         let giving = giver.start(&give, &BuildOptions::default())?;
         giver.says("listening")?;
@@ -146,6 +151,11 @@ fn nobody_connects_to_a_build_without_network() -> Result<()> {
         den.check()?;
     }
     Ok(())
+}
+
+/// With a network namespace of the build's own (which pasta connects or nothing does) and with that of the machine.
+fn users_and_networks() -> impl Iterator<Item = (User, &'static str)> {
+    USERS.into_iter().flat_map(|user| ["none", "host"].map(|network| (user, network)))
 }
 
 /// Exchanges what is in a directory by its descriptor, until it is told to stop.
