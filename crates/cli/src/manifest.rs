@@ -57,8 +57,14 @@ pub(crate) fn read_text(path: &Path) -> anyhow::Result<String> {
 pub(crate) fn parse(file: &str, text: &str) -> Result<Vec<Manifest>, Fault> {
     let mut manifests = Vec::new();
     for document in documents(text) {
-        let origin = Origin { file: file.to_owned(), text: document, prefix: String::new() };
-        let value: Value = serde_yaml::from_str(&origin.text).map_err(|error| origin.unreadable(&error))?;
+        let mut origin = Origin { file: file.to_owned(), text: document, prefix: String::new() };
+        let value: Value = match serde_yaml::from_str(&origin.text) {
+            Ok(value) => value,
+            Err(error) => {
+                origin.text = from_json(&origin.text).ok_or_else(|| origin.unreadable(&error))?;
+                serde_yaml::from_str(&origin.text).map_err(|error| origin.unreadable(&error))?
+            }
+        };
         match value.get("kind").and_then(Value::as_str) {
             _ if value.is_null() => {}
             Some("List") => {
@@ -120,6 +126,18 @@ impl Origin {
             None => anyhow!("{}: {}{text}", self.file, self.prefix),
         })
     }
+}
+
+/// JSON as YAML takes it. Nearly all JSON is YAML as it stands, but for some characters that YAML wants escaped and pairs
+/// of escapes for one character. None if it is no JSON either.
+fn from_json(text: &str) -> Option<String> {
+    let value: serde_json::Value = serde_json::from_str(text).ok()?;
+    let escaped = |c: char| match c {
+        '\u{7f}'..='\u{9f}' | '\u{feff}' | '\u{fffe}' | '\u{ffff}' => format!("\\u{:04x}", u32::from(c)),
+        c => c.to_string(),
+    };
+    // Outside of strings JSON has none of these.
+    Some(format!("{value:#}").chars().map(escaped).collect())
 }
 
 fn one<'de>(
@@ -192,6 +210,16 @@ spec:
             Err(Fault::Input(error)) => error.to_string(),
             other => panic!("{other:?}"),
         }
+    }
+
+    #[test]
+    fn json_that_is_no_yaml() {
+        let text = r#"{"apiVersion": "drover.build/v1alpha1", "kind": "BuildRequest", "metadata": {"name": "x"},
+            "spec": {"derivation": {"name": "x", "system": "s", "builder": "b", "outputs": {"out": {}},
+            "env": {"pair": "\ud83e\udd80", "delete": "DEL", "c1": "\u0085"}}}}"#;
+        let manifests = parse("f", &text.replace("DEL", "\u{7f}")).unwrap();
+        let env = &manifests[0].request.spec.derivation.as_ref().unwrap().env;
+        assert_eq!((&*env["pair"], &*env["delete"], &*env["c1"]), ("🦀", "\u{7f}", "\u{85}"));
     }
 
     #[test]
