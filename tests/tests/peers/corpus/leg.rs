@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{ChildStdin, ChildStdout, Command};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{Context as _, Result};
 use drover_nix::derivation::modulo;
@@ -195,7 +196,9 @@ fn nix_config(shell: &Path, user: User) -> String {
          extra-experimental-features = {FEATURES} auto-allocate-uids\n",
         shell.display()
     );
-    let start = 872_415_232 + u64::from(std::process::id() % 16_384) * 65_536;
+    static LEGS: AtomicU32 = AtomicU32::new(0);
+    let place = std::process::id().wrapping_mul(16).wrapping_add(LEGS.fetch_add(1, Ordering::Relaxed));
+    let start = 872_415_232 + u64::from(place % 16_384) * 65_536;
     match user {
         User::Root => format!("{common}auto-allocate-uids = true\nstart-id = {start}\nid-count = 65536\n"),
         User::Ordinary => common,
