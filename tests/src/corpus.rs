@@ -1,6 +1,6 @@
 //! The corpus: derivations that each exercise one thing, in `tests/derivations/corpus`, as real Nix instantiates them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::process::Command;
@@ -8,6 +8,7 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 use drover_nix::{StoreDir, StorePath};
 use drover_serve::{BuildOptions, BuildStatus};
+use drover_store::{Access, LocalStore, StoreLayout};
 use serde_json::Value;
 use xtask::{checkout, run};
 
@@ -65,6 +66,31 @@ pub fn instantiate(peer: &Peer, tools: &Path, more: &[&str]) -> Result<Vec<Case>
     let cases: BTreeMap<String, Value> =
         serde_json::from_str(&json).context("nix-instantiate prints JSON")?;
     cases.into_iter().map(|(name, value)| case(name, &value)).collect()
+}
+
+/// Has this Nix, with the corpus in `store`, build what the cases have as inputs, so that a request for each can be made.
+/// The outputs' paths.
+pub fn realise_inputs(peer: &Peer, tools: &Path, store: &Path, cases: &[Case]) -> Result<Vec<String>> {
+    let opened = LocalStore::open(StoreLayout::in_root(store), Access::ReadOnly)?;
+    let mut inputs = BTreeSet::new();
+    for case in cases {
+        for (drv, outputs) in opened.read_derivation(&case.drv)?.input_drvs {
+            inputs.extend(outputs.iter().map(|output| format!("/nix/store/{drv}^{output}")));
+        }
+    }
+    drop(opened);
+    let mut nix = peer.command("nix")?;
+    nix.env("NIX_CONFIG", nix_config(tools)).args(["build", "--no-link", "--print-out-paths", "--store"]);
+    let paths = run::stdout(nix.arg(store).args(&inputs))?;
+    Ok(paths.lines().map(str::to_owned).collect())
+}
+
+/// Settings of a Nix that builds what the corpus has, in its own sandbox and with the shell of these tools.
+pub fn nix_config(tools: &Path) -> String {
+    format!(
+        "substitute = false\nbuild-users-group =\nexperimental-features = {FEATURES}\nsandbox-paths = /bin/sh={}/bin/busybox\n",
+        tools.display()
+    )
 }
 
 /// The limits of a case as fields of a request.

@@ -2,6 +2,7 @@
 
 mod chart;
 mod command_line;
+mod corpus;
 mod crd;
 mod fixtures;
 mod operator;

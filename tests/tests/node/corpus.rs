@@ -1,11 +1,10 @@
 //! The corpus in a cluster: every derivation of it as a BuildRequest, in pods of their own on a real node, ends as
 //! `drover build` ends it: the same reason, the same outputs. That `drover build` ends it as Nix does is for the peers layer.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use drover_store::{Access, LocalStore, StoreLayout};
 use drover_tests::Installation;
 use drover_tests::corpus::{self, Case};
 use drover_tests::installation::TENANT;
@@ -46,11 +45,11 @@ fn a_cluster_ends_the_corpus_as_drover_build_does() -> Result<()> {
     ensure!(cases.len() >= 60 && left_out.len() < 12, "{} cases, {} left out", cases.len(), left_out.len());
 
     // What the cases need is built by real Nix and lies in the cache, with the .drv files that prove the paths.
-    let inputs = realise_inputs(&drover, &tools, &cases)?;
+    let inputs = corpus::realise_inputs(&drover.nix, &tools, &drover.store(), &cases)?;
     let drvs = cases.iter().map(|case| format!("/nix/store/{}", case.drv));
     let wanted: Vec<String> = drvs.chain(inputs).collect();
     let mut copy = drover.nix_command("nix")?;
-    copy.env("NIX_CONFIG", nix_config(&tools)).args([
+    copy.env("NIX_CONFIG", corpus::nix_config(&tools)).args([
         "copy",
         "--no-check-sigs",
         "--to",
@@ -92,30 +91,6 @@ fn a_cluster_ends_the_corpus_as_drover_build_does() -> Result<()> {
     }
     ensure!(wrong.is_empty(), "not as drover build:\n{}", wrong.join("\n"));
     Ok(())
-}
-
-/// Has real Nix build what the cases have as inputs. The outputs' paths.
-fn realise_inputs(drover: &Installation, tools: &std::path::Path, cases: &[Case]) -> Result<Vec<String>> {
-    let store = LocalStore::open(StoreLayout::in_root(drover.store()), Access::ReadOnly)?;
-    let mut inputs = BTreeSet::new();
-    for case in cases {
-        for (drv, outputs) in store.read_derivation(&case.drv)?.input_drvs {
-            inputs.extend(outputs.iter().map(|output| format!("/nix/store/{drv}^{output}")));
-        }
-    }
-    drop(store);
-    let mut nix = drover.nix_command("nix")?;
-    nix.env("NIX_CONFIG", nix_config(tools)).args(["build", "--no-link", "--print-out-paths"]);
-    let paths = run::stdout(nix.args(["--store", &drover.store().display().to_string()]).args(&inputs))?;
-    Ok(paths.lines().map(str::to_owned).collect())
-}
-
-fn nix_config(tools: &std::path::Path) -> String {
-    format!(
-        "substitute = false\nbuild-users-group =\nexperimental-features = {}\nsandbox-paths = /bin/sh={}/bin/busybox\n",
-        corpus::FEATURES,
-        tools.display()
-    )
 }
 
 /// The same requests without a cluster; inputs come from the store in `store`.
