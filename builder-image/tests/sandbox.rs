@@ -243,6 +243,51 @@ fn builds_for_32_bits_are_told_so() {
     }
 }
 
+/// What a build sees and can do that its root directory decides, inside namespaces of its own making too.
+const WITHIN: &str = "set +e; (ls / /dev /nix; cut -d' ' -f5 /proc/self/mountinfo; readlink /proc/self/root /proc/self/cwd; ls /proc/1/root; \
+     id -u; grep -E '^(CapEff|NoNewPrivs|Seccomp):' /proc/self/status; mount -t tmpfs x /tmp || echo mount; \
+     umount / || echo umount; chroot / true || echo chroot; ls /../..; \
+     unshare -Urm sh -c 'echo within; umount -l / && echo gone; umount / && echo gone; mount -t sysfs x /tmp && echo sysfs; \
+       mount --move / /tmp && echo moved; ls /..; chroot /.. ls /; \
+       mount -t tmpfs x /tmp && mkdir /tmp/a && pivot_root /tmp /tmp/a && echo /* /a/* /a/tmp/* > /a/build/pivoted'; cat pivoted) 2>/dev/null > $out\ntrue";
+
+#[test]
+fn with_the_right_to_mount_under_a_filter_it_is_nested_admin_and_the_same() {
+    let built = |mut builder: Builder| {
+        let drv = builder.derivation(WITHIN);
+        let result = builder.build(&drv, &Default::default());
+        assert_eq!(result.status, BuildStatus::Built, "{} {}", result.error_message, builder.log());
+        (std::fs::read_to_string(builder.store_file(&out(&drv))).unwrap(), builder.finish())
+    };
+    // Whoever has no SYS_ADMIN has no rung there: the trial finds out what a build would.
+    let why = Builder::start_filtered(User::Ordinary, libc::SYS_pivot_root, &["--sandbox", "nested-admin"])
+        .run("echo > $out")
+        .error_message;
+    for part in ["none works here", "(pivot_root)", "does not have SYS_ADMIN"] {
+        assert!(why.contains(part), "no {part:?} in {why}");
+    }
+    if !is_root() {
+        return;
+    }
+    let why =
+        Builder::start_filtered(User::Current, libc::SYS_pivot_root, &[]).run("echo > $out").error_message;
+    for part in ["must be `nested` or stronger", "`nested-admin` is the strongest", "seccomp filter"] {
+        assert!(why.contains(part), "no {part:?} in {why}");
+    }
+    let (nested, log) = built(Builder::start(User::Current));
+    assert!(!log.contains("the sandbox is"), "{log}");
+    let (nested, pivoted) = nested.rsplit_once("\n/").unwrap();
+    assert!(nested.contains("within") && pivoted.starts_with("a /a/bin /a/build"), "{nested}{pivoted}");
+    // One filter lets the build itself try pivot_root, the other lets neither.
+    for (refused, more) in [(libc::SYS_keyctl, format!("\n/{pivoted}")), (libc::SYS_pivot_root, "\n".into())]
+    {
+        let (by_admin, log) =
+            built(Builder::start_filtered(User::Current, refused, &["--sandbox", "nested-admin"]));
+        assert!(log.contains("the sandbox is `nested-admin`"), "{log}");
+        assert_eq!(by_admin, format!("{nested}{more}"));
+    }
+}
+
 /// Whether this machine lets us have a pod with more than one id in it.
 fn is_root() -> bool {
     rustix::process::geteuid().is_root()

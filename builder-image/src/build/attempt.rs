@@ -217,6 +217,7 @@ impl Attempt<'_> {
             linux32: confine::is_32_bit(&self.drv.system.to_string()),
             shm: Path::new("/dev/shm").is_dir(),
             cgroup: site.group.is_some(),
+            move_root: site.rung == Rung::NestedAdmin,
         })
     }
 }

@@ -78,6 +78,9 @@ impl Kernel for Recorder {
     fn pivot_root(&mut self, root: &Path) -> io::Result<()> {
         self.act(format!("pivot {}", root.display()))
     }
+    fn move_root(&mut self, root: &Path) -> io::Result<()> {
+        self.act(format!("move {}", root.display()))
+    }
     fn no_new_privileges(&mut self) -> io::Result<()> {
         self.act("no new privileges")
     }
@@ -156,6 +159,7 @@ pub(crate) fn layout() -> Layout {
         linux32: false,
         shm: true,
         cgroup: false,
+        move_root: false,
     }
 }
 
@@ -188,6 +192,7 @@ pub(crate) fn every_step() -> Vec<Step> {
         Step::PrivateTerminals,
         Step::CgroupNamespace,
         Step::PivotRoot { root: "/a".into() },
+        Step::MoveRoot { root: "/a".into() },
         Step::NoNewPrivileges,
         Step::FilterSyscalls { network: true },
         Step::ScopeSockets,
@@ -217,6 +222,7 @@ pub(crate) fn every_step() -> Vec<Step> {
             | Step::PrivateTerminals
             | Step::CgroupNamespace
             | Step::PivotRoot { .. }
+            | Step::MoveRoot { .. }
             | Step::NoNewPrivileges
             | Step::FilterSyscalls { .. }
             | Step::ScopeSockets

@@ -30,6 +30,7 @@ pub(crate) trait Kernel {
     fn mount_shm(&mut self, target: &Path) -> io::Result<()>;
     fn cgroup_namespace(&mut self) -> io::Result<()>;
     fn pivot_root(&mut self, root: &Path) -> io::Result<()>;
+    fn move_root(&mut self, root: &Path) -> io::Result<()>;
     fn no_new_privileges(&mut self) -> io::Result<()>;
     fn filter_syscalls(&mut self, network: bool) -> io::Result<()>;
     fn scope_sockets(&mut self) -> io::Result<()>;

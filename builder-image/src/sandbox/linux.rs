@@ -117,6 +117,18 @@ impl Kernel for Linux {
         Ok(process::chdir("/")?)
     }
 
+    fn move_root(&mut self, root: &Path) -> io::Result<()> {
+        // The file system that covers it is read-only and empty. Where there is no /sys, there is nothing to cover.
+        match mount::mount("tmpfs", "/sys", "tmpfs", MountFlags::RDONLY, c"mode=000,size=4k") {
+            Err(rustix::io::Errno::NOENT) => {}
+            other => other?,
+        }
+        process::chdir(root)?;
+        mount::mount_move(".", "/")?;
+        process::chroot(".")?;
+        Ok(process::chdir("/")?)
+    }
+
     fn no_new_privileges(&mut self) -> io::Result<()> {
         Ok(thread::set_no_new_privs(true)?)
     }

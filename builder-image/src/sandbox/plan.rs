@@ -55,6 +55,12 @@ pub(crate) enum Step {
     PivotRoot {
         root: PathBuf,
     },
+    /// Makes `root` the root directory where pivot_root is refused: moves it over the old one, which stays mounted below,
+    /// locked for whoever is in another user namespace. The machine's /sys is covered first, so that its being there gives
+    /// nobody the right to a fresh one.
+    MoveRoot {
+        root: PathBuf,
+    },
     NoNewPrivileges,
     /// Forbids set-user-ID files, extended attributes and access control lists; where no namespace keeps the network away,
     /// sockets of the network as well.
@@ -183,6 +189,8 @@ pub(crate) struct Layout {
     pub shm: bool,
     /// It has a control group of its own.
     pub cgroup: bool,
+    /// pivot_root may be refused: container runtimes' filters do so even to who has SYS_ADMIN.
+    pub move_root: bool,
 }
 
 /// What the steps of a build depend on that has no file system of its own.
@@ -239,7 +247,7 @@ pub(crate) fn build_steps(layout: &Layout) -> Vec<Step> {
     if layout.cgroup {
         steps.push(Step::CgroupNamespace);
     }
-    steps.push(Step::PivotRoot { root: layout.root.clone() });
+    steps.push(root_step(layout.move_root, &layout.root));
     steps.push(Step::PrivateTerminals);
     steps.extend([
         Step::NoNewPrivileges,
@@ -295,7 +303,7 @@ pub(crate) fn bare_probe_steps(uid: u32, gid: u32) -> Vec<Step> {
 
 /// The steps that show whether this machine lets us sandbox: the ones that containers and kernels refuse. `scratch` is
 /// an empty directory.
-pub(crate) fn probe_steps(scratch: &Path) -> Vec<Step> {
+pub(crate) fn probe_steps(scratch: &Path, move_root: bool) -> Vec<Step> {
     vec![
         Step::Session,
         Step::DieWithParent,
@@ -305,11 +313,17 @@ pub(crate) fn probe_steps(scratch: &Path) -> Vec<Step> {
         Step::PrivateMounts,
         Step::Bind { source: scratch.to_owned(), target: scratch.to_owned() },
         Step::MountProc { target: scratch.to_owned() },
+        root_step(move_root, scratch),
         Step::NoNewPrivileges,
         Step::FilterSyscalls { network: true },
         Step::Ids { uid: INSIDE_UID, gid: INSIDE_GID },
         Step::Exit,
     ]
+}
+
+fn root_step(move_root: bool, root: &Path) -> Step {
+    let root = root.to_owned();
+    if move_root { Step::MoveRoot { root } } else { Step::PivotRoot { root } }
 }
 
 #[cfg(test)]
@@ -327,6 +341,7 @@ mod tests {
             linux32: false,
             shm: true,
             cgroup: false,
+            move_root: false,
         }
     }
 

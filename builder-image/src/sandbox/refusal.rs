@@ -41,6 +41,9 @@ impl Step {
             Self::MountShm { target } => format!("mount a tmpfs on {}", target.display()),
             Self::CgroupNamespace => "make a control group namespace (unshare CLONE_NEWCGROUP)".into(),
             Self::PivotRoot { root } => format!("make {} the root directory (pivot_root)", root.display()),
+            Self::MoveRoot { root } => {
+                format!("make {} the root directory (mount MS_MOVE, chroot)", root.display())
+            }
             Self::NoNewPrivileges => "give up new privileges (prctl PR_SET_NO_NEW_PRIVS)".into(),
             Self::FilterSyscalls { .. } => "install the system call filter (seccomp)".into(),
             Self::ScopeSockets => "keep abstract sockets apart (landlock_restrict_self)".into(),
@@ -83,6 +86,7 @@ impl Step {
             Self::PivotRoot { .. } => {
                 "pivot_root is forbidden by a seccomp profile, or the machine runs from an initramfs: leave seccompProfile unset"
             }
+            Self::MoveRoot { .. } => "Keep the capability SYS_CHROOT, beside SYS_ADMIN",
             Self::NoNewPrivileges | Self::FilterSyscalls { .. } => {
                 "The kernel needs CONFIG_SECCOMP_FILTER, and no outer seccomp profile may forbid prctl and seccomp"
             }

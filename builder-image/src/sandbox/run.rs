@@ -30,6 +30,7 @@ pub(crate) fn run(
             Step::MountShm { target } => kernel.mount_shm(target),
             Step::CgroupNamespace => kernel.cgroup_namespace(),
             Step::PivotRoot { root } => kernel.pivot_root(root),
+            Step::MoveRoot { root } => kernel.move_root(root),
             Step::NoNewPrivileges => kernel.no_new_privileges(),
             Step::FilterSyscalls { network } => kernel.filter_syscalls(*network),
             Step::ScopeSockets => kernel.scope_sockets(),
@@ -161,6 +162,22 @@ mod tests {
     }
 
     #[test]
+    fn where_pivot_root_is_refused_the_root_is_moved_at_the_same_place() {
+        let moved = |steps: Vec<Step>| acts(&steps).0;
+        let by_admin = Layout { move_root: true, ..layout() };
+        for (pivots, moves) in [
+            (moved(build_steps(&layout())), moved(build_steps(&by_admin))),
+            (moved(probe_steps(Path::new("/r"), false)), moved(probe_steps(Path::new("/r"), true))),
+        ] {
+            let expected: Vec<String> = pivots
+                .iter()
+                .map(|act| if act == "pivot /r" { "move /r".into() } else { act.clone() })
+                .collect();
+            assert!(moves != pivots && moves == expected, "{moves:?}");
+        }
+    }
+
+    #[test]
     fn a_build_whose_sandbox_is_the_pod() {
         let expected = [
             "session",
@@ -198,7 +215,7 @@ mod tests {
 
     #[test]
     fn trials_execute_nothing() {
-        for steps in [probe_steps(Path::new("/p")), bare_probe_steps(7, 8)] {
+        for steps in [probe_steps(Path::new("/p"), false), bare_probe_steps(7, 8)] {
             let (acts, ready) = acts(&steps);
             assert!(!acts.contains(&"exec".to_owned()) && ready == 0, "{acts:?}");
             assert_eq!(acts.len(), steps.len() - 1);
@@ -211,7 +228,8 @@ mod tests {
         let kinds = [
             build_steps(&with_everything),
             bare_steps(&bare_layout()),
-            probe_steps(Path::new("/p")),
+            probe_steps(Path::new("/p"), false),
+            probe_steps(Path::new("/p"), true),
             bare_probe_steps(7, 8),
         ];
         for steps in kinds {

@@ -163,7 +163,7 @@ fn try_nested(ids: Ids, admin: bool) -> Result<(), String> {
         uid: IdMap { inside: INSIDE_UID, outside: uid },
         gid: IdMap { inside: INSIDE_GID, outside: gid },
     });
-    let result = try_steps(isolation, ids, probe_steps(target));
+    let result = try_steps(isolation, ids, probe_steps(target, admin));
     let _left = std::fs::remove_dir(&scratch);
     result
 }

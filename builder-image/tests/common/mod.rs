@@ -51,6 +51,11 @@ impl Builder {
     }
 
     pub(crate) fn start_with(user: User, args: &[&str]) -> Self {
+        let (command, root) = Self::command(user, args);
+        Self::start_command(command, root)
+    }
+
+    fn command(user: User, args: &[&str]) -> (Command, TempDir) {
         let root = TempDir::new().unwrap();
         let mut command = Command::new(BUILDER);
         command.args(["--serve", "--write", "--store", root.path().to_str().unwrap()]).args(args);
@@ -58,7 +63,7 @@ impl Builder {
             std::os::unix::fs::chown(root.path(), Some(NOBODY), Some(NOBODY)).unwrap();
             command.uid(NOBODY).gid(NOBODY);
         }
-        Self::start_command(command, root)
+        (command, root)
     }
 
     /// Like a container of a pod that cannot nest namespaces: mounts, processes and a root directory of its own, a /proc
@@ -93,6 +98,24 @@ impl Builder {
         }
         command.args(["--mount", "--pid", "--fork", "--kill-child", "sh", "-ec", ENTER, "sh"]);
         command.args([&nix, Path::new(BUILDER), &pod]).args(args);
+        Self::start_command(command, root)
+    }
+
+    /// Under a filter that refuses this call. Those of container runtimes refuse pivot_root, whatever a container may else.
+    pub(crate) fn start_filtered(user: User, refused: libc::c_long, args: &[&str]) -> Self {
+        use seccompiler::{SeccompAction, SeccompFilter};
+        let refused = [(refused, Vec::new())].into();
+        let errno = SeccompAction::Errno(libc::EPERM.cast_unsigned());
+        let arch = std::env::consts::ARCH.try_into().unwrap();
+        let filter = SeccompFilter::new(refused, SeccompAction::Allow, errno, arch).unwrap();
+        let program: seccompiler::BpfProgram = filter.try_into().unwrap();
+        let (mut command, root) = Self::command(user, args);
+        let apply = move || seccompiler::apply_filter(&program).map_err(std::io::Error::other);
+        // SAFETY: two system calls on a program that is ready; nothing is allocated unless they fail.
+        #[allow(unsafe_code)]
+        unsafe {
+            command.pre_exec(apply)
+        };
         Self::start_command(command, root)
     }
 
