@@ -298,6 +298,24 @@ fn what_is_kept_of_a_failed_build_is_nobody_elses() {
     }
 }
 
+#[test]
+fn nothing_is_kept_of_a_built_in_builder() {
+    let mut session = Session::start(&Machine::Plain, User::Current);
+    let mut drv = session.fixed("");
+    drv.builder = "builtin:fetchurl".into();
+    drv.system = "builtin".into();
+    set(&mut drv, "url", "file:///no/such/file");
+    // What it would have to say about is gone with it, and may have been a password.
+    let keep = BuildOptions { keep_failed: true, ..limits() };
+    let result = session.build(&drv, &keep);
+    assert!(!result.status.is_success(), "{result:?}");
+    let failed = session.run_with("exit 1", &keep);
+    assert_eq!(failed.status, BuildStatus::PermanentFailure);
+    assert_eq!(session.finish().matches("keeping build directory").count(), 1, "of the other one only");
+    let kept = std::fs::read_dir(session.root().join("nix/var/nix/builds")).unwrap().count();
+    assert_eq!(kept, 1);
+}
+
 /// Deferred outputs and structured lies are for other tests; this one shows that a request is answered and not fatal.
 #[test]
 fn a_session_goes_on_after_every_failure() {

@@ -28,9 +28,10 @@ fn a_build_that_the_machine_failed_is_told_from_one_that_failed() -> Result<()> 
     let scratch = tempfile::Builder::new().prefix("drover-node-").tempdir_in("/tmp")?;
     let drover = Installation::up(scratch.path())?;
     classes(&drover)?;
-    // A string that doubles; a megabyte that is written again and again.
+    // A string that doubles; a megabyte, and a hundred of it.
     let hog = "x=mmmmmmmmmmmmmmmm; while :; do x=$x$x; done";
-    let fill = "x=dddddddddddddddd; i=0; while [ $i != 16 ]; do x=$x$x; i=$((i + 1)); done; while echo \"$x\"; do :; done";
+    let megabyte = "x=dddddddddddddddd; i=0; while [ $i != 16 ]; do x=$x$x; i=$((i + 1)); done";
+    let hundred = "i=0; while [ $i != 100 ] && echo \"$x\"; do i=$((i + 1)); done > $out";
     let cases = [
         Case {
             name: "fails",
@@ -59,7 +60,7 @@ fn a_build_that_the_machine_failed_is_told_from_one_that_failed() -> Result<()> 
         Case {
             name: "full",
             class: "little-disk",
-            script: format!("{{ {fill}; }} > $out; exit 4"),
+            script: format!("{megabyte}; {hundred}; exit 4"),
             reason: "DiskFull",
             infrastructure: true,
             message: "failed with exit code 4",
@@ -68,7 +69,7 @@ fn a_build_that_the_machine_failed_is_told_from_one_that_failed() -> Result<()> 
         Case {
             name: "evicted",
             class: "watched-disk",
-            script: format!("{{ {fill}; }} > $out & while :; do :; done"),
+            script: format!("{megabyte}; {hundred}; while :; do :; done"),
             reason: "DiskFull",
             infrastructure: true,
             message: "EmptyDir",
