@@ -228,14 +228,15 @@ fn limits_hold_for_builders_that_do_not_want_to_end() {
         assert!(result.error_message.contains("timed out after 1 seconds"), "{}", result.error_message);
     }
     // Output of any process counts, and none of its silence does while there is some.
-    let quiet = BuildOptions { max_silent_seconds: 2, ..limits() };
-    let result = session.run_with("(for i in 1 2 3 4; do sleep 1; echo $i; done) & wait; touch $out", &quiet);
+    let quiet = BuildOptions { max_silent_seconds: 4, ..limits() };
+    let result =
+        session.run_with("(for i in 1 2 3 4 5 6; do sleep 1; echo $i; done) & wait; touch $out", &quiet);
     assert_eq!(result.status, BuildStatus::Built, "{result:?}");
     // Both at once: what comes first.
     let both = BuildOptions { timeout_seconds: 1000, max_silent_seconds: 1, ..limits() };
     let result = session.run_with("sleep 1000", &both);
     assert!(result.error_message.contains("of silence"), "{}", result.error_message);
-    assert!(begin.elapsed() < Duration::from_secs(30), "{:?}", begin.elapsed());
+    assert!(begin.elapsed() < Duration::from_secs(60), "{:?}", begin.elapsed());
 }
 
 #[test]
@@ -248,7 +249,7 @@ fn the_end_of_output_is_the_end_of_a_build() {
     assert!(result.error_message.contains("failed due to signal 9 (Killed)"), "{}", result.error_message);
     assert!(result.error_message.contains("closed its output"), "{}", result.error_message);
     assert!(result.error_message.ends_with("> last words"), "{}", result.error_message);
-    assert!(begin.elapsed() < Duration::from_secs(20), "{:?}", begin.elapsed());
+    assert!(begin.elapsed() < Duration::from_secs(60), "{:?}", begin.elapsed());
     // Processes that it leaves behind end with it, so that nothing is written after the end; what was, is all there.
     let flood = "touch $out; (sleep 1000; echo late) & i=0; while [ $i != 5000 ]; do echo line $i; i=$((i + 1)); done";
     let result = session.run(flood);
