@@ -115,6 +115,10 @@ pub fn view(pod: &Pod) -> Option<PodView> {
                 .or_else(|| exit_code.map(|code| format!("exit code {code}")))
                 .unwrap_or_default(),
             exit_code,
+            only_container_since: terminated
+                .filter(|_| !matches!(phase, "Failed" | "Succeeded"))
+                .and_then(|end| end.finished_at.as_ref())
+                .map(|time| time.0),
             last_line: last_line.map(|line| line.trim().to_owned()),
         }
     });
@@ -217,6 +221,12 @@ status: {status}
             .unwrap();
         assert_eq!((refused.exit_code, refused.last_line.as_deref()), (Some(78), Some("last")));
         assert_eq!(refused.message, "exit code 78", "what was written is not Kubernetes' word");
+        assert_eq!(refused.only_container_since, None);
+        let early =
+            pod("{phase: Running, containerStatuses: [{name: builder, imageID: x, image: i, ready: false, \
+                         restartCount: 0, state: {terminated: {exitCode: 0, reason: Completed, \
+                         finishedAt: '2026-01-01T00:00:00Z'}}}]}");
+        assert!(early.ended.unwrap().only_container_since.is_some(), "its pod has not said why");
         let drained = pod("{phase: Running, conditions: [{type: DisruptionTarget, status: 'True', \
                            reason: EvictionByEvictionAPI, message: drained}]}");
         assert_eq!(drained.disruption, Some(("EvictionByEvictionAPI".into(), "drained".into())));

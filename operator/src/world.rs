@@ -81,6 +81,8 @@ pub struct PodEnd {
     pub exit_code: Option<i32>,
     /// The last line that the builder's container wrote.
     pub last_line: Option<String>,
+    /// Only the container has ended yet, then, by the node's clock; the pod itself may still be told apart by its reason.
+    pub only_container_since: Option<Timestamp>,
 }
 
 /// What a session has reached. Comparable, so that "later than" can be asked.

@@ -7,7 +7,7 @@ use drover_api::{Phase, Reason};
 use drover_nix::StoreDir;
 use jiff::{SignedDuration, Timestamp};
 
-use super::blame::{Failure, of_pod};
+use super::blame::{Failure, POD_LAG, word};
 use super::{Accepted, Action, Plan, Requeue, end, go_on, strays};
 use crate::status::Draft;
 use crate::world::{PodView, SessionEnd, SessionView, Stage, World};
@@ -19,9 +19,6 @@ const FIRST_BACKOFF: Duration = Duration::from_secs(1);
 const LONGEST_BACKOFF: Duration = Duration::from_secs(300);
 /// A pod finds its node in milliseconds. Only one that takes longer is worth a write that says so.
 const SCHEDULING_GRACE: Duration = Duration::from_secs(2);
-
-/// How long a pod's status may lag behind its end: the kubelet looks once a second, and kills before it reports.
-const POD_LAG: Duration = Duration::from_secs(10);
 
 /// What is known once the request has a class.
 pub(super) fn note_accepted(draft: &mut Draft, accepted: &Accepted<'_>) {
@@ -83,9 +80,10 @@ pub(super) fn lead(world: &World, mut draft: Draft, now: Timestamp) -> Plan {
             actions.push(Action::CreatePod { attempt: number });
             go_on(draft, actions, PATIENCE)
         }
-        Some(pod) => match of_pod(pod) {
-            Some(failure) => failed(world, draft, failure, now),
-            None => wait_for(world, draft, pod, session, now),
+        Some(pod) => match word(pod, now) {
+            Ok(Some(failure)) => failed(world, draft, failure, now),
+            Ok(None) => wait_for(world, draft, pod, session, now),
+            Err(wait) => go_on(draft, strays(world, Some(number)), wait),
         },
     }
 }
@@ -101,7 +99,7 @@ fn blame(
     let vague =
         matches!(said.reason, Reason::ConnectionLost | Reason::BuilderLost | Reason::InfrastructureFailure);
     let Some(pod) = pod.filter(|_| vague) else { return Ok(said) };
-    if let Some(failure) = of_pod(pod) {
+    if let Some(failure) = word(pod, now)? {
         return Ok(failure);
     }
     let since = end_time.and_then(|end| Duration::try_from(now.duration_since(end)).ok());

@@ -4,7 +4,10 @@
 //! the wording of messages are the kubelet's and the controllers' (Kubernetes: pkg/kubelet/eviction/helpers.go,
 //! pkg/kubelet/preemption, pkg/kubelet/nodeshutdown, api/core/v1 PodConditionType DisruptionTarget).
 
+use std::time::Duration;
+
 use drover_api::Reason;
+use jiff::Timestamp;
 
 use crate::settings::BUILDER_REFUSES;
 use crate::world::{PodEnd, PodView};
@@ -22,8 +25,26 @@ impl Failure {
     }
 }
 
-/// Why the pod is of no more use. None while it is.
-pub(super) fn of_pod(pod: &PodView) -> Option<Failure> {
+/// How long a pod's status may lag behind its end: the kubelet looks once a second, and kills before it reports.
+pub(super) const POD_LAG: Duration = Duration::from_secs(10);
+
+/// Why the pod is of no more use: None while it is. The error says how long it may still take to say so: an evicted pod's
+/// container ends well before the pod is called evicted.
+pub(super) fn word(pod: &PodView, now: Timestamp) -> Result<Option<Failure>, Duration> {
+    let failure = of_pod(pod);
+    let since = pod.ended.as_ref().and_then(|ended| ended.only_container_since);
+    if let (Some(Failure { reason: Reason::BuilderLost, .. }), Some(since)) = (&failure, since) {
+        // A node whose clock is ahead is not waited for.
+        let waited = Duration::try_from(now.duration_since(since)).unwrap_or(POD_LAG);
+        let left = POD_LAG.saturating_sub(waited);
+        if !left.is_zero() {
+            return Err(left);
+        }
+    }
+    Ok(failure)
+}
+
+fn of_pod(pod: &PodView) -> Option<Failure> {
     // What the pod itself came to is nearer to the cause than why it is to go.
     let ended = pod.ended.as_ref().map(of_end);
     let disrupted = pod.disruption.as_ref().map(|(reason, message)| of_disruption(reason, message));
@@ -42,7 +63,7 @@ pub(super) fn of_pod(pod: &PodView) -> Option<Failure> {
 }
 
 fn of_end(ended: &PodEnd) -> Failure {
-    let PodEnd { reason, message, exit_code, last_line } = ended;
+    let PodEnd { reason, message, exit_code, last_line, .. } = ended;
     let mut said = format!("the builder's pod ended: {reason}");
     // A builder that ends with 1 has said why, after all that builds had to say.
     let why = last_line.iter().filter(|_| *exit_code == Some(1));
@@ -123,7 +144,8 @@ mod tests {
 
     fn ended(reason: &str, message: &str, exit_code: Option<i32>) -> PodView {
         let last_line = Some("out of memory: Evicted: this is the build's".to_owned());
-        let end = PodEnd { reason: reason.into(), message: message.into(), exit_code, last_line };
+        let (reason, message) = (reason.into(), message.into());
+        let end = PodEnd { reason, message, exit_code, last_line, only_container_since: None };
         PodView { ended: Some(end), ..pod() }
     }
 
@@ -226,5 +248,26 @@ mod tests {
         let oom =
             PodView { disruption: Some(("X".into(), String::new())), ..ended("OOMKilled", "", Some(137)) };
         assert_eq!(blame(&oom).0, Reason::OutOfMemory);
+    }
+
+    #[test]
+    fn a_container_that_ended_lets_its_pod_speak() {
+        let at = |second: i64| Timestamp::from_second(1000 + second).unwrap();
+        let mut early = ended("Completed", "exit code 0", Some(0));
+        let since = |pod: &mut PodView, second: i64| {
+            pod.ended.as_mut().unwrap().only_container_since = Some(at(second));
+        };
+        since(&mut early, 0);
+        assert_eq!(word(&early, at(3)).map(|_| ()), Err(Duration::from_secs(7)));
+        for (begin, now) in [(0, 10), (5, 0)] {
+            since(&mut early, begin);
+            let failure = word(&early, at(now)).ok().flatten().unwrap();
+            assert_eq!(failure.reason, Reason::BuilderLost, "it says nothing more");
+        }
+        // What is certain is not waited for.
+        let mut oom = ended("OOMKilled", "exit code 137", Some(137));
+        since(&mut oom, 0);
+        assert_eq!(word(&oom, at(0)).ok().flatten().unwrap().reason, Reason::OutOfMemory);
+        assert!(matches!(word(&pod(), at(0)), Ok(None)));
     }
 }

@@ -275,6 +275,7 @@ impl Sim {
             message: String::new(),
             exit_code,
             last_line: Some("no sandbox here".into()),
+            only_container_since: None,
         };
         self.pods.iter_mut().for_each(|pod| pod.ended = Some(end.clone()));
     }
