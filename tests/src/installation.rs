@@ -134,7 +134,8 @@ impl Installation {
                 "create": true,
                 "spec": {
                     "default": true,
-                    "systems": ["x86_64-linux"],
+                    "systems": ["x86_64-linux", "i686-linux", "x86_64-v1-linux"],
+                    "features": ["nixos-test", "benchmark", "big-parallel"],
                     "caches": [{"url": self.cache.url(), "push": true}],
                 },
             },

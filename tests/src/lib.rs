@@ -18,7 +18,7 @@ pub mod sshd;
 pub use http_cache::HttpCache;
 pub use installation::Installation;
 pub use peer::Peer;
-pub use programs::{images, program};
+pub use programs::{copy_program, images, program};
 pub use remote::Remote;
 pub use sshd::Sshd;
 pub use xtask::cluster::{Cluster, NODE_ADDRESS};

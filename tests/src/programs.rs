@@ -1,6 +1,7 @@
 //! Drover's own programs, compiled from this checkout: as they are for development, and as images.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::OnceLock;
 
 use anyhow::{Context, Result, anyhow};
@@ -19,6 +20,12 @@ pub fn program(name: &str) -> Result<PathBuf> {
     let dir = if dir.ends_with("deps") { dir.parent().unwrap_or(dir) } else { dir };
     let path = dir.join(name);
     path.is_file().then_some(path).with_context(|| format!("cargo build made no {name} in {}", dir.display()))
+}
+
+/// Copies a program that is to be run. Another process copies: a descriptor that this one has open for writing would be in
+/// every child that a neighbouring test starts meanwhile, and until they exec the copy would be "busy" to whoever runs it.
+pub fn copy_program(from: &Path, to: &Path) -> Result<()> {
+    run::run(Command::new("cp").arg(from).arg(to))
 }
 
 /// The images of the builder and of the operator, made once for all tests of a program.

@@ -146,7 +146,9 @@ mod tests {
     fn outputs() -> impl Strategy<Value = BTreeMap<OutputName, DerivationOutput>> {
         let methods = proptest::sample::select(vec![Method::Flat, Method::Git, Method::Nar, Method::Text]);
         (0..4, any::<bool>(), methods, any::<bool>()).prop_map(|(kind, sha512, method, several)| {
-            let algo = if sha512 && method != Method::Text { HashAlgo::Sha512 } else { HashAlgo::Sha256 };
+            // Text takes SHA-256 only, git SHA-1 or SHA-256.
+            let sha512 = sha512 && !matches!(method, Method::Text | Method::Git);
+            let algo = if sha512 { HashAlgo::Sha512 } else { HashAlgo::Sha256 };
             let mut hasher = drover_nix::hash::Hasher::new(algo);
             hasher.update(b"x");
             let fixed = DerivationOutput::CaFixed(ContentAddress { method, hash: hasher.finish() });

@@ -21,18 +21,6 @@ const BETWEEN_LOOKS: Duration = Duration::from_millis(700);
 fn a_cluster_ends_the_corpus_as_drover_build_does() -> Result<()> {
     let scratch = tempfile::Builder::new().prefix("drover-node-").tempdir_in("/tmp")?;
     let drover = Installation::up(scratch.path())?;
-    let offers = json!({"spec": {
-        "systems": ["x86_64-linux", "i686-linux", "x86_64-v1-linux"],
-        "features": ["nixos-test", "benchmark", "big-parallel"],
-    }});
-    drover.cluster.kubectl(&[
-        "patch",
-        "builderclass",
-        "default",
-        "--type=merge",
-        "-p",
-        &offers.to_string(),
-    ])?;
     let tools = scratch.path().join("tools");
     corpus::tools(&tools)?;
     let store = drover.store().display().to_string();

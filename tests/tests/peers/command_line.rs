@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use anyhow::{Context as _, Result, ensure};
-use drover_tests::{Nix, Peer, program, sqlite};
+use drover_tests::{Nix, Peer, copy_program, program, sqlite};
 use serde_json::Value;
 use xtask::{checkout, run};
 
@@ -84,7 +84,7 @@ fn an_ordinary_user_can_build() -> Result<()> {
     std::os::unix::fs::chown(home.path(), Some(NOBODY), Some(NOBODY))?;
     // The checkout may be where this user cannot go: the programs and the request come to the user.
     for name in ["drover", "drover-builder"] {
-        std::fs::copy(program(name)?, home.path().join(name))?;
+        copy_program(&program(name)?, &home.path().join(name))?;
     }
     let yaml = std::fs::read_to_string(checkout().join("examples/hello.yaml"))?;
     let mut drover = Command::new(home.path().join("drover"));

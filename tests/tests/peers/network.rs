@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use anyhow::{Context as _, Result, ensure};
 use drover_nix::{ContentAddress, DerivationOutput, Hash, Method, OutputName, Sha256, StoreDir, StorePath};
 use drover_serve::{BuildOptions, BuildResult, BuildStatus};
+use drover_tests::copy_program;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use xtask::{parts, run};
 
@@ -210,7 +211,7 @@ fn an_ordinary_user_with_a_name_server_on_loopback() -> Result<()> {
     let dir = tempfile::tempdir()?;
     std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755))?;
     for program in ["passt", "passt.avx2"] {
-        std::fs::copy(parts::rootfs::passt()?.join("usr/bin").join(program), dir.path().join(program))?;
+        copy_program(&parts::rootfs::passt()?.join("usr/bin").join(program), &dir.path().join(program))?;
     }
     for program in ["pasta", "pasta.avx2"] {
         std::os::unix::fs::symlink(program.replace("pasta", "passt"), dir.path().join(program))?;

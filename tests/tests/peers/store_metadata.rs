@@ -11,7 +11,7 @@ use std::process::Command;
 use anyhow::{Context as _, Result, ensure};
 use drover_nix::{ContentAddress, Method, PathInfo, Sha256, StoreDir, nar};
 use drover_store::{Access, GcOptions};
-use drover_tests::{Nix, Peer, program};
+use drover_tests::{Nix, Peer, copy_program, program};
 use rusqlite::Connection;
 use rusqlite::types::Value;
 
@@ -41,7 +41,7 @@ fn and_so_they_do_for_an_ordinary_user() -> Result<()> {
     let dir = tempfile::tempdir()?;
     std::fs::set_permissions(dir.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
     let builder = dir.path().join("drover-builder");
-    std::fs::copy(program("drover-builder")?, &builder)?;
+    copy_program(&program("drover-builder")?, &builder)?;
     for nix in Nix::ALL {
         let peer = Peer::new(nix)?;
         let (ours, theirs) = (Root::new()?, Root::new()?);
