@@ -29,7 +29,7 @@ use crate::operator::Operator;
 use crate::plan::{Requeue, plan};
 use crate::pod;
 use crate::ready::{Ready, Watch};
-use crate::session::{Sessions, Trigger};
+use crate::session::{Conversation, Sessions, Trigger};
 use crate::settings::Settings;
 use crate::sweep;
 
@@ -39,14 +39,19 @@ const MAX_PASSES: usize = 8;
 const FIRST_BACKOFF: Duration = Duration::from_millis(200);
 const LONGEST_BACKOFF: Duration = Duration::from_secs(300);
 
+/// What an operator is made of.
+pub struct Parts {
+    pub client: Client,
+    pub settings: Settings,
+    pub seed: Seed,
+    pub metrics: Arc<Metrics>,
+    /// How it talks with builders.
+    pub conversation: Arc<dyn Conversation>,
+}
+
 /// Runs until `shutdown` resolves and the reconciles that run have ended.
-pub async fn run(
-    client: Client,
-    settings: Settings,
-    seed: Seed,
-    metrics: Arc<Metrics>,
-    shutdown: impl Future<Output = ()> + Send + Sync + 'static,
-) {
+pub async fn run(parts: Parts, shutdown: impl Future<Output = ()> + Send + Sync + 'static) {
+    let Parts { client, settings, seed, metrics, conversation } = parts;
     let (trigger, triggered) = unbounded();
     let concurrency = settings.concurrency;
     // Not `Controller::new`: its watch says nothing of deletions, and a pod would live on until the next sweep.
@@ -71,7 +76,7 @@ pub async fn run(
         ready,
         classes,
         pods,
-        sessions: Sessions::new(trigger, metrics),
+        sessions: Sessions::new(trigger, metrics, conversation),
         caches: Arc::default(),
         lookups: Default::default(),
     });
@@ -140,7 +145,8 @@ async fn passes(operator: &Operator, request: &BuildRequest) -> Result<Action, E
             Executed::Gone => return Ok(Action::await_change()),
         }
         match plan.requeue {
-            Requeue::Now => {}
+            // Every pass reads what it must from the API server already; nothing is kept back for a live one yet.
+            Requeue::Now | Requeue::Live => {}
             Requeue::After(wait) => return Ok(Action::requeue(wait)),
         }
     }

@@ -4,11 +4,13 @@
 //! request that the plan was made from is still the newest. A status names the version that it was made from, so a
 //! stale one is refused; actions without a status are preceded by a look at the request.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use drover_api::{BuildRequest, BuildRequestStatus, ClassCache, conditions};
 use drover_nix::StoreDir;
 use k8s_openapi::api::core::v1::{Pod, Secret};
+use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use kube::api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions};
 use kube::runtime::reflector::ObjectRef;
 use kube::{Api, ResourceExt as _};
@@ -98,12 +100,18 @@ async fn write_status(
 async fn act(operator: &Operator, world: &World, action: &Action) -> Result<(), Error> {
     let uid = world.request.uid().unwrap_or_default();
     match action {
-        Action::LookUpOutputs { attempt } => {
+        Action::LookUp { attempt } => {
             let lookup = look_up(operator, world).await?;
             operator.lookups.set(&uid, *attempt, lookup);
             Ok(())
         }
-        Action::CreatePod { attempt } => create_pod(operator, world, *attempt).await,
+        Action::ForgetLookUp => {
+            operator.lookups.forget(&uid);
+            Ok(())
+        }
+        // The queue is not there yet: every request has leave.
+        Action::AskForSlot { .. } | Action::ReleaseSlot => Ok(()),
+        Action::CreatePod { attempt, memory } => create_pod(operator, world, *attempt, memory.as_ref()).await,
         Action::StartSession { attempt, namespace, pod, pod_uid } => {
             let Some(job) = job_plan(operator, world).await? else { return Ok(()) };
             let request = &world.request;
@@ -153,7 +161,12 @@ pub async fn delete_pod(operator: &Operator, namespace: &str, name: &str, uid: &
     done_if_gone(call("delete the builder's pod", api.delete(name, &params)).await.map(drop))
 }
 
-async fn create_pod(operator: &Operator, world: &World, attempt: u32) -> Result<(), Error> {
+async fn create_pod(
+    operator: &Operator,
+    world: &World,
+    attempt: u32,
+    memory: Option<&Quantity>,
+) -> Result<(), Error> {
     let (Ok(accepted), Class::Found { name, spec, .. }) = (accept(world), &world.class) else {
         return Ok(());
     };
@@ -164,6 +177,7 @@ async fn create_pod(operator: &Operator, world: &World, attempt: u32) -> Result<
         class: spec,
         class_name: name,
         attempt,
+        memory,
         system: &accepted.derivation.system.to_string(),
         features: &crate::plan::required_features(&accepted.derivation),
         fetches: accepted.derivation.kind().is_ok_and(|kind| !kind.is_sandboxed()),
@@ -195,7 +209,9 @@ async fn create_pod(operator: &Operator, world: &World, attempt: u32) -> Result<
 /// Asks the class's caches for the outputs. A cache that cannot be asked counts as one that has nothing: the attempt
 /// that follows meets the same cache, and says what is wrong with it.
 async fn look_up(operator: &Operator, world: &World) -> Result<Lookup, Error> {
-    let Some(plan) = job_plan(operator, world).await? else { return Ok(Lookup::Missing) };
+    let Some(plan) = job_plan(operator, world).await? else {
+        return Ok(Lookup::Missing { absent: BTreeSet::new() });
+    };
     let caches = operator.caches.clone();
     let name = world.request.name_any();
     let look = tokio::task::spawn_blocking(move || {
@@ -207,12 +223,12 @@ async fn look_up(operator: &Operator, world: &World) -> Result<Lookup, Error> {
                     error = &error as &dyn std::error::Error,
                     "cannot look for outputs"
                 );
-                return Lookup::Missing;
+                return Lookup::Missing { absent: BTreeSet::new() };
             }
         };
         match drover_session::all_outputs_in_cache(&job) {
             Ok(Some(outcome)) => Lookup::Present(job::outputs(&StoreDir::default(), &outcome)),
-            Ok(None) => Lookup::Missing,
+            Ok(None) => Lookup::Missing { absent: BTreeSet::new() },
             Err(failure) if !failure.infrastructure => {
                 Lookup::Refused { reason: job::reason(failure.reason), message: failure.message }
             }
@@ -222,12 +238,12 @@ async fn look_up(operator: &Operator, world: &World) -> Result<Lookup, Error> {
                     error = &failure as &dyn std::error::Error,
                     "cannot look for outputs"
                 );
-                Lookup::Missing
+                Lookup::Missing { absent: BTreeSet::new() }
             }
         }
     });
     // A thread that panicked has said so already.
-    Ok(look.await.unwrap_or(Lookup::Missing))
+    Ok(look.await.unwrap_or(Lookup::Missing { absent: BTreeSet::new() }))
 }
 
 /// What a session needs to know; None if the request is not acceptable (any more).

@@ -8,9 +8,11 @@ use std::sync::Arc;
 
 use anyhow::Context as _;
 use clap::{Parser, ValueEnum};
+use drover_operator::controller::{self, Parts};
 use drover_operator::metrics::Metrics;
-use drover_operator::settings::Settings;
-use drover_operator::{controller, http, init, seed};
+use drover_operator::session::Ssh;
+use drover_operator::settings::{Settings, Timeouts};
+use drover_operator::{http, init, seed};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
@@ -134,8 +136,10 @@ async fn run(flags: Flags) -> anyhow::Result<()> {
         pod_deadline_seconds: flags.pod_deadline_seconds,
         work_dir: flags.work_dir,
         concurrency: flags.concurrency,
+        timeouts: Timeouts::default(),
     };
     let metrics = Arc::new(Metrics::new());
+    let parts = Parts { client, settings, seed, metrics: metrics.clone(), conversation: Arc::new(Ssh) };
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let shutdown = async move {
@@ -146,7 +150,7 @@ async fn run(flags: Flags) -> anyhow::Result<()> {
         tracing::info!("shutting down");
     };
     tokio::select! {
-        error = http::serve(flags.listen, metrics.clone()) => error.map(|never| match never {}).map_err(Into::into),
-        () = controller::run(client, settings, seed, metrics, shutdown) => Ok(()),
+        error = http::serve(flags.listen, metrics) => error.map(|never| match never {}).map_err(Into::into),
+        () = controller::run(parts, shutdown) => Ok(()),
     }
 }

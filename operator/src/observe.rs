@@ -12,7 +12,7 @@ use kube::{Api, ResourceExt as _};
 use crate::error::Error;
 use crate::operator::{Operator, call};
 use crate::pod;
-use crate::world::{Class, PodEnd, PodView, World};
+use crate::world::{Class, Others, PodEnd, PodView, Slot, World};
 
 /// Gathers what there is to know about one request.
 pub async fn observe(operator: &Operator, request: &BuildRequest) -> Result<World, Error> {
@@ -49,7 +49,12 @@ pub async fn observe(operator: &Operator, request: &BuildRequest) -> Result<Worl
         class,
         pods,
         lookup: operator.lookups.get(&uid, attempt + 1),
+        others: Others::default(),
+        slot: Slot::Granted,
+        refusal: None,
         session: operator.sessions.view(&uid),
+        timeouts: operator.settings.timeouts,
+        live: false,
     })
 }
 

@@ -67,6 +67,8 @@ pub struct PodPlan<'a> {
     pub class: &'a BuilderClassSpec,
     pub class_name: &'a str,
     pub attempt: u32,
+    /// What the container may use, where that is another amount than the request or the class says.
+    pub memory: Option<&'a Quantity>,
     /// System of the derivation and the features that it requires.
     pub system: &'a str,
     pub features: &'a BTreeSet<String>,
@@ -314,6 +316,7 @@ mod tests {
             pod_deadline_seconds: 86_400,
             work_dir: "/tmp".into(),
             concurrency: 4,
+            timeouts: Default::default(),
         }
     }
 
@@ -334,6 +337,7 @@ mod tests {
             class,
             class_name: "c",
             attempt: 2,
+            memory: None,
             system: "x86_64-linux",
             features: &features.iter().map(|f| (*f).to_owned()).collect(),
             fetches: features.contains(&"fetches"),

@@ -1,5 +1,7 @@
 //! What the operator is told at start and needs everywhere. Plain data; `main` fills it from flags.
 
+use std::time::Duration;
+
 /// Identity of the operator towards the API server: field manager and User-Agent.
 pub const FIELD_MANAGER: &str = "drover-operator";
 /// Field manager of status, which is another writer than that of objects.
@@ -10,6 +12,33 @@ pub const BUILDER_PORT: u16 = 2222;
 /// Exit codes of builders that will not run on such a pod, however often they are started: options that they do not know,
 /// and a machine that allows no sandbox of the kind that is asked for. The last line of the log says which.
 pub const BUILDER_REFUSES: [i32; 2] = [2, 78];
+
+/// How long each phase of a request may take.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Timeouts {
+    /// A pod that has found no node by then finds none.
+    pub scheduling: Duration,
+    /// From a pod that has a node to a builder that answers; pulling the image is in it.
+    pub start: Duration,
+    /// Copying during which nothing moves for so long is given up.
+    pub stall: Duration,
+    /// How long, from a request's creation, an input is waited for that no cache has and no request builds.
+    pub input_grace: Duration,
+    /// How long a build goes on whose operator is away.
+    pub linger: Duration,
+}
+
+impl Default for Timeouts {
+    fn default() -> Self {
+        Self {
+            scheduling: Duration::from_secs(86_400),
+            start: Duration::from_secs(600),
+            stall: Duration::from_secs(300),
+            input_grace: Duration::from_secs(60),
+            linger: Duration::from_secs(3600),
+        }
+    }
+}
 
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -29,4 +58,5 @@ pub struct Settings {
     pub work_dir: std::path::PathBuf,
     /// Requests that are looked at at the same time.
     pub concurrency: u16,
+    pub timeouts: Timeouts,
 }

@@ -3,10 +3,12 @@
 //! Plain data, no behaviour beyond questions about itself; nothing here may touch tokio, the clock, the network or the
 //! environment. `observe` fills it in, tests write it down.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use drover_api::{BuildRequest, BuilderClassSpec, OutputStatus, Reason, Timings, Transfer};
 use jiff::Timestamp;
+
+use crate::settings::Timeouts;
 
 /// One request and everything around it.
 #[derive(Clone, Debug)]
@@ -15,10 +17,20 @@ pub struct World {
     pub class: Class,
     /// Every pod that carries the request's uid, whatever its state.
     pub pods: Vec<PodView>,
-    /// Whether the outputs were found in the class's cache. Asked once for every attempt.
+    /// What the class's caches have of outputs and inputs. Asked once for every attempt, and again while it waits.
     pub lookup: Lookup,
+    /// What other requests of the namespace mean for this one.
+    pub others: Others,
+    /// The queue's answer for the attempt that may come next.
+    pub slot: Slot,
+    /// What the API server said when the open attempt's pod was to be made, if it did not make it.
+    pub refusal: Option<PodRefusal>,
     /// The operator's session for this request, if this process has one.
     pub session: Option<SessionView>,
+    /// How long each phase may take.
+    pub timeouts: Timeouts,
+    /// Read from the API server itself, for this pass: watches may lag.
+    pub live: bool,
 }
 
 /// The class that the request gets.
@@ -40,11 +52,87 @@ pub enum Lookup {
     /// Nobody has looked yet, or the answer was lost with the process.
     Unknown,
     /// Not all of them are in the cache, or the cache could not be asked.
-    Missing,
+    Missing {
+        /// Direct inputs, full paths, that none of the class's caches has. Not those that could not be asked for.
+        absent: BTreeSet<String>,
+    },
     /// The request cannot have them: a verdict.
     Refused { reason: Reason, message: String },
     /// All of them.
     Present(BTreeMap<String, OutputStatus>),
+}
+
+/// What other requests of the same namespace mean for this one.
+#[derive(Clone, PartialEq, Debug, Default)]
+pub struct Others {
+    /// Direct inputs, full paths, that another request has among its outputs.
+    pub producers: BTreeMap<String, Other>,
+    /// One for the same derivation and class that ended by the build's own failure after this one was made.
+    pub same_failed: Option<SameFailed>,
+    /// Names of requests, this one first, of which each waits for the next and the last for this one.
+    pub cycle: Vec<String>,
+}
+
+/// Another request, which has an input of this one among its outputs.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Other {
+    /// Its name.
+    pub request: String,
+    pub state: OtherState,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum OtherState {
+    /// It has not come to its end.
+    Going,
+    Succeeded,
+    Failed {
+        reason: Reason,
+        message: String,
+    },
+}
+
+/// A verdict on the same derivation.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct SameFailed {
+    /// Name of the request that it was spoken for.
+    pub request: String,
+    pub reason: Reason,
+    pub message: String,
+}
+
+/// Whether the next attempt may begin, as far as other requests are concerned.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Slot {
+    /// Nobody has asked yet, or the answer was lost with the process.
+    Unasked,
+    Granted,
+    /// This request builds the same derivation.
+    WaitForSame {
+        request: String,
+    },
+    /// The class's concurrency is used up; the message says by how many.
+    WaitForConcurrency {
+        message: String,
+    },
+}
+
+/// The API server made no pod.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct PodRefusal {
+    pub attempt: u32,
+    pub kind: RefusalKind,
+    /// The API server's own words.
+    pub message: String,
+    pub at: Timestamp,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum RefusalKind {
+    /// A quota or an admission policy: it may come otherwise.
+    Quota,
+    /// No such pod can be.
+    Invalid,
 }
 
 /// A builder pod, as far as it matters.

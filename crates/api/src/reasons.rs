@@ -91,11 +91,15 @@ reasons! {
     InvalidDerivation Failure "The derivation makes no sense; the message names the field.",
     PathNotProven Failure
         "An output path does not follow from what the request shows, and the class trusts nothing else.",
+    DependencyFailed Failure "Another request that builds an input failed; the message names it. Mend that one first.",
+    DependencyCycle Failure "Requests wait for each other's outputs; the message names them.",
     OutOfMemory Infrastructure "The build needed more memory than it has. Raise `spec.resources`.",
     DiskFull Infrastructure "The build needed more disk than it has. Raise `spec.resources`.",
     Evicted Infrastructure "The builder's pod was evicted, preempted or drained, or its node shut down.",
     NodeLost Infrastructure "The builder's node is gone or does not answer.",
     BuilderLost Infrastructure "Something else than the build ended its process, the builder or the builder's pod.",
+    StartTimedOut Infrastructure
+        "The builder did not answer in time: its image may not be there, or its pod cannot start; the message says more.",
     ConnectionLost Infrastructure "The connection to the builder broke, and the pod does not say why.",
     InfrastructureFailure Infrastructure
         "A node, a cache, a builder's machine or the operator failed; the message says what.",
@@ -169,6 +173,7 @@ mod tests {
                 "Evicted",
                 "NodeLost",
                 "BuilderLost",
+                "StartTimedOut",
                 "ConnectionLost",
                 "InfrastructureFailure"
             ]

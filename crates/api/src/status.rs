@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use kube::KubeSchema;
 use schemars::JsonSchema;
@@ -115,6 +116,9 @@ pub struct Attempt {
     /// Whether the machinery failed, not the build.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub infrastructure: bool,
+    /// Memory that it had, where that was more than the request or the class gives: an attempt before it ran out of it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory: Option<Quantity>,
 }
 
 /// Milliseconds that each phase took. A phase that was not reached is absent.

@@ -77,7 +77,7 @@ pub(super) fn lead(world: &World, mut draft: Draft, now: Timestamp) -> Plan {
         }
         None => {
             let mut actions = strays(world, Some(number));
-            actions.push(Action::CreatePod { attempt: number });
+            actions.push(Action::CreatePod { attempt: number, memory: None });
             go_on(draft, actions, PATIENCE)
         }
         Some(pod) => match word(pod, now) {

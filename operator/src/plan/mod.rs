@@ -22,6 +22,7 @@ use std::time::Duration;
 use drover_api::conditions::{self, Status};
 use drover_api::{BuildRequestStatus, Phase, Reason};
 use jiff::{SignedDuration, Timestamp};
+use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use kube::Resource as _;
 
 pub use accept::{Accepted, accept, required_features};
@@ -42,12 +43,19 @@ pub struct Plan {
 }
 
 /// Something to be done. Each can be repeated, and each may meet what an earlier one did.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Debug)]
 pub enum Action {
-    /// Ask the class's cache for the outputs; the answer is in the next world.
-    LookUpOutputs { attempt: u32 },
-    /// Create the pod of this attempt. One that is there already is the same one.
-    CreatePod { attempt: u32 },
+    /// Ask the class's caches for the outputs and, if they lack some, for the inputs; the answer is in the next world.
+    LookUp { attempt: u32 },
+    /// Forget that answer, so that it is asked again.
+    ForgetLookUp,
+    /// Ask the queue for leave to begin this attempt; the answer is in the next world.
+    AskForSlot { attempt: u32 },
+    /// Give the leave back, if there is one.
+    ReleaseSlot,
+    /// Create the pod of this attempt, with this much memory where it is not the request's or the class's. One that is there
+    /// already is the same one.
+    CreatePod { attempt: u32, memory: Option<Quantity> },
     /// Connect to the pod and have it build. A session that runs already is the same one.
     StartSession { attempt: u32, namespace: String, pod: String, pod_uid: String },
     /// End the session, if there is one, and forget what it said.
@@ -63,6 +71,8 @@ pub enum Action {
 pub enum Requeue {
     /// At once: an action changes what is known.
     Now,
+    /// At once, with a world that is read from the API server itself. Nothing else is to be done.
+    Live,
     After(Duration),
 }
 
@@ -102,7 +112,7 @@ pub fn plan(world: &World, now: Timestamp) -> Plan {
     match &world.lookup {
         Lookup::Unknown => {
             let mut actions = strays(world, None);
-            actions.push(Action::LookUpOutputs { attempt: number });
+            actions.push(Action::LookUp { attempt: number });
             Plan { status: None, actions, requeue: Requeue::Now }
         }
         Lookup::Refused { reason, message } => {
@@ -115,12 +125,12 @@ pub fn plan(world: &World, now: Timestamp) -> Plan {
             draft.succeed(Reason::AlreadyBuilt, outputs.clone());
             end(world, draft)
         }
-        Lookup::Missing => {
+        Lookup::Missing { .. } => {
             attempt::note_accepted(&mut draft, &accepted);
             draft.begin_attempt(number);
             draft.progress(Phase::Running, Reason::Accepted, "");
             let mut actions = strays(world, Some(number));
-            actions.push(Action::CreatePod { attempt: number });
+            actions.push(Action::CreatePod { attempt: number, memory: None });
             go_on(draft, actions, attempt::PATIENCE)
         }
     }

@@ -125,7 +125,12 @@ impl Sim {
             class: self.class.clone(),
             pods: self.pods.clone(),
             lookup: self.lookups.get(&(attempt + 1)).cloned().unwrap_or(Lookup::Unknown),
+            others: Default::default(),
+            slot: crate::world::Slot::Granted,
+            refusal: None,
             session: self.session.clone(),
+            timeouts: Default::default(),
+            live: true,
         }
     }
 
@@ -174,11 +179,16 @@ impl Sim {
 
     fn act(&mut self, action: &Action) {
         match action {
-            Action::LookUpOutputs { attempt } => {
-                let lookup = if self.in_cache { Lookup::Present(outputs()) } else { Lookup::Missing };
+            Action::LookUp { attempt } => {
+                let lookup = if self.in_cache {
+                    Lookup::Present(outputs())
+                } else {
+                    Lookup::Missing { absent: Default::default() }
+                };
                 self.lookups.insert(*attempt, lookup);
             }
-            Action::CreatePod { attempt } => {
+            Action::ForgetLookUp | Action::AskForSlot { .. } | Action::ReleaseSlot => {}
+            Action::CreatePod { attempt, .. } => {
                 if self.pods.iter().any(|pod| pod.attempt == *attempt) {
                     return;
                 }

@@ -15,7 +15,9 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use drover_api::BuildRequest;
+use futures::FutureExt as _;
 use futures::channel::mpsc::UnboundedSender;
+use futures::future::BoxFuture;
 use jiff::Timestamp;
 use kube::runtime::reflector::ObjectRef;
 use tokio::sync::watch;
@@ -33,6 +35,33 @@ pub struct Sessions {
     by_uid: Mutex<HashMap<String, Entry>>,
     trigger: Trigger,
     metrics: Arc<Metrics>,
+    conversation: Arc<dyn Conversation>,
+}
+
+/// How a session is held, from a pod that has a node to its end.
+pub trait Conversation: Send + Sync {
+    /// Runs to the end, or until `stopped` changes. What it reaches, it tells `progress`.
+    fn hold(
+        &self,
+        assignment: Assignment,
+        progress: Arc<Progress>,
+        stopped: watch::Receiver<bool>,
+    ) -> BoxFuture<'static, SessionEnd>;
+}
+
+/// The real one: one SSH connection with one `serve` behind it.
+#[derive(Debug)]
+pub struct Ssh;
+
+impl Conversation for Ssh {
+    fn hold(
+        &self,
+        assignment: Assignment,
+        progress: Arc<Progress>,
+        stopped: watch::Receiver<bool>,
+    ) -> BoxFuture<'static, SessionEnd> {
+        run::run(assignment, progress, stopped).boxed()
+    }
 }
 
 struct Entry {
@@ -50,8 +79,8 @@ pub struct Progress {
 }
 
 impl Sessions {
-    pub fn new(trigger: Trigger, metrics: Arc<Metrics>) -> Self {
-        Self { by_uid: Mutex::default(), trigger, metrics }
+    pub fn new(trigger: Trigger, metrics: Arc<Metrics>, conversation: Arc<dyn Conversation>) -> Self {
+        Self { by_uid: Mutex::default(), trigger, metrics, conversation }
     }
 
     /// Starts a session unless this very one runs already. An older one of the same request is stopped.
@@ -81,8 +110,9 @@ impl Sessions {
         by_uid.insert(uid.to_owned(), Entry { progress: progress.clone(), stop });
         let sessions = self.metrics.sessions.clone();
         sessions.inc();
+        let conversation = self.conversation.clone();
         tokio::spawn(async move {
-            let end = run::run(assignment, progress.clone(), stopped).await;
+            let end = conversation.hold(assignment, progress.clone(), stopped).await;
             sessions.dec();
             progress.end(end);
         });
@@ -125,11 +155,13 @@ impl Progress {
         *self.tail.lock().unwrap_or_else(PoisonError::into_inner) = Some(tail);
     }
 
-    fn sandbox(&self, sandbox: Option<String>) {
+    /// The rung that the builder names.
+    pub fn sandbox(&self, sandbox: Option<String>) {
         self.lock().sandbox = sandbox;
     }
 
-    fn reach(&self, stage: Stage) {
+    /// The session has come so far, or farther.
+    pub fn reach(&self, stage: Stage) {
         let mut view = self.lock();
         if view.stage < stage {
             view.stage = stage;

@@ -7,10 +7,11 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use drover_operator::controller;
+use drover_operator::controller::{self, Parts};
 use drover_operator::keys::Seed;
 use drover_operator::metrics::Metrics;
 use drover_operator::seed;
+use drover_operator::session::Ssh;
 use drover_operator::settings::Settings;
 use drover_tests::ControlPlane;
 use serde_json::Value;
@@ -354,11 +355,14 @@ async fn operate(kubeconfig: &Path, work_dir: PathBuf, stopped: oneshot::Receive
         pod_deadline_seconds: 3600,
         work_dir,
         concurrency: 4,
+        timeouts: Default::default(),
     };
     let shutdown = async {
         let _ = stopped.await;
     };
-    controller::run(client, settings, seed, Arc::new(Metrics::new()), shutdown).await;
+    let parts =
+        Parts { client, settings, seed, metrics: Arc::new(Metrics::new()), conversation: Arc::new(Ssh) };
+    controller::run(parts, shutdown).await;
     Ok(())
 }
 
