@@ -2,13 +2,15 @@
 //!
 //! - [`parts`] fetches and builds what tests need (Debian root filesystems, Kubernetes' programs, Helm), once per machine.
 //! - [`root`] runs a program inside such a root filesystem.
-//! - [`cluster`] is a real one-node cluster; [`control_plane`] is etcd and kube-apiserver alone.
+//! - [`cluster`] is a real one-node cluster; [`control_plane`] is etcd and kube-apiserver alone; [`audit`] reads what either
+//!   of them was asked.
 //! - [`images`] makes the two OCI images; [`crds`] and [`layers`] are the checks and the tests.
 //! - [`fuzz`] runs the targets of `tests/fuzz`.
 //! - [`bench`] measures Drover beside the programs that people use today.
 //!
 //! Nothing of the product may depend on this crate.
 
+pub mod audit;
 pub mod bench;
 pub mod cluster;
 pub mod control_plane;

@@ -6,3 +6,4 @@ mod corpus;
 mod crd;
 mod fixtures;
 mod operator;
+mod world;
