@@ -12,7 +12,6 @@ use std::time::{Duration, Instant};
 use drover_api::{BuildRequest, BuilderClass, conditions};
 use futures::StreamExt as _;
 use futures::channel::mpsc::unbounded;
-use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Pod;
 use kube::runtime::controller::{self, Action};
 use kube::runtime::reflector::{self, ObjectRef, Store};
@@ -20,6 +19,7 @@ use kube::runtime::{Controller, WatchStreamExt as _, watcher};
 use kube::{Api, Client, ResourceExt as _};
 use tokio::sync::Notify;
 
+use crate::clock::Clock;
 use crate::error::Error;
 use crate::execute::{Executed, execute};
 use crate::keys::Seed;
@@ -45,13 +45,14 @@ pub struct Parts {
     pub settings: Settings,
     pub seed: Seed,
     pub metrics: Arc<Metrics>,
+    pub clock: Clock,
     /// How it talks with builders.
     pub conversation: Arc<dyn Conversation>,
 }
 
 /// Runs until `shutdown` resolves and the reconciles that run have ended.
 pub async fn run(parts: Parts, shutdown: impl Future<Output = ()> + Send + Sync + 'static) {
-    let Parts { client, settings, seed, metrics, conversation } = parts;
+    let Parts { client, settings, seed, metrics, clock, conversation } = parts;
     let (trigger, triggered) = unbounded();
     let concurrency = settings.concurrency;
     // Not `Controller::new`: its watch says nothing of deletions, and a pod would live on until the next sweep.
@@ -76,7 +77,8 @@ pub async fn run(parts: Parts, shutdown: impl Future<Output = ()> + Send + Sync 
         ready,
         classes,
         pods,
-        sessions: Sessions::new(trigger, metrics, conversation),
+        sessions: Sessions::new(trigger, metrics, clock.clone(), conversation),
+        clock,
         caches: Arc::default(),
         lookups: Default::default(),
     });
@@ -127,7 +129,7 @@ async fn passes(operator: &Operator, request: &BuildRequest) -> Result<Action, E
     let mut request = request.clone();
     for _ in 0..MAX_PASSES {
         let world = observe(operator, &request).await?;
-        let plan = plan(&world, Timestamp::now());
+        let plan = plan(&world, operator.clock.now());
         if plan.status.is_some() || !plan.actions.is_empty() {
             tracing::debug!(request = %ObjectRef::from_obj(&request), actions = ?plan.actions, "plan");
         }

@@ -7,6 +7,7 @@
 //!
 //! `plan`, `status`, `world`, `pod`, `quantity` and `keys` are pure: no async runtime, no clock, no network, no environment.
 
+pub mod clock;
 pub mod controller;
 pub mod error;
 pub mod execute;

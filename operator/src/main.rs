@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use anyhow::Context as _;
 use clap::{Parser, ValueEnum};
+use drover_operator::clock::Clock;
 use drover_operator::controller::{self, Parts};
 use drover_operator::metrics::Metrics;
 use drover_operator::session::Ssh;
@@ -139,7 +140,14 @@ async fn run(flags: Flags) -> anyhow::Result<()> {
         timeouts: Timeouts::default(),
     };
     let metrics = Arc::new(Metrics::new());
-    let parts = Parts { client, settings, seed, metrics: metrics.clone(), conversation: Arc::new(Ssh) };
+    let parts = Parts {
+        client,
+        settings,
+        seed,
+        metrics: metrics.clone(),
+        clock: Clock::system(),
+        conversation: Arc::new(Ssh),
+    };
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let shutdown = async move {

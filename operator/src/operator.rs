@@ -10,6 +10,7 @@ use k8s_openapi::api::core::v1::Pod;
 use kube::Client;
 use kube::runtime::reflector::Store;
 
+use crate::clock::Clock;
 use crate::error::Error;
 use crate::keys::Seed;
 use crate::metrics::Metrics;
@@ -28,6 +29,7 @@ pub struct Operator {
     pub settings: Settings,
     pub seed: Seed,
     pub metrics: Arc<Metrics>,
+    pub clock: Clock,
     pub ready: Arc<Ready>,
     /// What the watches have seen. Requests come with each reconcile.
     pub classes: Store<BuilderClass>,

@@ -18,10 +18,10 @@ use drover_api::BuildRequest;
 use futures::FutureExt as _;
 use futures::channel::mpsc::UnboundedSender;
 use futures::future::BoxFuture;
-use jiff::Timestamp;
 use kube::runtime::reflector::ObjectRef;
 use tokio::sync::watch;
 
+use crate::clock::Clock;
 use crate::metrics::Metrics;
 use crate::world::{SessionEnd, SessionView, Stage};
 use log::LogTail;
@@ -35,6 +35,7 @@ pub struct Sessions {
     by_uid: Mutex<HashMap<String, Entry>>,
     trigger: Trigger,
     metrics: Arc<Metrics>,
+    clock: Clock,
     conversation: Arc<dyn Conversation>,
 }
 
@@ -76,11 +77,17 @@ pub struct Progress {
     tail: Mutex<Option<LogTail>>,
     request: ObjectRef<BuildRequest>,
     trigger: Trigger,
+    clock: Clock,
 }
 
 impl Sessions {
-    pub fn new(trigger: Trigger, metrics: Arc<Metrics>, conversation: Arc<dyn Conversation>) -> Self {
-        Self { by_uid: Mutex::default(), trigger, metrics, conversation }
+    pub fn new(
+        trigger: Trigger,
+        metrics: Arc<Metrics>,
+        clock: Clock,
+        conversation: Arc<dyn Conversation>,
+    ) -> Self {
+        Self { by_uid: Mutex::default(), trigger, metrics, clock, conversation }
     }
 
     /// Starts a session unless this very one runs already. An older one of the same request is stopped.
@@ -105,6 +112,7 @@ impl Sessions {
             tail: Mutex::default(),
             request: assignment.request.clone(),
             trigger: self.trigger.clone(),
+            clock: self.clock.clone(),
         });
         let (stop, stopped) = watch::channel(false);
         by_uid.insert(uid.to_owned(), Entry { progress: progress.clone(), stop });
@@ -172,7 +180,7 @@ impl Progress {
 
     fn end(&self, end: SessionEnd) {
         let mut view = self.lock();
-        (view.end, view.end_time) = (Some(end), Some(Timestamp::now()));
+        (view.end, view.end_time) = (Some(end), Some(self.clock.now()));
         drop(view);
         self.notify();
     }

@@ -7,6 +7,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
+use drover_operator::clock::Clock;
 use drover_operator::controller::{self, Parts};
 use drover_operator::keys::Seed;
 use drover_operator::metrics::Metrics;
@@ -202,8 +203,14 @@ async fn operate(kubeconfig: &Path, work_dir: PathBuf, stopped: oneshot::Receive
     let shutdown = async {
         let _ = stopped.await;
     };
-    let parts =
-        Parts { client, settings, seed, metrics: Arc::new(Metrics::new()), conversation: Arc::new(Ssh) };
+    let parts = Parts {
+        client,
+        settings,
+        seed,
+        metrics: Arc::new(Metrics::new()),
+        clock: Clock::system(),
+        conversation: Arc::new(Ssh),
+    };
     controller::run(parts, shutdown).await;
     Ok(())
 }
