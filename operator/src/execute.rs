@@ -46,7 +46,7 @@ pub async fn execute(operator: &Operator, world: &World, plan: &Plan) -> Result<
             Err(Error::Kube { source, .. }) if is_not_found(&source) => return Ok(Executed::Gone),
             Err(error) => return Err(error),
         }
-        count_end(operator, status);
+        count_end(operator, request, status);
     } else if plan
         .actions
         .iter()
@@ -293,9 +293,12 @@ fn is_already_exists(error: &kube::Error) -> bool {
     matches!(error, kube::Error::Api(status) if status.is_already_exists())
 }
 
-/// Counts a verdict when it is written, which happens once.
-fn count_end(operator: &Operator, status: &BuildRequestStatus) {
-    let Some(succeeded) = conditions::verdict(&status.conditions) else { return };
+/// Counts a verdict when it is written for the first time.
+fn count_end(operator: &Operator, request: &BuildRequest, status: &BuildRequestStatus) {
+    let before = request.status.as_ref().and_then(|status| conditions::verdict(&status.conditions));
+    let Some(succeeded) = conditions::verdict(&status.conditions).filter(|_| before.is_none()) else {
+        return;
+    };
     let reason = conditions::find(&status.conditions, conditions::SUCCEEDED)
         .and_then(|condition| drover_api::Reason::parse(&condition.reason))
         .map_or("Unknown", drover_api::Reason::as_str);

@@ -51,6 +51,19 @@ impl Draft {
         Some(self.status)
     }
 
+    /// What to write of a request that has its verdict: that the newest spec was seen, or nothing. `kubectl wait` and kstatus
+    /// take a status for old news where it is of an older generation, and a time to live can be changed after the end.
+    pub fn restate(mut self) -> Option<BuildRequestStatus> {
+        if self.status.observed_generation == self.generation {
+            return None;
+        }
+        self.status.observed_generation = self.generation;
+        for condition in &mut self.status.conditions {
+            condition.observed_generation = self.generation;
+        }
+        Some(self.status)
+    }
+
     /// Sets one of the phases' conditions.
     pub fn phase(&mut self, condition: &str, status: Status, reason: Reason, message: &str) {
         let message = headline(message);
@@ -239,6 +252,31 @@ mod tests {
         assert_eq!(status.attempts[0].reason.as_deref(), Some("InputMissing"));
         assert_eq!(status.failure.unwrap().log_tail, ["line"]);
         assert_eq!(conditions::verdict(&status.conditions), Some(false));
+    }
+
+    #[test]
+    fn a_verdict_is_said_again_of_a_spec_that_changed_and_of_no_other() {
+        let mut request = BuildRequest::new("a", Default::default());
+        request.metadata.generation = Some(1);
+        let mut draft = Draft::new(&request, at(1));
+        draft.progress(Phase::Pending, Reason::Accepted, "");
+        draft.fail(Reason::Cancelled, "no", &[]);
+        request.status = draft.finish();
+        assert_eq!(Draft::new(&request, at(2)).restate(), None);
+        request.metadata.generation = Some(2);
+        let status = Draft::new(&request, at(2)).restate().unwrap();
+        assert_eq!(status.observed_generation, Some(2));
+        assert!(status.conditions.iter().all(|condition| condition.observed_generation == Some(2)));
+        let mut before = request.status.clone().unwrap();
+        assert!(before.conditions.iter().all(|condition| condition.observed_generation == Some(1)));
+        // Nothing else of it is new.
+        before.observed_generation = Some(2);
+        for condition in &mut before.conditions {
+            condition.observed_generation = Some(2);
+        }
+        assert_eq!(status, before);
+        request.status = Some(status);
+        assert_eq!(Draft::new(&request, at(3)).restate(), None);
     }
 
     #[test]

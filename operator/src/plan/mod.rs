@@ -150,7 +150,8 @@ fn refused(world: &World, mut draft: Draft, refusal: accept::Refusal) -> Plan {
     }
 }
 
-/// The verdict was spoken: only what it left behind is cleared away, and the request itself when its time comes.
+/// The verdict was spoken: only what it left behind is cleared away, and the request itself when its time comes. A spec that
+/// was changed since is noted as seen.
 fn settled(world: &World, succeeded: bool, now: Timestamp) -> Plan {
     let mut actions = clean_up(world);
     let spec = &world.request.spec;
@@ -164,7 +165,8 @@ fn settled(world: &World, succeeded: bool, now: Timestamp) -> Plan {
             _ => actions.push(Action::DeleteRequest),
         }
     }
-    Plan { status: None, actions, requeue: Requeue::After(wait) }
+    let status = Draft::new(&world.request, now).restate();
+    Plan { status, actions, requeue: Requeue::After(wait) }
 }
 
 /// The verdict is in the draft: write it, then clean up.
