@@ -4,7 +4,9 @@
 //! [`Cluster`] a real node; [`Remote`] is a real Nix with Drover as its remote store. Nothing here imitates any of them.
 //! The parts come from `xtask`, which fetches what is missing; they take root, but for [`ControlPlane`]. [`sqlite`] is real
 //! software to build, [`record`] what real clients say, [`corpus`] a derivation for each thing that a builder has to do.
+//! [`audit`] reads from an API server's audit log what Drover must never do.
 
+pub mod audit;
 pub mod corpus;
 mod http_cache;
 pub mod installation;

@@ -1,6 +1,7 @@
 //! The tests, in layers by what they need: `unit` nothing, `peers` real Nix, `fuzz` a C++ compiler, `control-plane` a real API server, `node` a
 //! real cluster. A layer whose parts cannot be had fails; none is skipped.
 
+use std::ffi::OsStr;
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
 use std::time::Instant;
@@ -88,16 +89,20 @@ impl Layer {
         }
     }
 
-    /// What cargo is told; None for the layer that is no cargo test. Tests of a layer share machines, ports and a cluster:
-    /// `node` runs one at a time.
-    fn cargo_arguments(self) -> Option<Vec<&'static str>> {
-        Some(match self {
-            Self::Fuzz => return None,
-            Self::Unit => vec!["test", "--workspace", "--exclude", "drover-tests", "--no-fail-fast"],
-            Self::Peers => vec!["test", "-p", "drover-tests", "--test", "peers"],
-            Self::ControlPlane => vec!["test", "-p", "drover-tests", "--test", "control_plane"],
-            Self::Node => vec!["test", "-p", "drover-tests", "--test", "node", "--", "--test-threads=1"],
-        })
+    /// What cargo is told, one run after the other; nothing for the layer that is no cargo test. Tests of a layer share
+    /// machines, ports and a cluster: `node` runs one at a time.
+    fn cargo_arguments(self) -> &'static [&'static [&'static str]] {
+        match self {
+            Self::Fuzz => &[],
+            // What tests are made of has tests of its own, beside those that take real parts.
+            Self::Unit => &[
+                &["test", "--workspace", "--exclude", "drover-tests", "--no-fail-fast"],
+                &["test", "-p", "drover-tests", "--lib"],
+            ],
+            Self::Peers => &[&["test", "-p", "drover-tests", "--test", "peers"]],
+            Self::ControlPlane => &[&["test", "-p", "drover-tests", "--test", "control_plane"]],
+            Self::Node => &[&["test", "-p", "drover-tests", "--test", "node", "--", "--test-threads=1"]],
+        }
     }
 }
 
@@ -136,11 +141,12 @@ pub fn test(layers: &[Layer]) -> Tally {
 }
 
 fn run_layer(layer: Layer) -> Result<Tally> {
-    let Some(arguments) = layer.cargo_arguments() else {
+    if layer == Layer::Fuzz {
         return fuzz::run(None, FUZZ_SECONDS);
-    };
+    }
+    let all = layer.cargo_arguments();
     if layer != Layer::Node || std::env::var_os("DROVER_CLUSTER_DIR").is_some() {
-        return run_cargo(run::cargo().args(arguments));
+        return run_all(all, &[]);
     }
     // A cluster of the tests' own, new and gone afterwards: what a person does in theirs is no matter of the tests.
     let cache = parts::cache()?;
@@ -148,8 +154,7 @@ fn run_layer(layer: Layer) -> Result<Tally> {
     let dir = cache.join("cluster-test");
     let cluster = Cluster::in_dir(&dir)?;
     cluster.down()?;
-    let mut cargo = run::cargo();
-    let tally = run_cargo(cargo.args(arguments).env("DROVER_CLUSTER_DIR", &dir));
+    let tally = run_all(all, &[("DROVER_CLUSTER_DIR", dir.as_os_str())]);
     if cluster.logs().is_dir() && tally.as_ref().is_ok_and(|tally| tally.failed > 0) {
         let kept = cache.join("cluster-test-logs");
         run::stdout(Command::new("rm").arg("-rf").arg(&kept))?;
@@ -158,6 +163,17 @@ fn run_layer(layer: Layer) -> Result<Tally> {
     }
     cluster.down()?;
     tally
+}
+
+/// Runs cargo with each of these arguments, whatever came of those before.
+fn run_all(all: &[&[&str]], env: &[(&str, &OsStr)]) -> Result<Tally> {
+    let mut total = Tally::default();
+    for arguments in all {
+        let tally = run_cargo(run::cargo().args(*arguments).envs(env.iter().copied()))?;
+        total.passed += tally.passed;
+        total.failed += tally.failed;
+    }
+    Ok(total)
 }
 
 fn run_cargo(cargo: &mut Command) -> Result<Tally> {
