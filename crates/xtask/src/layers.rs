@@ -1,5 +1,6 @@
-//! The tests, in layers by what they need: `unit` nothing, `peers` real Nix, `fuzz` a C++ compiler, `control-plane` a real API server, `node` a
-//! real cluster. A layer whose parts cannot be had fails; none is skipped.
+//! The tests, in layers by what they need: `unit` nothing, `peers` real Nix, `fuzz` a C++ compiler, `mutants` what the two
+//! before need, `control-plane` a real API server, `node` a real cluster. A layer whose parts cannot be had fails; none is
+//! skipped.
 
 use std::ffi::OsStr;
 use std::io::{BufRead, BufReader};
@@ -11,7 +12,7 @@ use anyhow::{Context, Result};
 use crate::cluster::Cluster;
 use crate::parts::rootfs::{self, Nix};
 use crate::parts::{self, go, host};
-use crate::{fuzz, images, run};
+use crate::{fuzz, images, mutants, run};
 
 /// For each target in the layer `fuzz`: enough to see that everything works, and that the seeds still get deep.
 const FUZZ_SECONDS: u64 = 8;
@@ -25,6 +26,8 @@ pub enum Layer {
     Peers,
     /// The fuzz targets, for a short time each.
     Fuzz,
+    /// The tests of the layers above, with a guard taken away for each: they must fail.
+    Mutants,
     /// Against a real etcd and kube-apiserver.
     ControlPlane,
     /// In a real one-node cluster.
@@ -41,13 +44,15 @@ pub struct Tally {
 
 impl Layer {
     /// Every layer, in the order in which they run: the fastest first.
-    pub const ALL: [Self; 5] = [Self::Unit, Self::Peers, Self::Fuzz, Self::ControlPlane, Self::Node];
+    pub const ALL: [Self; 6] =
+        [Self::Unit, Self::Peers, Self::Fuzz, Self::Mutants, Self::ControlPlane, Self::Node];
 
     pub fn name(self) -> &'static str {
         match self {
             Self::Unit => "unit",
             Self::Peers => "peers",
             Self::Fuzz => "fuzz",
+            Self::Mutants => "mutants",
             Self::ControlPlane => "control-plane",
             Self::Node => "node",
         }
@@ -72,6 +77,7 @@ impl Layer {
                 [host::CXX_TOOLS, host::SANDBOX_TOOLS].into_iter().try_for_each(host::ensure)?;
                 Nix::ALL.into_iter().try_for_each(|nix| rootfs::nix(nix).map(drop))
             }
+            Self::Mutants => Self::Unit.prepare().and_then(|()| Self::Peers.prepare()),
             Self::ControlPlane => {
                 rootfs::node()?;
                 go::helm()?;
@@ -89,11 +95,11 @@ impl Layer {
         }
     }
 
-    /// What cargo is told, one run after the other; nothing for the layer that is no cargo test. Tests of a layer share
+    /// What cargo is told, one run after the other; nothing for a layer that is no cargo test. Tests of a layer share
     /// machines, ports and a cluster: `node` runs one at a time.
     fn cargo_arguments(self) -> &'static [&'static [&'static str]] {
         match self {
-            Self::Fuzz => &[],
+            Self::Fuzz | Self::Mutants => &[],
             // What tests are made of has tests of its own, beside those that take real parts.
             Self::Unit => &[
                 &["test", "--workspace", "--exclude", "drover-tests", "--no-fail-fast"],
@@ -141,8 +147,10 @@ pub fn test(layers: &[Layer]) -> Tally {
 }
 
 fn run_layer(layer: Layer) -> Result<Tally> {
-    if layer == Layer::Fuzz {
-        return fuzz::run(None, FUZZ_SECONDS);
+    match layer {
+        Layer::Fuzz => return fuzz::run(None, FUZZ_SECONDS),
+        Layer::Mutants => return mutants::run(None),
+        _ => {}
     }
     let all = layer.cargo_arguments();
     if layer != Layer::Node || std::env::var_os("DROVER_CLUSTER_DIR").is_some() {
@@ -198,7 +206,7 @@ fn run_cargo(cargo: &mut Command) -> Result<Tally> {
 
 impl Tally {
     /// Counts a line that a test program ends with: `test result: ok. 3 passed; 0 failed; 1 ignored; …`.
-    fn add(&mut self, line: &str) {
+    pub(crate) fn add(&mut self, line: &str) {
         let Some(result) = line.strip_prefix("test result: ") else { return };
         let counts = result.split_once(". ").map_or("", |(_, counts)| counts);
         for count in counts.split("; ") {

@@ -5,7 +5,7 @@
 //! - [`cluster`] is a real one-node cluster; [`control_plane`] is etcd and kube-apiserver alone; [`audit`] reads what either
 //!   of them was asked.
 //! - [`images`] makes the two OCI images; [`crds`] and [`layers`] are the checks and the tests.
-//! - [`fuzz`] runs the targets of `tests/fuzz`.
+//! - [`fuzz`] runs the targets of `tests/fuzz`; [`mutants`] takes guards away and sees tests fail.
 //! - [`bench`] measures Drover beside the programs that people use today.
 //!
 //! Nothing of the product may depend on this crate.
@@ -18,6 +18,7 @@ pub mod crds;
 pub mod fuzz;
 pub mod images;
 pub mod layers;
+pub mod mutants;
 pub mod parts;
 pub mod pki;
 pub mod root;

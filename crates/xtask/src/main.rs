@@ -9,7 +9,7 @@ use clap::{Parser, Subcommand};
 use xtask::cluster::Cluster;
 use xtask::layers::{self, Layer, Tally};
 use xtask::parts::rootfs::Nix;
-use xtask::{bench, crds, fuzz, images, parts, root, run};
+use xtask::{bench, crds, fuzz, images, mutants, parts, root, run};
 
 /// What people who work on Drover run.
 #[derive(Parser)]
@@ -21,7 +21,7 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Act {
-    /// Runs the tests: all, or one layer (unit, peers, fuzz, control-plane, node)
+    /// Runs the tests: all, or one layer (unit, peers, fuzz, mutants, control-plane, node)
     Test { layer: Option<Layer> },
     /// Runs the fuzz targets, or one of them, and keeps every input that breaks one
     Fuzz {
@@ -29,6 +29,11 @@ enum Act {
         /// For each target
         #[arg(long, default_value_t = 60)]
         seconds: u64,
+    },
+    /// Takes away the guards that tests/mutants lists, one at a time, and sees the test fail that is named for each
+    Mutants {
+        /// Only those whose names contain this
+        name: Option<String>,
     },
     /// Writes crds/ from the code
     Crds {
@@ -135,6 +140,7 @@ fn act(act: Act) -> Result<ExitCode> {
     match act {
         Act::Test { layer } => test(layer),
         Act::Fuzz { target, seconds } => Ok(sum(fuzz::run(target.as_deref(), seconds)?)),
+        Act::Mutants { name } => Ok(sum(mutants::run(name.as_deref())?)),
         Act::Crds { check } => if check { crds::check() } else { crds::write() }.map(|()| ExitCode::SUCCESS),
         Act::Demo => demo(),
         Act::Parts => print_parts(),
