@@ -250,6 +250,6 @@ fn note<K>(ready: &Arc<Ready>, watch: Watch) -> impl FnMut(&watcher::Result<watc
 /// Ready as soon as every watch has delivered its first list.
 async fn report_ready(operator: Arc<Operator>) {
     operator.ready.wait(&[Watch::Classes, Watch::Pods, Watch::Requests]).await;
-    operator.metrics.set_ready();
+    operator.metrics.set_ready(true);
     tracing::info!("ready");
 }

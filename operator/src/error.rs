@@ -5,6 +5,8 @@
 
 use std::path::PathBuf;
 
+use crate::gate::NotLeading;
+
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -23,6 +25,9 @@ pub enum Error {
     /// The builder's host key, read from its log.
     #[error("cannot learn the builder's host key: {why}")]
     HostKey { why: String },
+    /// The Lease by which this process leads.
+    #[error("cannot lead: the lease: {why}")]
+    Lease { why: String },
     /// A Secret that should hold a key.
     #[error("cannot use Secret {name}: {why}")]
     Secret { name: String, why: String },
@@ -45,11 +50,13 @@ impl Error {
             Self::Kube { source, .. } => match source.as_ref() {
                 kube::Error::Api(status) if status.is_conflict() => "conflict",
                 kube::Error::Api(_) => "api",
+                kube::Error::Service(error) if error.is::<NotLeading>() => "not-leading",
                 _ => "api-transport",
             },
             Self::KubeTimeout { .. } => "api-timeout",
             Self::File { .. } => "file",
             Self::HostKey { .. } => "host-key",
+            Self::Lease { .. } => "lease",
             Self::Secret { .. } => "secret",
             Self::Seed { .. } => "seed",
             Self::Ssh { .. } => "ssh",

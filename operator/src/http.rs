@@ -83,7 +83,7 @@ mod tests {
         let metrics = Metrics::new();
         assert_eq!(page("/readyz", &metrics).0, StatusCode::SERVICE_UNAVAILABLE);
         assert_eq!(page("/healthz", &metrics).0, StatusCode::OK);
-        metrics.set_ready();
+        metrics.set_ready(true);
         assert_eq!(page("/readyz", &metrics).0, StatusCode::OK);
         assert_eq!(page("/other", &metrics).0, StatusCode::NOT_FOUND);
         assert!(page("/metrics", &metrics).2.ends_with("# EOF\n"));

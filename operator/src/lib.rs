@@ -3,22 +3,26 @@
 //! Each look at a request has three steps, and a module for each: [`observe`] reads everything that matters into a
 //! [`world::World`]; [`plan`] decides, and does nothing else; [`execute`] does what the plan says, and decides
 //! nothing. [`session`] holds the conversations with builders that plans start. [`controller`] wires it to the API
-//! server, [`sweep`] clears away what lost its request.
+//! server, [`sweep`] clears away what lost its request. [`process`] decides when all that may run: while this process holds
+//! the [`lease`], on which every write depends ([`gate`]).
 //!
-//! `plan`, `status`, `world`, `pod`, `quantity` and `keys` are pure: no async runtime, no clock, no network, no environment.
+//! `lease::record`, `plan`, `status`, `world`, `pod`, `quantity` and `keys` are pure: no async runtime, no clock, no network, no environment.
 
 pub mod clock;
 pub mod controller;
 pub mod error;
 pub mod execute;
+pub mod gate;
 pub mod http;
 pub mod init;
 pub mod keys;
+pub mod lease;
 pub mod metrics;
 pub mod observe;
 pub mod operator;
 pub mod plan;
 pub mod pod;
+pub mod process;
 pub mod quantity;
 pub mod ready;
 pub mod seed;

@@ -5,16 +5,17 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::{Parser, ValueEnum};
-use drover_operator::clock::Clock;
-use drover_operator::controller::{self, Parts};
+use drover_operator::lease::{Election, Timing};
 use drover_operator::metrics::Metrics;
+use drover_operator::process::{Process, SeedSource, Stop};
 use drover_operator::session::Ssh;
 use drover_operator::settings::{Settings, Timeouts};
-use drover_operator::{http, init, seed};
-use tokio::signal::unix::{SignalKind, signal};
+use drover_operator::{http, init};
+use ring::rand::SecureRandom as _;
 use tracing_subscriber::EnvFilter;
 
 /// Builds Nix derivations in ephemeral pods.
@@ -72,6 +73,12 @@ struct Flags {
     #[arg(value_parser = clap::value_parser!(u16).range(1..))]
     max_sessions: u16,
 
+    #[command(flatten)]
+    lease: LeaseFlags,
+
+    #[command(flatten)]
+    timeouts: TimeoutFlags,
+
     /// What is logged: a level, or directives such as `info,drover_operator=debug`
     #[arg(long, env = "DROVER_LOG", default_value = "info")]
     log: String,
@@ -79,6 +86,58 @@ struct Flags {
     /// How it is logged
     #[arg(long, env = "DROVER_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
     log_format: LogFormat,
+}
+
+#[derive(clap::Args)]
+#[command(next_help_heading = "Leadership")]
+struct LeaseFlags {
+    /// Whether the operator works only while it holds a Lease, so that there can be others. `false` is for one that is alone
+    #[arg(long, env = "DROVER_LEADER_ELECT", default_value_t = true, action = clap::ArgAction::Set)]
+    leader_elect: bool,
+
+    /// Name of the Lease, in the operator's namespace
+    #[arg(long, env = "DROVER_LEASE_NAME", default_value = "drover-operator")]
+    lease_name: String,
+
+    /// What the Lease calls this process, with something random behind it. Default: the machine's name, which in a pod is its
+    #[arg(long, env = "DROVER_POD_NAME")]
+    pod_name: Option<String>,
+
+    /// Seconds after which another operator takes a Lease that is not renewed
+    #[arg(long, env = "DROVER_LEASE_DURATION_SECONDS", default_value_t = 15)]
+    lease_duration_seconds: u32,
+
+    /// Seconds after which a leader that cannot renew it writes no more and ends
+    #[arg(long, env = "DROVER_LEASE_RENEW_DEADLINE_SECONDS", default_value_t = 10)]
+    lease_renew_deadline_seconds: u32,
+
+    /// Seconds between two renewals
+    #[arg(long, env = "DROVER_LEASE_RETRY_PERIOD_SECONDS", default_value_t = 2)]
+    lease_retry_period_seconds: u32,
+}
+
+#[derive(clap::Args)]
+#[command(next_help_heading = "Timeouts")]
+struct TimeoutFlags {
+    /// Seconds in which a builder's pod has to find a node; a cluster that grows takes its time
+    #[arg(long, env = "DROVER_SCHEDULING_TIMEOUT_SECONDS", default_value_t = seconds(|t| t.scheduling))]
+    scheduling_timeout_seconds: u32,
+
+    /// Seconds in which a builder whose pod has a node has to answer; pulling its image is in it
+    #[arg(long, env = "DROVER_START_TIMEOUT_SECONDS", default_value_t = seconds(|t| t.start))]
+    start_timeout_seconds: u32,
+
+    /// Seconds without a byte moved after which copying is given up
+    #[arg(long, env = "DROVER_STALL_TIMEOUT_SECONDS", default_value_t = seconds(|t| t.stall))]
+    stall_timeout_seconds: u32,
+
+    /// Seconds after a request's creation in which an input may turn up that no cache has and no request builds
+    #[arg(long, env = "DROVER_INPUT_GRACE_SECONDS", default_value_t = seconds(|t| t.input_grace))]
+    input_grace_seconds: u32,
+
+    /// Seconds that a build goes on without an operator
+    #[arg(long, env = "DROVER_LINGER_SECONDS", default_value_t = seconds(|t| t.linger))]
+    linger_seconds: u32,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -123,42 +182,80 @@ fn start_log(flags: &Flags) -> anyhow::Result<()> {
 }
 
 async fn run(flags: Flags) -> anyhow::Result<()> {
-    let client = kube::Client::try_default().await.context("cannot find an API server to talk to")?;
-    let seed = match &flags.seed_file {
-        Some(path) => seed::from_file(path)?,
-        None => seed::from_secret(&client, &flags.namespace, &flags.seed_secret).await?,
-    };
-    let settings = Settings {
-        namespace: flags.namespace,
-        builder_namespace: flags.builder_namespace,
-        builder_image: flags.builder_image,
-        builder_pull_policy: flags.builder_pull_policy,
-        builder_pull_secrets: flags.builder_pull_secrets,
-        pod_deadline_seconds: flags.pod_deadline_seconds,
-        work_dir: flags.work_dir,
-        concurrency: flags.concurrency,
-        timeouts: Timeouts::default(),
-    };
+    let config = kube::Config::infer().await.context("cannot find an API server to talk to")?;
+    let name = flags.lease.pod_name.clone().unwrap_or_else(machine);
     let metrics = Arc::new(Metrics::new());
-    let parts = Parts {
-        client,
-        settings,
-        seed,
+    let process = Process {
+        config,
+        election: flags.lease.election(&flags.namespace, &name)?,
+        name,
+        seed: match flags.seed_file {
+            Some(path) => SeedSource::File(path),
+            None => SeedSource::Secret(flags.seed_secret),
+        },
+        settings: Settings {
+            namespace: flags.namespace,
+            builder_namespace: flags.builder_namespace,
+            builder_image: flags.builder_image,
+            builder_pull_policy: flags.builder_pull_policy,
+            builder_pull_secrets: flags.builder_pull_secrets,
+            pod_deadline_seconds: flags.pod_deadline_seconds,
+            work_dir: flags.work_dir,
+            concurrency: flags.concurrency,
+            timeouts: flags.timeouts.into(),
+        },
         metrics: metrics.clone(),
-        clock: Clock::system(),
         conversation: Arc::new(Ssh),
     };
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    let shutdown = async move {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-        }
-        tracing::info!("shutting down");
-    };
+    let stop = Stop::on_signals()?;
     tokio::select! {
         error = http::serve(flags.listen, metrics) => error.map(|never| match never {}).map_err(Into::into),
-        () = controller::run(parts, shutdown) => Ok(()),
+        ended = process.run(stop) => ended.map_err(Into::into),
     }
+}
+
+impl LeaseFlags {
+    fn election(&self, namespace: &str, name: &str) -> anyhow::Result<Option<Election>> {
+        if !self.leader_elect {
+            return Ok(None);
+        }
+        let mut random = [0; 8];
+        ring::rand::SystemRandom::new()
+            .fill(&mut random)
+            .map_err(|_| anyhow::anyhow!("the system gave no random bytes"))?;
+        let seconds = |seconds: u32| Duration::from_secs(seconds.into());
+        Ok(Some(Election {
+            namespace: namespace.to_owned(),
+            name: self.lease_name.clone(),
+            // A container that is started again in the same pod is another one.
+            identity: format!("{name}_{:016x}", u64::from_le_bytes(random)),
+            timing: Timing::new(
+                seconds(self.lease_duration_seconds),
+                seconds(self.lease_renew_deadline_seconds),
+                seconds(self.lease_retry_period_seconds),
+            )?,
+        }))
+    }
+}
+
+impl From<TimeoutFlags> for Timeouts {
+    fn from(flags: TimeoutFlags) -> Self {
+        let seconds = |seconds: u32| Duration::from_secs(seconds.into());
+        Self {
+            scheduling: seconds(flags.scheduling_timeout_seconds),
+            start: seconds(flags.start_timeout_seconds),
+            stall: seconds(flags.stall_timeout_seconds),
+            input_grace: seconds(flags.input_grace_seconds),
+            linger: seconds(flags.linger_seconds),
+        }
+    }
+}
+
+/// The default of a timeout.
+fn seconds(of: impl Fn(&Timeouts) -> Duration) -> u32 {
+    u32::try_from(of(&Timeouts::default()).as_secs()).unwrap_or(u32::MAX)
+}
+
+fn machine() -> String {
+    rustix::system::uname().nodename().to_string_lossy().into_owned()
 }

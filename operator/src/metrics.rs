@@ -34,6 +34,7 @@ pub struct Metrics {
     pub reconcile_seconds: Histogram,
     pub reconcile_errors: Family<ErrorLabels, Counter>,
     pub status_writes: Counter,
+    pub leader: Gauge<i64, AtomicI64>,
 }
 
 impl Metrics {
@@ -57,6 +58,8 @@ impl Metrics {
         registry.register("reconcile_errors", "Passes that failed, by kind", reconcile_errors.clone());
         let status_writes = Counter::default();
         registry.register("status_writes", "Writes of a request's status", status_writes.clone());
+        let leader = Gauge::default();
+        registry.register("leader", "Whether this process leads: 1, or 0 while it stands by", leader.clone());
         Self {
             registry,
             ready: AtomicBool::new(false),
@@ -66,6 +69,7 @@ impl Metrics {
             reconcile_seconds,
             reconcile_errors,
             status_writes,
+            leader,
         }
     }
 
@@ -73,8 +77,9 @@ impl Metrics {
         self.ready.load(Ordering::Relaxed)
     }
 
-    pub fn set_ready(&self) {
-        self.ready.store(true, Ordering::Relaxed);
+    /// Ready to do its part: to lead with watches that have delivered, or to stand by.
+    pub fn set_ready(&self, ready: bool) {
+        self.ready.store(ready, Ordering::Relaxed);
     }
 
     /// The page in OpenMetrics' text format.
@@ -105,5 +110,6 @@ mod tests {
         assert!(page.contains("drover_builds_total{result=\"succeeded\",reason=\"Succeeded\"} 1"), "{page}");
         assert!(page.contains("drover_reconcile_duration_seconds_count 1"), "{page}");
         assert!(page.contains("drover_sessions_active 0"), "{page}");
+        assert!(page.contains("drover_leader 0"), "{page}");
     }
 }

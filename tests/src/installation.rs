@@ -117,10 +117,10 @@ impl Installation {
         Ok(names.lines().map(str::to_owned).collect())
     }
 
-    /// The end of the operator's log, for messages.
+    /// The end of the operators' logs, for messages.
     pub fn operator_log(&self) -> String {
-        let deployment = format!("deployment/{RELEASE}");
-        let log = self.cluster.kubectl(&["logs", "-n", RELEASE, &deployment, "--tail=60"]);
+        let operators = "app.kubernetes.io/component=operator";
+        let log = self.cluster.kubectl(&["logs", "-n", RELEASE, "-l", operators, "--prefix", "--tail=60"]);
         let pods = self.cluster.kubectl(&["get", "pods", "-A", "-o", "wide"]);
         format!("{}\n{}", log.unwrap_or_else(|e| format!("{e:#}")), pods.unwrap_or_else(|e| format!("{e:#}")))
     }
