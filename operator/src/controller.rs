@@ -127,8 +127,10 @@ async fn reconcile(request: Arc<BuildRequest>, context: Arc<Context>) -> Result<
 async fn passes(operator: &Operator, request: &BuildRequest) -> Result<Action, Error> {
     operator.ready.wait(&[Watch::Classes, Watch::Pods]).await;
     let mut request = request.clone();
+    let mut live = false;
     for _ in 0..MAX_PASSES {
-        let world = observe(operator, &request).await?;
+        let mut world = observe(operator, &request).await?;
+        world.live = live;
         let plan = plan(&world, operator.clock.now());
         if plan.status.is_some() || !plan.actions.is_empty() {
             tracing::debug!(request = %ObjectRef::from_obj(&request), actions = ?plan.actions, "plan");
@@ -147,8 +149,9 @@ async fn passes(operator: &Operator, request: &BuildRequest) -> Result<Action, E
             Executed::Gone => return Ok(Action::await_change()),
         }
         match plan.requeue {
-            // Every pass reads what it must from the API server already; nothing is kept back for a live one yet.
-            Requeue::Now | Requeue::Live => {}
+            Requeue::Now => live = false,
+            // For now a second look at what the watches show.
+            Requeue::Live => live = true,
             Requeue::After(wait) => return Ok(Action::requeue(wait)),
         }
     }

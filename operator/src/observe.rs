@@ -3,6 +3,8 @@
 //! Reads only. What the watches have seen is enough for most; where a watch that lags could lead to a wrong decision,
 //! the API server is asked. Translation of pods is pure and tested here.
 
+use std::time::Duration;
+
 use drover_api::{AllowedNamespaces, BuildRequest, BuilderClass, default_class};
 use k8s_openapi::api::core::v1::{ContainerStatus, Namespace, Pod};
 use kube::core::{Selector, SelectorExt as _};
@@ -133,6 +135,9 @@ pub fn view(pod: &Pod) -> Option<PodView> {
         all.find(|condition| condition.type_ == kind && condition.status == status)
     };
     let unschedulable = condition("PodScheduled", "False").and_then(|condition| condition.message.clone());
+    let scheduled =
+        condition("PodScheduled", "True").and_then(|condition| condition.last_transition_time.clone());
+    let deadline = pod.spec.as_ref().and_then(|spec| spec.active_deadline_seconds);
     let disruption = condition("DisruptionTarget", "True").map(|condition| {
         (condition.reason.clone().unwrap_or_default(), condition.message.clone().unwrap_or_default())
     });
@@ -144,6 +149,8 @@ pub fn view(pod: &Pod) -> Option<PodView> {
         created: pod.creation_timestamp().map(|time| time.0).unwrap_or_default(),
         deleting: pod.metadata.deletion_timestamp.is_some(),
         node: pod.spec.as_ref().and_then(|spec| spec.node_name.clone()).filter(|node| !node.is_empty()),
+        scheduled: scheduled.map(|time| time.0),
+        deadline: deadline.and_then(|seconds| u64::try_from(seconds).ok()).map(Duration::from_secs),
         unschedulable,
         waiting: waiting.map(|waiting| {
             (waiting.reason.clone().unwrap_or_default(), waiting.message.clone().unwrap_or_default())

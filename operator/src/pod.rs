@@ -37,7 +37,8 @@ const GRACE_SECONDS: u32 = 10;
 const I686: &str = "i686-linux";
 /// A pod without requests is the first to be evicted: what a builder asks for where neither class nor request speaks.
 const DEFAULT_REQUESTS: [(&str, &str); 3] =
-    [("cpu", "250m"), ("memory", "256Mi"), ("ephemeral-storage", "1Gi")];
+    [("cpu", "250m"), ("memory", DEFAULT_MEMORY), ("ephemeral-storage", "1Gi")];
+pub const DEFAULT_MEMORY: &str = "256Mi";
 
 /// The name follows from request and attempt, so that a creation that is repeated meets the first one.
 pub fn name(request_name: &str, uid: &str, attempt: u32) -> String {

@@ -12,6 +12,7 @@ use drover_api::{
     Phase, Reason, format_duration,
 };
 use jiff::Timestamp;
+use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
 use crate::world::PodView;
@@ -20,6 +21,10 @@ use crate::world::PodView;
 const MAX_MESSAGE: usize = 4096;
 /// Longest line of the log's tail.
 const MAX_LINE: usize = 1024;
+/// Longest message of an attempt, and how many of them keep theirs: budgets allow [`drover_api::MAX_ATTEMPTS`], and an
+/// object has to stay well below the 1.5 MiB that etcd takes.
+const MAX_ATTEMPT_MESSAGE: usize = 1024;
+const ATTEMPTS_WITH_MESSAGE: usize = 10;
 
 #[derive(Clone, Debug)]
 pub struct Draft {
@@ -94,16 +99,32 @@ impl Draft {
         self.status.attempts.last().filter(|attempt| attempt.end_time.is_none())
     }
 
-    fn open_attempt_mut(&mut self) -> Option<&mut Attempt> {
+    /// The summary's reason and message.
+    pub fn said(&self) -> Option<(&str, &str)> {
+        let summary = conditions::find(&self.status.conditions, conditions::SUCCEEDED)?;
+        Some((&summary.reason, &summary.message))
+    }
+
+    pub fn open_attempt_mut(&mut self) -> Option<&mut Attempt> {
         self.status.attempts.last_mut().filter(|attempt| attempt.end_time.is_none())
     }
 
-    /// Begins attempt `number`. What the last one had reached no longer counts.
-    pub fn begin_attempt(&mut self, number: u32) {
+    /// Begins attempt `number`, with this much memory if it is another amount than the request's or the class's. What the
+    /// last one had reached no longer counts.
+    pub fn begin_attempt(&mut self, number: u32, memory: Option<Quantity>) {
         let status = &mut self.status;
         status.attempt = Some(number);
         status.start_time.get_or_insert(Time(self.now));
-        status.attempts.push(Attempt { number, start_time: Some(Time(self.now)), ..Attempt::default() });
+        status.attempts.push(Attempt {
+            number,
+            start_time: Some(Time(self.now)),
+            memory,
+            ..Attempt::default()
+        });
+        let old = status.attempts.len().saturating_sub(ATTEMPTS_WITH_MESSAGE);
+        for attempt in &mut status.attempts[..old] {
+            attempt.message = None;
+        }
         status.builder = None;
         status.timings = None;
         status.transfer = None;
@@ -134,7 +155,8 @@ impl Draft {
         if let Some(attempt) = self.open_attempt_mut() {
             attempt.end_time = Some(Time(now));
             attempt.reason = Some(reason.as_str().to_owned());
-            attempt.message = (!message.is_empty()).then(|| headline(message).to_owned());
+            attempt.message =
+                (!message.is_empty()).then(|| cut(headline(message), MAX_ATTEMPT_MESSAGE).to_owned());
             attempt.infrastructure = infrastructure;
         }
     }
@@ -156,9 +178,9 @@ impl Draft {
             _ => format!("{} outputs are in the cache", outputs.len()),
         };
         self.status.outputs = outputs;
-        for condition in [conditions::BUILT, conditions::OUTPUTS_COLLECTED] {
-            self.phase(condition, Status::True, reason, "");
-        }
+        let collected = if reason == Reason::Built { Reason::OutputsCollected } else { reason };
+        self.phase(conditions::BUILT, Status::True, reason, "");
+        self.phase(conditions::OUTPUTS_COLLECTED, Status::True, collected, "");
         self.end(Phase::Succeeded);
         self.summary(Some(true), reason, &message);
     }
@@ -241,7 +263,7 @@ mod tests {
         let mut draft = Draft::new(&request, at(1));
         draft.progress(Phase::Pending, Reason::Accepted, "");
         draft.phase(conditions::ACCEPTED, Status::True, Reason::Accepted, "");
-        draft.begin_attempt(1);
+        draft.begin_attempt(1, None);
         let mut later = draft.clone();
         later.now = at(93);
         later.fail(Reason::InputMissing, "no cache has x", &["line".into()]);
@@ -252,6 +274,27 @@ mod tests {
         assert_eq!(status.attempts[0].reason.as_deref(), Some("InputMissing"));
         assert_eq!(status.failure.unwrap().log_tail, ["line"]);
         assert_eq!(conditions::verdict(&status.conditions), Some(false));
+    }
+
+    /// With both budgets at their largest and a build that says a lot each time.
+    #[test]
+    fn the_longest_history_stays_small() {
+        let mut request = BuildRequest::new("a", Default::default());
+        for number in 1..=drover_api::MAX_ATTEMPTS {
+            let mut draft = Draft::new(&request, at(number as i64));
+            draft.begin_attempt(number as u32, Some(Quantity("1Gi".into())));
+            draft.end_attempt(Reason::Evicted, &"x".repeat(100_000), true);
+            request.status = draft.finish();
+        }
+        let attempts = &request.status.as_ref().unwrap().attempts;
+        assert_eq!(attempts.len(), drover_api::MAX_ATTEMPTS);
+        assert!(attempts.iter().all(|attempt| attempt.reason.as_deref() == Some("Evicted")));
+        assert_eq!(
+            attempts.iter().filter(|attempt| attempt.message.is_some()).count(),
+            ATTEMPTS_WITH_MESSAGE
+        );
+        let size = serde_json::to_vec(&request.status).unwrap().len();
+        assert!(size < 64 << 10, "{size} bytes");
     }
 
     #[test]

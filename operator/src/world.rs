@@ -4,6 +4,7 @@
 //! environment. `observe` fills it in, tests write it down.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use drover_api::{BuildRequest, BuilderClassSpec, OutputStatus, Reason, Timings, Transfer};
 use jiff::Timestamp;
@@ -146,6 +147,10 @@ pub struct PodView {
     /// It has a deletion timestamp.
     pub deleting: bool,
     pub node: Option<String>,
+    /// When the scheduler found that node.
+    pub scheduled: Option<Timestamp>,
+    /// How long the kubelet lets it run (`activeDeadlineSeconds`).
+    pub deadline: Option<Duration>,
     /// What the scheduler says while it finds no node.
     pub unschedulable: Option<String>,
     /// What the kubelet says while a container cannot start: reason and message.
@@ -190,6 +195,8 @@ pub enum Stage {
 pub struct SessionView {
     pub attempt: u32,
     pub pod_uid: String,
+    /// When this process began it.
+    pub started: Timestamp,
     pub stage: Stage,
     /// The builder's sandbox, once it has said which.
     pub sandbox: Option<String>,

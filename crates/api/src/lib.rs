@@ -31,8 +31,8 @@ pub use crd::crds;
 pub use reasons::{Kind as ReasonKind, Reason, markdown_table as reasons_markdown};
 pub use request::{BuildRequest, BuildRequestSpec, DerivationSpec, OutputSpec, Resources, Retries, Verify};
 pub use status::{
-    Attempt, BuildRequestStatus, BuilderStatus, FailureStatus, LOG_TAIL_LINES, OutputStatus, Phase, Timings,
-    Transfer, format_duration,
+    Attempt, BuildRequestStatus, BuilderStatus, FailureStatus, LOG_TAIL_LINES, MAX_ATTEMPTS, OutputStatus,
+    Phase, Timings, Transfer, format_duration,
 };
 
 /// The API group.

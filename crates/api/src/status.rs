@@ -12,6 +12,9 @@ use serde::{Deserialize, Serialize};
 /// Most lines of the build's log that a failure keeps.
 pub const LOG_TAIL_LINES: usize = 25;
 
+/// Most attempts that a request can have: the first, and both budgets at their largest.
+pub const MAX_ATTEMPTS: usize = 201;
+
 /// Where a request stands. `conditions` are for programs; `phase` and `duration` are for people.
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
 #[serde(rename_all = "camelCase")]
@@ -45,6 +48,7 @@ pub struct BuildRequestStatus {
 
     /// Every attempt, in order.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(extend("maxItems" = MAX_ATTEMPTS))]
     pub attempts: Vec<Attempt>,
 
     /// When the first attempt began.
@@ -119,6 +123,13 @@ pub struct Attempt {
     /// Memory that it had, where that was more than the request or the class gives: an attempt before it ran out of it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub memory: Option<Quantity>,
+    /// How often the connection to its builder broke and was made again.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub reconnects: u32,
+}
+
+fn is_zero(number: &u32) -> bool {
+    *number == 0
 }
 
 /// Milliseconds that each phase took. A phase that was not reached is absent.

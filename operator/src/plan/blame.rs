@@ -134,6 +134,8 @@ mod tests {
             created: Default::default(),
             deleting: false,
             node: Some("n".into()),
+            scheduled: None,
+            deadline: None,
             unschedulable: None,
             waiting: None,
             ended: None,

@@ -8,12 +8,18 @@
 //! and goes on from that. The other order could lose outputs: with the pod gone and no verdict, all would be built
 //! again. Every action can be repeated.
 //!
-//! In the order of a request's life: [`accept`] checks what was asked for, [`attempt`] leads one try from pod to
-//! verdict, [`blame`] reads from a pod why it ended.
+//! A failure, of an attempt or of the request, is never said from a world that watches alone have shown: such a plan does
+//! nothing and asks for a live one ([`Requeue::Live`]).
+//!
+//! In the order of a request's life: [`accept`] checks what was asked for, `begin` says what an attempt waits for before it
+//! begins, `attempt` leads it from pod to verdict, `blame` reads from a pod why it ended, `retry` says whether there is
+//! another one.
 
 mod accept;
 mod attempt;
+mod begin;
 mod blame;
+mod retry;
 #[cfg(test)]
 mod tests;
 
@@ -21,14 +27,15 @@ use std::time::Duration;
 
 use drover_api::conditions::{self, Status};
 use drover_api::{BuildRequestStatus, Phase, Reason};
-use jiff::{SignedDuration, Timestamp};
+use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use kube::Resource as _;
 
+use accept::Refusal;
 pub use accept::{Accepted, accept, required_features};
 
 use crate::status::Draft;
-use crate::world::{Lookup, World};
+use crate::world::{Lookup, Slot, World};
 
 /// A settled request is looked at again after this long even if nothing happened.
 const IDLE: Duration = Duration::from_secs(1800);
@@ -71,17 +78,28 @@ pub enum Action {
 pub enum Requeue {
     /// At once: an action changes what is known.
     Now,
-    /// At once, with a world that is read from the API server itself. Nothing else is to be done.
+    /// At once, with a world that is read from the API server itself: what this one suggests is not said before.
     Live,
     After(Duration),
 }
 
 /// Decides.
 pub fn plan(world: &World, now: Timestamp) -> Plan {
+    let plan = decide(world, now);
+    if !world.live && (is_behind(world) || is_grave(world, &plan)) {
+        // What caches were asked before is asked again as well: what others make may have come in between.
+        let is_stale = !matches!(world.lookup, Lookup::Unknown) && !is_open(world);
+        let actions = if is_stale { vec![Action::ForgetLookUp] } else { vec![] };
+        return Plan { status: None, actions, requeue: Requeue::Live };
+    }
+    plan
+}
+
+fn decide(world: &World, now: Timestamp) -> Plan {
     let request = &world.request;
     let verdict = request.status.as_ref().and_then(|status| conditions::verdict(&status.conditions));
     if request.meta().deletion_timestamp.is_some() {
-        return Plan { status: None, actions: clean_up(world), requeue: Requeue::After(IDLE) };
+        return Plan { status: None, actions: clean_up(world, None), requeue: Requeue::After(IDLE) };
     }
     if let Some(succeeded) = verdict {
         return settled(world, succeeded, now);
@@ -89,63 +107,67 @@ pub fn plan(world: &World, now: Timestamp) -> Plan {
     let mut draft = Draft::new(request, now);
     if request.spec.cancel == Some(true) {
         draft.fail(Reason::Cancelled, "spec.cancel was set", &tail(world));
-        return end(world, draft);
+        return end(world, draft, now);
     }
-    let accepted = match accept(world) {
-        Ok(accepted) => accepted,
-        Err(refusal) => return refused(world, draft, refusal),
-    };
+    let accepted = accept(world);
     if draft.open_attempt().is_some() {
-        return attempt::lead(world, draft, now);
+        return attempt::lead(world, draft, accepted, now);
     }
-    if let Err(refusal) = accept::admit(world, &accepted) {
-        return refused(world, draft, refusal);
-    }
+    let accepted = match accepted.and_then(|accepted| accept::admit(world, &accepted).map(|()| accepted)) {
+        Ok(accepted) => accepted,
+        Err(refusal) => return refused(world, draft, refusal, now),
+    };
     if request.spec.suspend == Some(true) {
         draft.progress(Phase::Pending, Reason::Suspended, "spec.suspend is true");
-        return go_on(draft, strays(world, None), IDLE);
+        return go_on(draft, hold_back(world), IDLE);
     }
-    if let Some(wait) = attempt::backoff(&draft, now) {
-        return go_on(draft, strays(world, None), wait);
+    if let Some(wait) = retry::backoff(world, &draft, now) {
+        return go_on(draft, hold_back(world), wait);
     }
-    let number = draft.status.attempt.unwrap_or(0) + 1;
-    match &world.lookup {
-        Lookup::Unknown => {
-            let mut actions = strays(world, None);
-            actions.push(Action::LookUp { attempt: number });
-            Plan { status: None, actions, requeue: Requeue::Now }
-        }
-        Lookup::Refused { reason, message } => {
-            attempt::note_accepted(&mut draft, &accepted);
-            draft.fail(*reason, message, &[]);
-            end(world, draft)
-        }
-        Lookup::Present(outputs) => {
-            attempt::note_accepted(&mut draft, &accepted);
-            draft.succeed(Reason::AlreadyBuilt, outputs.clone());
-            end(world, draft)
-        }
-        Lookup::Missing { .. } => {
-            attempt::note_accepted(&mut draft, &accepted);
-            draft.begin_attempt(number);
-            draft.progress(Phase::Running, Reason::Accepted, "");
-            let mut actions = strays(world, Some(number));
-            actions.push(Action::CreatePod { attempt: number, memory: None });
-            go_on(draft, actions, attempt::PATIENCE)
-        }
+    begin::begin(world, draft, &accepted, now)
+}
+
+/// The world has something of an attempt that the request, as it is seen here, has not begun: it is an old version. Pods of
+/// that attempt are not strays.
+fn is_behind(world: &World) -> bool {
+    let attempt = world.request.status.as_ref().and_then(|status| status.attempt).unwrap_or(0);
+    let later = |number: u32| number > attempt;
+    world.pods.iter().any(|pod| later(pod.attempt))
+        || world.session.as_ref().is_some_and(|one| later(one.attempt))
+}
+
+/// The plan says that something has failed: the request, or an attempt. Watches may show what is no longer so, and such
+/// words are not taken back.
+fn is_grave(world: &World, plan: &Plan) -> bool {
+    let Some(status) = plan.status.as_ref().filter(|_| !is_settled(world)) else { return false };
+    match conditions::verdict(&status.conditions) {
+        Some(succeeded) => !succeeded,
+        None => is_open(world) && status.attempts.last().is_some_and(|last| last.end_time.is_some()),
     }
 }
 
-fn refused(world: &World, mut draft: Draft, refusal: accept::Refusal) -> Plan {
+fn is_settled(world: &World) -> bool {
+    let status = world.request.status.as_ref();
+    status.is_some_and(|status| conditions::verdict(&status.conditions).is_some())
+}
+
+/// Whether an attempt has begun and not ended.
+fn is_open(world: &World) -> bool {
+    let last = world.request.status.as_ref().and_then(|status| status.attempts.last());
+    last.is_some_and(|attempt| attempt.end_time.is_none())
+}
+
+fn refused(world: &World, mut draft: Draft, refusal: Refusal, now: Timestamp) -> Plan {
     match refusal {
-        accept::Refusal::Wait { reason, message } => {
+        Refusal::Wait { reason, message } => {
             draft.progress(Phase::Pending, reason, &message);
             draft.phase(conditions::ACCEPTED, Status::Unknown, reason, &message);
-            go_on(draft, vec![], IDLE)
+            let actions = if is_open(world) { vec![] } else { hold_back(world) };
+            go_on(draft, actions, IDLE)
         }
-        accept::Refusal::Never { reason, message } => {
-            draft.fail(reason, &message, &[]);
-            end(world, draft)
+        Refusal::Never { reason, message } => {
+            draft.fail(reason, &message, &tail(world));
+            end(world, draft, now)
         }
     }
 }
@@ -153,53 +175,67 @@ fn refused(world: &World, mut draft: Draft, refusal: accept::Refusal) -> Plan {
 /// The verdict was spoken: only what it left behind is cleared away, and the request itself when its time comes. A spec that
 /// was changed since is noted as seen.
 fn settled(world: &World, succeeded: bool, now: Timestamp) -> Plan {
-    let mut actions = clean_up(world);
-    let spec = &world.request.spec;
-    let ttl = if succeeded { spec.ttl_seconds_after_succeeded } else { spec.ttl_seconds_after_failed };
-    let completed = world.request.status.as_ref().and_then(|status| status.completion_time.as_ref());
+    let mut actions = clean_up(world, None);
+    let status = world.request.status.as_ref();
+    let completed = status.and_then(|status| status.completion_time.as_ref()).map(|time| time.0);
     let mut wait = IDLE;
-    if let (Some(ttl), Some(completed)) = (ttl, completed) {
-        let due = completed.0.saturating_add(SignedDuration::from_secs(ttl.into())).unwrap_or(Timestamp::MAX);
-        match Duration::try_from(due.duration_since(now)) {
-            Ok(left) if !left.is_zero() => wait = left.min(IDLE),
-            _ => actions.push(Action::DeleteRequest),
+    if let (Some(ttl), Some(completed)) = (time_to_live(world, succeeded), completed) {
+        match retry::left(completed, ttl, now) {
+            Some(left) => wait = left.min(IDLE),
+            None => actions.push(Action::DeleteRequest),
         }
     }
     let status = Draft::new(&world.request, now).restate();
     Plan { status, actions, requeue: Requeue::After(wait) }
 }
 
+fn time_to_live(world: &World, succeeded: bool) -> Option<Duration> {
+    let spec = &world.request.spec;
+    let seconds = if succeeded { spec.ttl_seconds_after_succeeded } else { spec.ttl_seconds_after_failed };
+    seconds.map(|seconds| Duration::from_secs(seconds.into()))
+}
+
 /// The verdict is in the draft: write it, then clean up.
-fn end(world: &World, draft: Draft) -> Plan {
-    Plan { status: draft.finish(), actions: clean_up(world), requeue: Requeue::After(IDLE) }
+fn end(world: &World, draft: Draft, now: Timestamp) -> Plan {
+    let succeeded = conditions::verdict(&draft.status.conditions) == Some(true);
+    let completed = draft.status.completion_time.as_ref().map(|time| time.0);
+    let wait = time_to_live(world, succeeded)
+        .zip(completed)
+        .map(|(ttl, completed)| retry::left(completed, ttl, now));
+    let requeue = match wait {
+        Some(Some(left)) => Requeue::After(left.min(IDLE)),
+        Some(None) => Requeue::Now,
+        None => Requeue::After(IDLE),
+    };
+    Plan { status: draft.finish(), actions: clean_up(world, None), requeue }
 }
 
 fn go_on(draft: Draft, actions: Vec<Action>, wait: Duration) -> Plan {
     Plan { status: draft.finish(), actions, requeue: Requeue::After(wait) }
 }
 
-/// Ends everything that was made for the request.
-fn clean_up(world: &World) -> Vec<Action> {
-    let mut actions = Vec::new();
-    if world.session.is_some() {
-        actions.push(Action::StopSession);
+/// Nothing runs, and nothing is to begin now: what is left of earlier attempts goes, and so does leave that was given.
+fn hold_back(world: &World) -> Vec<Action> {
+    let mut actions = clean_up(world, None);
+    if world.slot == Slot::Granted {
+        actions.push(Action::ReleaseSlot);
     }
-    actions.extend(strays(world, None));
     actions
 }
 
-/// Deletion of every pod but that of attempt `keep`.
-fn strays(world: &World, keep: Option<u32>) -> Vec<Action> {
-    world
-        .pods
-        .iter()
-        .filter(|pod| !pod.deleting && Some(pod.attempt) != keep)
-        .map(|pod| Action::DeletePod {
-            namespace: pod.namespace.clone(),
-            name: pod.name.clone(),
-            uid: pod.uid.clone(),
-        })
-        .collect()
+/// Ends everything that was made for the request's attempts, but for that of attempt `keep`.
+fn clean_up(world: &World, keep: Option<u32>) -> Vec<Action> {
+    let mut actions = Vec::new();
+    if world.session.as_ref().is_some_and(|session| Some(session.attempt) != keep) {
+        actions.push(Action::StopSession);
+    }
+    let strays = world.pods.iter().filter(|pod| !pod.deleting && Some(pod.attempt) != keep);
+    actions.extend(strays.map(|pod| Action::DeletePod {
+        namespace: pod.namespace.clone(),
+        name: pod.name.clone(),
+        uid: pod.uid.clone(),
+    }));
+    actions
 }
 
 fn tail(world: &World) -> Vec<String> {

@@ -126,7 +126,7 @@ impl Sim {
             pods: self.pods.clone(),
             lookup: self.lookups.get(&(attempt + 1)).cloned().unwrap_or(Lookup::Unknown),
             others: Default::default(),
-            slot: crate::world::Slot::Granted,
+            slot: Slot::Granted,
             refusal: None,
             session: self.session.clone(),
             timeouts: Default::default(),
@@ -201,6 +201,8 @@ impl Sim {
                     created: self.now,
                     deleting: false,
                     node: None,
+                    scheduled: None,
+                    deadline: None,
                     unschedulable: None,
                     waiting: None,
                     ended: None,
@@ -212,6 +214,7 @@ impl Sim {
                 self.session = Some(SessionView {
                     attempt: *attempt,
                     pod_uid: pod_uid.clone(),
+                    started: self.now,
                     stage: Stage::Connecting,
                     sandbox: None,
                     log_tail: vec![],
@@ -503,13 +506,19 @@ fn a_connection_that_broke_lets_the_pod_speak_first() {
     sim.pass(usize::MAX);
     assert_eq!(attempts(&sim), [("OutOfMemory".to_owned(), true)]);
 
-    // It says nothing.
+    // It says nothing: its builder goes on, and another session finds it.
     let mut sim = building(3);
-    sim.happen(Event::SessionBreaks);
-    sim.pass(usize::MAX);
+    for event in [Event::Advance, Event::Advance, Event::SessionBreaks] {
+        sim.happen(event);
+        sim.pass(usize::MAX);
+    }
     sim.happen(Event::Wait);
     sim.pass(usize::MAX);
-    assert_eq!(attempts(&sim), [("ConnectionLost".to_owned(), true)]);
+    assert_eq!((attempts(&sim), reason(&sim).as_str()), (vec![], "Connecting"));
+    assert!(sim.session.as_ref().is_some_and(|session| session.end.is_none()));
+    sim.settle();
+    assert_eq!((sim.verdicts.as_slice(), sim.pods_created), ([true].as_slice(), 1));
+    assert_eq!(sim.request.status.as_ref().unwrap().attempts[0].reconnects, 1);
 
     // It has nothing to do with the pod.
     let mut sim = building(3);

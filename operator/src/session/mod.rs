@@ -103,6 +103,7 @@ impl Sessions {
             view: Mutex::new(SessionView {
                 attempt: assignment.attempt,
                 pod_uid: assignment.pod_uid.clone(),
+                started: self.clock.now(),
                 stage: Stage::Connecting,
                 sandbox: None,
                 log_tail: vec![],
