@@ -12,7 +12,7 @@ use drover_operator::controller::{self, Parts};
 use drover_operator::keys::Seed;
 use drover_operator::metrics::Metrics;
 use drover_operator::seed;
-use drover_operator::session::Ssh;
+use drover_operator::session::{Conversation, Ssh};
 use drover_operator::settings::Settings;
 use drover_tests::ControlPlane;
 use serde_json::Value;
@@ -42,6 +42,7 @@ pub(crate) struct World {
 
 /// An operator that runs on a thread of its own.
 pub(crate) struct Running {
+    pub(crate) metrics: Arc<Metrics>,
     thread: JoinHandle<Result<()>>,
     stop: oneshot::Sender<()>,
 }
@@ -67,18 +68,35 @@ impl World {
         Ok(Self { plane, rights, cache: TempDir::new()?, work: TempDir::new()? })
     }
 
+    /// Makes the class that requests get, with an empty cache.
+    pub(crate) fn class(&self, name: &str) -> Result<()> {
+        self.plane.apply(&format!(
+            "{{apiVersion: drover.build/v1alpha1, kind: BuilderClass, metadata: {{name: {name}}}, spec: {{default: true, \
+             systems: [x86_64-linux], caches: [{{url: 'file://{}', push: true}}]}}}}",
+            self.cache.path().display()
+        ))?;
+        Ok(())
+    }
+
     /// Starts an operator as `main` does.
     pub(crate) fn operator(&self) -> Result<Running> {
+        self.operator_with(Arc::new(Ssh))
+    }
+
+    /// Starts one that talks to these builders.
+    pub(crate) fn operator_with(&self, conversation: Arc<dyn Conversation>) -> Result<Running> {
         let (stop, stopped) = oneshot::channel();
         let (rights, work_dir) = (self.rights.clone(), self.work.path().to_owned());
+        let metrics = Arc::new(Metrics::new());
+        let counted = metrics.clone();
         let thread = std::thread::spawn(move || {
             let runtime =
                 tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-            let result = runtime.block_on(operate(&rights, work_dir, stopped));
+            let result = runtime.block_on(operate(&rights, work_dir, counted, conversation, stopped));
             runtime.shutdown_background();
             result
         });
-        Ok(Running { thread, stop })
+        Ok(Running { metrics, thread, stop })
     }
 
     /// What the operator asked the API server for, oldest first.
@@ -102,6 +120,20 @@ spec:
 {more}"
         ))?;
         Ok(())
+    }
+
+    /// `kubectl patch` of the request's spec.
+    pub(crate) fn change(&self, name: &str, spec: &str) -> Result<()> {
+        let patch = format!("{{\"spec\": {spec}}}");
+        self.plane.kubectl(&["patch", "breq", name, "-n", TEAM, "--type=merge", "-p", &patch])?;
+        Ok(())
+    }
+
+    /// As a person waits who expects success (`True`) or failure (`False`).
+    pub(crate) fn wait(&self, name: &str, succeeded: &str) -> Result<()> {
+        let condition = format!("--for=condition=Succeeded={succeeded}");
+        let waited = self.plane.kubectl(&["wait", "breq", name, "-n", TEAM, &condition, "--timeout=60s"]);
+        waited.map(drop).with_context(|| format!("{:#}", self.get(name).unwrap_or_default()))
     }
 
     pub(crate) fn delete(&self, name: &str) -> Result<()> {
@@ -165,6 +197,16 @@ spec:
         })
     }
 
+    /// Waits until no builder's pod is there.
+    pub(crate) fn no_pods(&self) -> Result<()> {
+        let mut left = String::new();
+        run::wait_for("builders' pods to go", LIMIT, || {
+            left = self.plane.kubectl(&["get", "pods", "-n", BUILDERS, "-o", "name"])?;
+            Ok(left.is_empty())
+        })
+        .with_context(|| left)
+    }
+
     pub(crate) fn wait_reason(&self, request: &str, reason: &str) -> Result<()> {
         let mut last = String::new();
         let waited = run::wait_for(&format!("{request} to say {reason}"), LIMIT, || {
@@ -177,6 +219,14 @@ spec:
 }
 
 impl Running {
+    /// How often it has looked at a request.
+    pub(crate) fn looks(&self) -> Result<u64> {
+        let page = self.metrics.render();
+        let count =
+            page.lines().find_map(|line| line.strip_prefix("drover_reconcile_duration_seconds_count "));
+        count.context("it counts them")?.parse().context("a number")
+    }
+
     /// Stops it as SIGTERM would, and says how it ended.
     pub(crate) fn stop(self) -> Result<()> {
         let _ = self.stop.send(());
@@ -184,7 +234,13 @@ impl Running {
     }
 }
 
-async fn operate(kubeconfig: &Path, work_dir: PathBuf, stopped: oneshot::Receiver<()>) -> Result<()> {
+async fn operate(
+    kubeconfig: &Path,
+    work_dir: PathBuf,
+    metrics: Arc<Metrics>,
+    conversation: Arc<dyn Conversation>,
+    stopped: oneshot::Receiver<()>,
+) -> Result<()> {
     let kubeconfig = kube::config::Kubeconfig::read_from(kubeconfig)?;
     let config = kube::Config::from_custom_kubeconfig(kubeconfig, &Default::default()).await?;
     let client = kube::Client::try_from(config)?;
@@ -203,14 +259,7 @@ async fn operate(kubeconfig: &Path, work_dir: PathBuf, stopped: oneshot::Receive
     let shutdown = async {
         let _ = stopped.await;
     };
-    let parts = Parts {
-        client,
-        settings,
-        seed,
-        metrics: Arc::new(Metrics::new()),
-        clock: Clock::system(),
-        conversation: Arc::new(Ssh),
-    };
+    let parts = Parts { client, settings, seed, metrics, clock: Clock::system(), conversation };
     controller::run(parts, shutdown).await;
     Ok(())
 }
