@@ -152,9 +152,7 @@ impl Backend for Session {
         options: &BuildOptions,
     ) -> Result<BuildResult, BoxError> {
         let result = self.build(drv_path, derivation, options)?;
-        if self.cancel.is_cancelled() {
-            return Err(NOBODY_TO_TELL.into());
-        }
+        self.check_client()?;
         Ok(result)
     }
 
@@ -192,9 +190,7 @@ impl Backend for Session {
         let mut made = Made::default();
         for target in targets {
             let result = self.make_valid(target, options, &mut made)?;
-            if self.cancel.is_cancelled() {
-                return Err(NOBODY_TO_TELL.into());
-            }
+            self.check_client()?;
             if let Err(error) = result {
                 return Ok(Err((error.status(), error.to_string())));
             }
@@ -203,15 +199,16 @@ impl Backend for Session {
     }
 
     fn spool(&mut self) -> Result<File, BoxError> {
-        let dir = self.builder.store.temp_dir()?;
-        let path = dir.path().join("spool");
-        let mut options = File::options();
-        // The guard deletes the name; the file lives as long as it is open.
-        Ok(options.read(true).write(true).create_new(true).open(path)?)
+        Ok(self.builder.store.spool()?)
     }
 }
 
 impl Session {
+    /// Whether there is someone to answer after a build.
+    fn check_client(&self) -> Result<(), BoxError> {
+        if self.cancel.is_cancelled() { Err(NOBODY_TO_TELL.into()) } else { Ok(()) }
+    }
+
     /// What goes wrong with one target is its result, not the session's end.
     fn make_valid(
         &self,

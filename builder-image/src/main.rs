@@ -32,6 +32,9 @@ use crate::cli::{Cli, Command};
 /// Exit code where the machine allows no sandbox (sysexits.h: EX_CONFIG): starting again is of no use. The operator knows
 /// it, and the 2 of options that are not understood.
 const UNFIT: u8 = 78;
+/// Exit code of `listen` after SIGTERM, which is the shell's for that signal (128 + 15): a pod that was told to go is told
+/// from one whose builder ended by itself. The operator knows it.
+const TOLD_TO_END: u8 = 143;
 /// How long the last line may wait for room.
 const LAST_WORDS: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 /// Bytes that a pipe which has room at all takes without waiting (PIPE_BUF).
@@ -98,6 +101,7 @@ fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
                 login_grace: Duration::from_secs(*login_grace_seconds),
             };
             listen::run(&options, builder(cli, true)?)?;
+            return Ok(ExitCode::from(TOLD_TO_END));
         }
         Command::Gc(options) => return maintain::gc(&cli.store, options),
         Command::Verify { contents, repair } => return maintain::verify(&cli.store, *contents, *repair),

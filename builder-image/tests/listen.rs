@@ -238,7 +238,7 @@ fn told_to_stop_it_stops_what_runs() {
     server.says("started");
     server.signal(Signal::TERM);
     let begin = Instant::now();
-    assert_eq!(server.child.wait().unwrap().code(), Some(0));
+    assert_eq!(server.child.wait().unwrap().code(), Some(143));
     assert!(begin.elapsed() < PATIENCE);
     assert!(requester.join().unwrap());
     assert!(!ssh.wait().unwrap().success());

@@ -69,6 +69,10 @@ impl Cancel {
         self.gone.is_set()
     }
 
+    pub(crate) fn is_stopped(&self) -> bool {
+        self.stopped.is_set()
+    }
+
     /// Sleeps until `event`. False if the client is gone first.
     pub(crate) fn wait_for(&self, event: &Event) -> io::Result<bool> {
         while !event.is_set() {

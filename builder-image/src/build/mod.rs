@@ -1,7 +1,7 @@
 //! One derivation, built: from a request that names store paths to valid outputs or a reason why not.
 //!
-//! In the order of its story: what has to be built first ([`goals`]), who else in this process builds it ([`shared`]) and
-//! who wants it ([`cancel`]), what was made of it before ([`realised`]), whether it can be built here ([`accept`]), the one
+//! In the order of its story: what has to be built first ([`goals`]), who else in this process builds it ([`shared`]) or has
+//! built it ([`kept`]), who wants it ([`cancel`]), what was made of it before ([`realised`]), whether it can be built here ([`accept`]), the one
 //! attempt ([`attempt`]): where its outputs go ([`targets`]), locks ([`locks`]), ids ([`ids`]), directories ([`scratch`],
 //! [`root`], [`extra_paths`], [`skeleton`]), what the builder sees ([`attrs`], [`json`], [`graph`], [`env`], [`builtins`]), the sandbox ([`confine`],
 //! [`bare`], `crate::sandbox`) and its network ([`connect`]), the watch over it ([`supervise`], [`log`]); how it ended ([`evidence`], [`verdict`]) and what
@@ -24,6 +24,7 @@ mod graph;
 mod ids;
 mod json;
 mod keep;
+mod kept;
 mod locks;
 pub(crate) mod log;
 mod outputs;
@@ -37,6 +38,7 @@ mod targets;
 mod verdict;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -57,7 +59,7 @@ use self::evidence::Company;
 use self::extra_paths::ExtraPath;
 use self::log::Log;
 use self::realised::{Key, Realised};
-use self::shared::{Entry, Identity, Joined, Own, Registry};
+use self::shared::{Asker, Entry, Identity, Joined, Own, Registry};
 use self::skeleton::Placed;
 use self::targets::Paths;
 use crate::error::Error;
@@ -84,7 +86,7 @@ pub(crate) struct Settings {
     pub fetching: Fetching,
     /// Of builds that may fetch.
     pub network: network::Choice,
-    /// How long a build outlives the last session that wants it.
+    /// How long a build outlives the last session that wants it, and its end is kept for who asks again.
     pub linger: Duration,
     /// What the paths of content-addressed outputs that refer to themselves are made of.
     pub self_references: SelfReferenceHash,
@@ -135,10 +137,11 @@ struct Filed {
 
 impl Builder {
     pub(crate) fn new(store: LocalStore, settings: Settings) -> Self {
+        let running = Registry::new(settings.linger);
         Self {
             store,
             settings,
-            running: Registry::default(),
+            running,
             realised: Realised::default(),
             skeleton: Arc::default(),
             ladder: Ladder::default(),
@@ -178,20 +181,26 @@ impl Builder {
         };
         let wanted = Wanted { known, key, filed };
         loop {
-            if let Some(paths) = self.made_before(&wanted, request.roots)? {
-                return Ok(wanted.finished(BuildStatus::AlreadyValid, paths));
-            }
-            let identity = Identity {
-                drv_path: request.drv_path.clone(),
-                drv: drv.clone(),
-                options: request.options.clone(),
-            };
-            let entry = match kind {
+            let asker = Asker {
+                identity: Identity {
+                    drv_path: request.drv_path.clone(),
+                    drv: drv.clone(),
+                    options: request.options.clone(),
+                },
+                outputs: targets::lock_names(request.drv_path, &wanted.known),
                 // Whoever asks for one of these wants a new one.
-                DerivationType::Impure => self.running.enter_alone(identity, request.log)?,
-                _ => {
-                    let names = targets::lock_names(request.drv_path, &wanted.known);
-                    self.running.enter(identity, names, request.log)?
+                alone: kind == DerivationType::Impure,
+                log: request.log,
+                cancel: request.cancel,
+            };
+            // Before the store is looked at: who comes back wants the log too.
+            let entry = match self.running.join(&asker) {
+                Some(joined) => Entry::Joined(joined),
+                None => {
+                    if let Some(paths) = self.made_before(&wanted, request.roots)? {
+                        return Ok(wanted.finished(BuildStatus::AlreadyValid, paths));
+                    }
+                    self.running.enter(asker, self.log_spool())?
                 }
             };
             let result = match entry {
@@ -202,6 +211,11 @@ impl Builder {
                 return Ok(result);
             }
         }
+    }
+
+    /// Room for a build's log, where one may be asked for again. Without it less of the log is kept.
+    fn log_spool(&self) -> Option<File> {
+        if self.settings.linger.is_zero() { None } else { self.store.spool().ok() }
     }
 
     /// All outputs, if they are valid and where that is known. They are kept from the collector then.
@@ -247,8 +261,7 @@ impl Builder {
         let start = now();
         let shared = own.shared.clone();
         // What nobody could find again need not go on.
-        let is_lost = matches!(request.drv.kind(), Ok(DerivationType::Impure));
-        let linger = if is_lost { Duration::ZERO } else { self.settings.linger };
+        let linger = if own.can_be_found() { self.settings.linger } else { Duration::ZERO };
         let (log, interest) = (shared.log(), Interest::new(request.cancel, &shared, linger));
         let result = Attributes::parse(request.drv).and_then(|attributes| {
             let kind = self.accept(request.drv_path, request.drv, &attributes)?;
@@ -283,23 +296,31 @@ impl Builder {
         }
         own.finish(&result);
         // The log comes before the answer, for whoever reads both; without anyone to answer it can wait for its end.
-        log.flush(&|| interest.owner_is_gone());
+        request.log.flush_until(&|| interest.owner_is_gone());
         result
     }
 
     /// Waits for another session's build. None if that one came to no end that counts here.
     fn await_other(&self, request: &Request<'_>, joined: &Joined) -> Result<Option<BuildResult>, Error> {
-        request.log.note(&format!("another session builds {} already; its log:", request.drv_path));
+        // Who comes back for a build that nobody else has gets what it would have got, and no word of ours in between.
+        if !(joined.was_left() || joined.ended().is_set()) {
+            request.log.note(&format!("another session builds {} as well", request.drv_path));
+        }
         let ended =
             request.cancel.wait_for(joined.ended()).map_err(Error::system("wait for another build"))?;
         if !ended {
             return Err(Error::gone());
         }
-        joined.log().flush(&|| request.cancel.is_cancelled());
-        let Some(result) = joined.result() else { return Ok(None) };
-        // The builder's session may have ended, and taken its hold on the outputs with it.
-        let built = result.built_outputs.iter().map(|(name, built)| (name.clone(), built.path.clone()));
-        Ok(self.all_valid(&built.collect(), request.roots)?.then_some(result))
+        request.log.flush_until(&|| request.cancel.is_cancelled());
+        if let Some(result) = joined.result() {
+            // The builder's session may have ended, and taken its hold on the outputs with it.
+            let built = result.built_outputs.iter().map(|(name, built)| (name.clone(), built.path.clone()));
+            if self.all_valid(&built.collect(), request.roots)? {
+                return Ok(Some(result));
+            }
+        }
+        self.running.forget(joined);
+        Ok(None)
     }
 }
 

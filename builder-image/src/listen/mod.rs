@@ -22,6 +22,7 @@ use std::collections::HashMap;
 use std::io::{self, Write as _};
 use std::net::SocketAddr;
 use std::path::Path;
+use std::pin::pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -32,7 +33,7 @@ use russh::server::{Config, run_stream};
 use russh::{Disconnect, MethodKind, MethodSet, Preferred};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, mpsc, watch};
 
 use self::authorized::Rule;
 use self::bridge::{Input, NEAR_WINDOW};
@@ -99,6 +100,7 @@ pub(crate) fn run(options: &Options<'_>, builder: Builder) -> anyhow::Result<()>
         lobby: Mutex::new(Lobby::new(MAX_WAITING)),
         running: Mutex::default(),
         next: AtomicU64::new(0),
+        closing: watch::Sender::new(false),
         refusals: Mutex::new((Instant::now(), 0)),
     });
     let result = runtime.block_on(async {
@@ -147,6 +149,8 @@ struct Shared {
     /// The input of every session that runs: ending it ends the session.
     running: Mutex<HashMap<u64, Arc<Input>>>,
     next: AtomicU64,
+    /// True once connections are to be closed because the program ends.
+    closing: watch::Sender<bool>,
     /// Since when lines about refusals are counted, and how many there were.
     refusals: Mutex<(Instant, u32)>,
 }
@@ -208,6 +212,8 @@ async fn serve(listener: TcpListener, config: Arc<Config>, shared: Arc<Shared>) 
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
     let mut reap = tokio::time::interval(REAP_INTERVAL);
     let is_init = std::process::id() == 1;
+    // Dropped by each connection at its end.
+    let (open, mut closed) = mpsc::channel::<()>(1);
     loop {
         tokio::select! {
             _ = terminate.recv() => break,
@@ -215,7 +221,11 @@ async fn serve(listener: TcpListener, config: Arc<Config>, shared: Arc<Shared>) 
             _ = reap.tick(), if is_init => launch::reap_orphans(),
             accepted = listener.accept() => match accepted {
                 Ok((stream, peer)) => {
-                    tokio::spawn(connection(stream, peer, Arc::clone(&config), Arc::clone(&shared)));
+                    let (config, shared, open) = (Arc::clone(&config), Arc::clone(&shared), open.clone());
+                    tokio::spawn(async move {
+                        connection(stream, peer, config, shared).await;
+                        drop(open);
+                    });
                 }
                 // Out of descriptors or memory, or a connection that was gone before it was taken: both pass.
                 Err(error) => {
@@ -234,6 +244,10 @@ async fn serve(listener: TcpListener, config: Arc<Config>, shared: Arc<Shared>) 
         }
     };
     let _stuck = tokio::time::timeout(SHUTDOWN_GRACE, ended).await;
+    // What sessions said last is on its way to the clients, behind which connections close.
+    drop(open);
+    shared.closing.send_replace(true);
+    let _stuck = tokio::time::timeout(2 * CLOSE_GRACE, closed.recv()).await;
     Ok(())
 }
 
@@ -263,23 +277,28 @@ async fn connection(stream: TcpStream, peer: SocketAddr, config: Arc<Config>, sh
         Ok(Err(error)) => return note_end(&shared, peer, &error),
         Err(_) => return late(),
     };
-    let result = match tokio::time::timeout_at(deadline, &mut session).await {
-        Ok(result) => result,
-        Err(_) if logged_in.load(Ordering::Relaxed) => session.await,
-        Err(_) => {
-            late();
-            let handle = session.handle();
-            let why = "too slow to log in".to_owned();
-            let farewell = handle.disconnect(Disconnect::ByApplication, why, String::new());
-            let _gone = tokio::time::timeout(CLOSE_GRACE, farewell).await;
-            let _closed = tokio::time::timeout(CLOSE_GRACE, &mut session).await;
-            plug.pull();
-            return;
-        }
+    let mut closing = shared.closing.subscribe();
+    // The sender lives as long as `shared`.
+    let mut told_to_close = pin!(async { drop(closing.wait_for(|closing| *closing).await) });
+    let why = tokio::select! {
+        result = &mut session => return result.unwrap_or_else(|error| note_end(&shared, peer, &error)),
+        () = &mut told_to_close => "the builder was told to end",
+        () = tokio::time::sleep_until(deadline) => match logged_in.load(Ordering::Relaxed) {
+            true => tokio::select! {
+                result = &mut session => return result.unwrap_or_else(|error| note_end(&shared, peer, &error)),
+                () = &mut told_to_close => "the builder was told to end",
+            },
+            false => {
+                late();
+                "too slow to log in"
+            }
+        },
     };
-    if let Err(error) = result {
-        note_end(&shared, peer, &error);
-    }
+    let farewell = session.handle();
+    let farewell = farewell.disconnect(Disconnect::ByApplication, why.to_owned(), String::new());
+    let _gone = tokio::time::timeout(CLOSE_GRACE, farewell).await;
+    let _closed = tokio::time::timeout(CLOSE_GRACE, &mut session).await;
+    plug.pull();
 }
 
 /// Why a connection ended, unless that is what ends are like: probes that say nothing, and clients that go.

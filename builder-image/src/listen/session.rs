@@ -5,6 +5,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use drover_serve::Cause;
 use tokio::sync::OwnedSemaphorePermit;
 
 use super::Shared;
@@ -13,6 +14,10 @@ use super::bridge::{Client, Incoming, Input};
 use crate::backend;
 use crate::build::log::Log;
 use crate::error;
+
+/// The last words of every session that runs when the program is told to end, whatever its end looks like from inside: a
+/// client shall not take that for a failure of its build.
+const TOLD_TO_END: &str = "the builder was told to end";
 
 /// All that a session starts with.
 pub(super) struct Session {
@@ -40,7 +45,10 @@ impl Session {
         let client_log = Log::to(self.client.error_output());
         let result = self.serve(client_log.clone().and(&self.shared.log));
         if let Err(error) = &result {
-            let words = error::last_words(error);
+            let words = match self.input.cancel().is_stopped() {
+                true => Cause::Killed.say(TOLD_TO_END),
+                false => error::last_words(error),
+            };
             client_log.note(&words);
             self.note(&words);
         }

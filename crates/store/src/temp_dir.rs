@@ -35,6 +35,15 @@ impl Drop for TempDir {
 }
 
 impl LocalStore {
+    /// A new file on the store's disk that has no name, and is gone with its last descriptor.
+    pub fn spool(&self) -> Result<File, Error> {
+        let dir = self.temp_dir()?;
+        let path = dir.path().join("spool");
+        // The guard deletes the name; the file lives as long as it is open.
+        let file = File::options().read(true).write(true).create_new(true).open(&path);
+        file.map_err(Error::io("make", &path))
+    }
+
     /// Makes a new directory in the store's directory that no collector touches while the guard lives.
     pub fn temp_dir(&self) -> Result<TempDir, Error> {
         self.must_write("make a directory in the store")?;

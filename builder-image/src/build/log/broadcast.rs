@@ -1,13 +1,11 @@
 //! The log of one build, for every session that wants the build: the first one's, and those that join it later, who are
 //! shown what there was before as far as it is kept.
 
-use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::fs::File;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use super::{Log, Outlet, note};
-
-/// How much of a build's log is kept for who joins later.
-const MAX_HISTORY: usize = 256 << 10;
+use super::history::History;
+use super::{Log, Outlet, Shared, note};
 
 pub(crate) struct BuildLog {
     inner: Mutex<Inner>,
@@ -15,30 +13,36 @@ pub(crate) struct BuildLog {
 
 struct Inner {
     readers: Vec<Outlet>,
-    history: VecDeque<u8>,
-    cut: bool,
+    /// Those that had all of it when it ended, and need not be shown it again.
+    had: Vec<Weak<Shared>>,
+    history: History,
 }
 
 impl BuildLog {
-    /// With a session's readers.
-    pub(crate) fn new(log: &Log) -> Self {
-        let readers = log.outlets.clone();
-        Self { inner: Mutex::new(Inner { readers, history: VecDeque::new(), cut: false }) }
+    /// With a session's readers. In `spool` more of it is kept than memory has room for.
+    pub(crate) fn new(log: &Log, spool: Option<File>) -> Self {
+        let (readers, had) = (log.outlets.clone(), Vec::new());
+        Self { inner: Mutex::new(Inner { readers, had, history: History::new(spool) }) }
     }
 
     /// Adds a session's readers, as far as they are not there yet, and shows them what is kept.
     pub(crate) fn join(&self, log: &Log) {
         let mut inner = self.lock();
         for outlet in &log.outlets {
-            if inner.readers.iter().any(|reader| Arc::ptr_eq(&reader.shared, &outlet.shared)) {
+            let reads = inner.readers.iter().any(|reader| Arc::ptr_eq(&reader.shared, &outlet.shared));
+            let weak = Arc::downgrade(&outlet.shared);
+            if reads || inner.had.iter().any(|had| had.ptr_eq(&weak)) {
                 continue;
             }
-            if inner.cut {
-                outlet.shared.write(note("the beginning of this build's log is not kept").as_bytes());
-            }
-            outlet.shared.write(inner.history.make_contiguous());
+            outlet.shared.put(inner.history.pieces());
             inner.readers.push(outlet.clone());
         }
+    }
+
+    /// Nothing comes any more: lets go of the readers, who may be gone long before the log is.
+    pub(crate) fn end(&self) {
+        let mut inner = self.lock();
+        inner.had = inner.readers.drain(..).map(|reader| Arc::downgrade(&reader.shared)).collect();
     }
 
     /// Whether more may be written without waiting. False only while a reader is slow, never for long.
@@ -50,11 +54,7 @@ impl BuildLog {
     pub(crate) fn write(&self, bytes: &[u8]) {
         let mut inner = self.lock();
         inner.readers.iter().for_each(|reader| reader.shared.write(bytes));
-        let kept = bytes.get(bytes.len().saturating_sub(MAX_HISTORY)..).unwrap_or(bytes);
-        let excess = (inner.history.len() + kept.len()).saturating_sub(MAX_HISTORY);
-        inner.cut |= excess > 0 || kept.len() < bytes.len();
-        inner.history.drain(..excess);
-        inner.history.extend(kept);
+        inner.history.write(bytes);
     }
 
     /// A line of our own.
@@ -62,10 +62,9 @@ impl BuildLog {
         self.write(note(line).as_bytes());
     }
 
-    /// Waits until everything is written, the readers have taken nothing for a while, or `given_up`.
-    pub(crate) fn flush(&self, given_up: &dyn Fn() -> bool) {
-        let readers = self.lock().readers.clone();
-        readers.iter().for_each(|reader| reader.flush(given_up));
+    /// Bytes on the disk.
+    pub(crate) fn spooled(&self) -> u64 {
+        self.lock().history.spooled()
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -101,30 +100,35 @@ mod tests {
 
     #[test]
     fn who_joins_sees_the_log_from_where_it_stands() {
-        let (first, second) = (Kept::default(), Kept::default());
-        let log = Log::to(first.clone());
-        let build = BuildLog::new(&log);
-        build.write(b"before\n");
-        let joining = Log::to(second.clone()).and(&log);
-        build.join(&joining);
-        build.write(b"after\n");
-        build.flush(&|| false);
-        assert_eq!((first.text().as_str(), second.text().as_str()), ("before\nafter\n", "before\nafter\n"));
+        for spool in [None, Some(tempfile::tempfile().unwrap())] {
+            let (first, second) = (Kept::default(), Kept::default());
+            let log = Log::to(first.clone());
+            let build = BuildLog::new(&log, spool);
+            build.write(b"before\n");
+            let joining = Log::to(second.clone()).and(&log);
+            build.join(&joining);
+            build.write(b"after\n");
+            joining.flush_until(&|| false);
+            assert_eq!(
+                (first.text().as_str(), second.text().as_str()),
+                ("before\nafter\n", "before\nafter\n")
+            );
+        }
     }
 
     #[test]
-    fn what_is_kept_is_bounded() {
-        let build = BuildLog::new(&Log::to(io::sink()));
-        build.write(&vec![b'a'; MAX_HISTORY - 1]);
-        build.write(b"bc");
-        let kept = Kept::default();
-        build.join(&Log::to(kept.clone()));
-        build.flush(&|| false);
-        let text = kept.text();
-        let (first, rest) = text.split_once('\n').unwrap();
-        assert!(first.contains("not kept"));
-        assert!(rest.len() == MAX_HISTORY && rest.ends_with("abc"));
-        build.write(&vec![b'd'; 2 * MAX_HISTORY]);
-        assert_eq!(build.lock().history.len(), MAX_HISTORY);
+    fn who_comes_after_its_end_sees_it_and_who_was_there_does_not_see_it_again() {
+        let (first, second) = (Kept::default(), Kept::default());
+        let log = Log::to(first.clone());
+        let build = BuildLog::new(&log, Some(tempfile::tempfile().unwrap()));
+        // More than is read of a file at once.
+        let text = "all of it\n".repeat(20_000);
+        build.write(text.as_bytes());
+        build.end();
+        assert!(build.lock().readers.is_empty());
+        let joining = Log::to(second.clone()).and(&log);
+        build.join(&joining);
+        joining.flush_until(&|| false);
+        assert!(first.text() == text && second.text() == text);
     }
 }

@@ -3,10 +3,13 @@
 //! note of how much. [`BuildLog`] is one build's, with any number of readers; [`Tail`] is the last lines of it.
 
 mod broadcast;
+mod history;
 mod tail;
 
 use std::collections::VecDeque;
+use std::fs::File;
 use std::io::Write;
+use std::os::unix::fs::FileExt as _;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -43,7 +46,8 @@ struct Shared {
 
 #[derive(Default)]
 struct State {
-    pending: VecDeque<Vec<u8>>,
+    pending: VecDeque<Piece>,
+    /// Of what waits, in memory.
     bytes: usize,
     writing: bool,
     dropped: u64,
@@ -51,6 +55,18 @@ struct State {
     waiting_since: Option<Instant>,
     broken: bool,
     closed: bool,
+}
+
+/// Something that waits for its reader.
+#[derive(Clone)]
+enum Piece {
+    Bytes(Vec<u8>),
+    /// These bytes of a file.
+    Spooled {
+        file: Arc<File>,
+        from: u64,
+        to: u64,
+    },
 }
 
 impl Log {
@@ -83,10 +99,15 @@ impl Log {
         self.write(note(line).as_bytes());
     }
 
+    /// Waits until everything is written, the readers have taken nothing for a while, or `given_up`.
+    pub(crate) fn flush_until(&self, given_up: &dyn Fn() -> bool) {
+        self.outlets.iter().for_each(|outlet| outlet.flush(given_up));
+    }
+
     /// Waits until everything is written, but not for long: the session is over.
     pub(crate) fn flush(&self) {
         let begin = Instant::now();
-        self.outlets.iter().for_each(|outlet| outlet.flush(&|| begin.elapsed() >= END_FLUSH));
+        self.flush_until(&|| begin.elapsed() >= END_FLUSH);
     }
 }
 
@@ -145,12 +166,33 @@ impl Shared {
         self.changed.notify_all();
     }
 
+    /// Takes what was kept for a reader that comes late.
+    fn put(&self, pieces: Vec<Piece>) {
+        let mut state = self.lock();
+        for piece in pieces {
+            match piece {
+                Piece::Bytes(bytes) if bytes.is_empty() => {}
+                Piece::Spooled { from, to, .. } if from == to => {}
+                Piece::Bytes(bytes) => state.push(bytes),
+                spooled => {
+                    state.waiting_since.get_or_insert_with(Instant::now);
+                    state.pending.push_back(spooled);
+                }
+            }
+        }
+        self.changed.notify_all();
+    }
+
     /// What to write next; None once there will be nothing any more.
     fn next(&self) -> Option<Vec<u8>> {
         let mut state = self.lock();
         loop {
-            if let Some(bytes) = state.pending.pop_front() {
+            if let Some(piece) = state.pending.pop_front() {
                 state.writing = true;
+                let (bytes, rest) = piece.split();
+                if let Some(rest) = rest {
+                    state.pending.push_front(rest);
+                }
                 return Some(bytes);
             }
             if state.closed {
@@ -167,7 +209,7 @@ impl Shared {
         if state.broken {
             state.pending.clear();
         }
-        state.bytes = state.pending.iter().map(Vec::len).sum();
+        state.bytes = state.pending.iter().map(Piece::in_memory).sum();
         state.waiting_since = (!state.pending.is_empty()).then(Instant::now);
         self.changed.notify_all();
     }
@@ -179,8 +221,8 @@ impl State {
         self.bytes += bytes.len();
         match self.pending.back_mut() {
             // Builders write byte by byte if they like; what waits shall not be made of crumbs.
-            Some(last) if last.len() + bytes.len() <= MAX_PIECE => last.extend(bytes),
-            _ => self.pending.push_back(bytes),
+            Some(Piece::Bytes(last)) if last.len() + bytes.len() <= MAX_PIECE => last.extend(bytes),
+            _ => self.pending.push_back(Piece::Bytes(bytes)),
         }
     }
 
@@ -190,6 +232,31 @@ impl State {
 
     fn is_stalled(&self) -> bool {
         self.waiting_since.is_some_and(|since| since.elapsed() >= STALL)
+    }
+}
+
+impl Piece {
+    fn in_memory(&self) -> usize {
+        match self {
+            Self::Bytes(bytes) => bytes.len(),
+            Self::Spooled { .. } => 0,
+        }
+    }
+
+    /// What to write now, and what is left for later.
+    fn split(self) -> (Vec<u8>, Option<Self>) {
+        match self {
+            Self::Bytes(bytes) => (bytes, None),
+            Self::Spooled { file, from, to } => {
+                let mut bytes = vec![0; usize::try_from(to - from).unwrap_or(MAX_PIECE).min(MAX_PIECE)];
+                let end = from + bytes.len() as u64;
+                if let Err(error) = file.read_exact_at(&mut bytes, from) {
+                    let line = note(&format!("this build's log cannot be read back: {error}"));
+                    return (format!("\n{line}").into_bytes(), None);
+                }
+                (bytes, (end < to).then_some(Self::Spooled { file, from: end, to }))
+            }
+        }
     }
 }
 
