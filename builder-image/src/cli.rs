@@ -25,7 +25,8 @@ Usage:
 
 Options:
   --store URI               a root directory, or `local` with ?root=, store=, real=, state= (default: local)
-  --linger SECONDS          how long a build outlives its connection (default: 0)
+  --linger SECONDS          how long a build outlives its connection, and how long its end and its log are kept for
+                            who asks for the same again (default: 0)
   --sandbox RUNG            the weakest sandbox that builds may have: nested, nested-admin or pod (default: nested); the
                             strongest that works is used
   --sandbox-paths LIST      what else of this machine builds see, with blanks between: INSIDE or INSIDE=OUTSIDE, and `?`

@@ -31,8 +31,13 @@ pub const CONTAINER: &str = "builder";
 const NAME_PART: usize = 40;
 /// Seconds that copying may take on top of the build's own timeout before the pod's deadline ends it.
 const COPY_SECONDS: u32 = 3600;
-/// The builder ends its sessions and goes; there is nothing left to save by then.
+/// The builder ends its sessions, says so to their clients and goes, which takes it 8 seconds at most.
 const GRACE_SECONDS: u32 = 10;
+/// How long a pod may be on a node that is lost. Another attempt begins when it is deleted; Kubernetes' own default of five
+/// minutes is for pods that somebody would miss (Kubernetes: plugin/pkg/admission/defaulttolerationseconds).
+const LOST_NODE_SECONDS: u32 = 30;
+/// What a lost node is tainted with, with the effect NoExecute.
+const LOST_NODE_TAINTS: [&str; 2] = ["node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable"];
 /// 32-bit programs on an x86_64 machine.
 const I686: &str = "i686-linux";
 /// A pod without requests is the first to be evicted: what a builder asks for where neither class nor request speaks.
@@ -180,6 +185,22 @@ impl PodPlan<'_> {
         let spec = &mut pod["spec"];
         spec["restartPolicy"] = "Never".into();
         spec["automountServiceAccountToken"] = false.into();
+        if spec["tolerations"].is_null() {
+            spec["tolerations"] = json!([]);
+        }
+        if let Some(tolerations) = spec["tolerations"].as_array_mut() {
+            for key in LOST_NODE_TAINTS {
+                // The shortest of several would count, whatever the class says.
+                if !tolerations.iter().any(|toleration| tolerates(toleration, key)) {
+                    tolerations.push(json!({
+                        "key": key,
+                        "operator": "Exists",
+                        "effect": "NoExecute",
+                        "tolerationSeconds": LOST_NODE_SECONDS,
+                    }));
+                }
+            }
+        }
         let containers = spec["containers"].as_array_mut().into_iter().flatten();
         for container in containers.filter(|container| container["name"] == CONTAINER) {
             container["args"] = json!([
@@ -195,7 +216,15 @@ impl PodPlan<'_> {
                 // The builder takes the strongest that works, and does not start below this one.
                 "--sandbox",
                 self.class.sandbox.rung(),
+                // An operator that was away finds the build again, or how it ended.
+                "--linger",
+                self.settings.timeouts.linger.as_secs().to_string(),
             ]);
+            if let Some(memory) = self.memory {
+                let resources = &mut container["resources"];
+                let of = if resources["limits"]["memory"].is_null() { "requests" } else { "limits" };
+                resources[of]["memory"] = memory.0.as_str().into();
+            }
             // The builder keeps to it even where no network plugin enforces policies.
             if let (EgressMode::None, Some(args)) = (self.class.egress.mode, container["args"].as_array_mut())
             {
@@ -293,6 +322,16 @@ fn merge(under: &mut Value, over: Value, key: &str) {
     }
 }
 
+/// Whether a toleration is for this taint, which has no value, with the effect NoExecute (Kubernetes: api/core/v1
+/// toleration.go, ToleratesTaint).
+fn tolerates(toleration: &Value, taint: &str) -> bool {
+    let of = |field: &str| toleration[field].as_str().unwrap_or_default();
+    let (key, exists) = (of("key"), of("operator") == "Exists");
+    ["", "NoExecute"].contains(&of("effect"))
+        && (key == taint || key.is_empty())
+        && (exists || (key == taint && of("value").is_empty()))
+}
+
 /// By which field the entries of a list are told apart (Kubernetes: patchMergeKey of the pod's fields).
 fn merge_key(list: &str) -> Option<&'static str> {
     match list {
@@ -304,202 +343,4 @@ fn merge_key(list: &str) -> Option<&'static str> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn settings() -> Settings {
-        Settings {
-            namespace: "drover".into(),
-            builder_namespace: "drover-builders".into(),
-            builder_image: "drover/builder:1".into(),
-            builder_pull_policy: "IfNotPresent".into(),
-            builder_pull_secrets: vec![],
-            pod_deadline_seconds: 86_400,
-            work_dir: "/tmp".into(),
-            concurrency: 4,
-            timeouts: Default::default(),
-        }
-    }
-
-    fn request() -> BuildRequest {
-        let mut request = BuildRequest::new("hello.world", Default::default());
-        request.metadata.namespace = Some("team".into());
-        request.metadata.uid = Some("0f8fad5b-d9cb-469f-a165-70867728950e".into());
-        request
-    }
-
-    fn class(yaml: &str) -> BuilderClassSpec {
-        serde_yaml::from_str(&format!("systems: [x86_64-linux]\n{yaml}")).unwrap()
-    }
-
-    fn pod(request: &BuildRequest, class: &BuilderClassSpec, features: &[&str]) -> Value {
-        let plan = PodPlan {
-            request,
-            class,
-            class_name: "c",
-            attempt: 2,
-            memory: None,
-            system: "x86_64-linux",
-            features: &features.iter().map(|f| (*f).to_owned()).collect(),
-            fetches: features.contains(&"fetches"),
-            authorized_key: "ssh-ed25519 AAAA",
-            settings: &settings(),
-        };
-        serde_json::to_value(plan.build().unwrap()).unwrap()
-    }
-
-    #[test]
-    fn names_are_host_names_and_tell_attempts_apart() {
-        let uid = "0f8fad5b-d9cb-469f-a165-70867728950e";
-        assert_eq!(name("hello.world", uid, 2), "hello-world-0f8fad5b-2");
-        let long = name(&format!("{}-{}", "a".repeat(39), "b".repeat(200)), uid, u32::MAX);
-        assert_eq!(long, format!("{}-0f8fad5b-4294967295", "a".repeat(39)));
-        assert!(long.len() <= 63);
-    }
-
-    #[test]
-    fn a_pod_that_baseline_admits_and_nobody_evicts() {
-        let pod = pod(&request(), &class(""), &[]);
-        let spec = &pod["spec"];
-        assert_eq!(spec["hostUsers"], false);
-        assert_eq!(spec["automountServiceAccountToken"], false);
-        assert_eq!(spec["enableServiceLinks"], false);
-        assert_eq!(spec["restartPolicy"], "Never");
-        assert_eq!(spec["activeDeadlineSeconds"], 86_400);
-        assert_eq!(spec["nodeSelector"]["kubernetes.io/arch"], "amd64");
-        assert_eq!(spec["containers"][0]["terminationMessagePolicy"], "FallbackToLogsOnError");
-        let context = &spec["containers"][0]["securityContext"];
-        assert_eq!(context["procMount"], "Unmasked");
-        assert_eq!(context["allowPrivilegeEscalation"], false);
-        assert!(context["capabilities"].is_null() && context["seccompProfile"].is_null());
-        for (name, amount) in DEFAULT_REQUESTS {
-            assert_eq!(spec["containers"][0]["resources"]["requests"][name], amount);
-        }
-        let metadata = &pod["metadata"];
-        assert_eq!(metadata["namespace"], "drover-builders");
-        assert_eq!(metadata["labels"][ATTEMPT_LABEL], "2");
-        assert_eq!(metadata["annotations"]["cluster-autoscaler.kubernetes.io/safe-to-evict"], "false");
-        assert!(metadata["ownerReferences"].is_null(), "nothing is owned across namespaces");
-        let args = spec["containers"][0]["args"].as_array().unwrap();
-        assert_eq!(args[4], "ssh-ed25519 AAAA");
-    }
-
-    #[test]
-    fn the_template_is_merged_but_cannot_take_over() {
-        let class = class(
-            "placement: RequestNamespace
-template:
-  metadata: {labels: {team: x, drover.build/attempt: '7'}}
-  spec:
-    restartPolicy: Always
-    automountServiceAccountToken: true
-    priorityClassName: builds
-    containers:
-    - name: builder
-      args: [evil]
-      env: [{name: A, value: b}]
-      volumeMounts: [{name: big, mountPath: /nix}]
-    - {name: side, image: s}
-    volumes: [{name: big, emptyDir: {sizeLimit: 1Gi}}]
-",
-        );
-        let pod = pod(&request(), &class, &[]);
-        assert_eq!(pod["metadata"]["labels"]["team"], "x");
-        assert_eq!(pod["metadata"]["labels"][ATTEMPT_LABEL], "2");
-        assert_eq!(pod["metadata"]["namespace"], "team");
-        assert_eq!(pod["metadata"]["ownerReferences"][0]["kind"], "BuildRequest");
-        let spec = &pod["spec"];
-        assert_eq!(
-            (&spec["restartPolicy"], &spec["automountServiceAccountToken"]),
-            (&"Never".into(), &false.into())
-        );
-        assert_eq!(spec["priorityClassName"], "builds");
-        assert_eq!(spec["volumes"].as_array().unwrap().len(), 3);
-        let builder = &spec["containers"][0];
-        assert_eq!(builder["args"][0], "listen");
-        assert_eq!(builder["image"], "drover/builder:1");
-        assert_eq!(builder["volumeMounts"][0]["name"], "big");
-        assert_eq!(builder["volumeMounts"].as_array().unwrap().len(), 2);
-        assert_eq!(spec["containers"][1]["name"], "side");
-    }
-
-    #[test]
-    fn the_floor_of_the_sandbox_is_the_builders() {
-        for (spec, rung, added) in [
-            ("", "nested", Value::Null),
-            ("sandbox: Nested", "nested", Value::Null),
-            ("sandbox: NestedAdmin", "nested-admin", json!(["SYS_ADMIN"])),
-            ("sandbox: Pod", "pod", Value::Null),
-        ] {
-            // What a template says of arguments is not heard.
-            let template = "template: {spec: {containers: [{name: builder, args: [--sandbox, pod]}]}}";
-            let pod = pod(&request(), &class(&format!("{spec}\n{template}")), &[]);
-            assert_eq!(pod["spec"]["hostUsers"], false);
-            let builder = &pod["spec"]["containers"][0];
-            let args = builder["args"].as_array().unwrap();
-            let at = args.iter().position(|arg| arg == "--sandbox").unwrap();
-            assert_eq!(args[at + 1], rung);
-            let context = &builder["securityContext"];
-            assert_eq!(context["capabilities"]["add"], added, "{spec}");
-            assert_eq!(
-                (&context["procMount"], &context["allowPrivilegeEscalation"]),
-                (&"Unmasked".into(), &false.into())
-            );
-            assert!(context["seccompProfile"].is_null() && context["privileged"].is_null());
-        }
-    }
-
-    #[test]
-    fn features_bring_their_scheduling() {
-        let class = class(
-            "features: [kvm]
-featureScheduling:
-  kvm: {nodeSelector: {kvm: 'yes'}, tolerations: [{key: kvm}], resources: {devices/kvm: '1'}}
-resources: {default: {requests: {cpu: '4'}, limits: {memory: 8Gi}}}
-",
-        );
-        let with = pod(&request(), &class, &["kvm"]);
-        assert_eq!(with["spec"]["nodeSelector"]["kvm"], "yes");
-        assert_eq!(with["spec"]["tolerations"][0]["key"], "kvm");
-        let resources = &with["spec"]["containers"][0]["resources"];
-        assert_eq!(resources["requests"]["devices/kvm"], "1");
-        assert_eq!(resources["limits"]["devices/kvm"], "1");
-        assert_eq!(resources["requests"]["cpu"], "4");
-        assert!(resources["requests"]["memory"].is_null(), "the limit is the request");
-        let without = pod(&request(), &class, &[]);
-        assert!(without["spec"]["nodeSelector"]["kvm"].is_null());
-        // Whatever the request needs, the builder offers what the class says.
-        let args = &without["spec"]["containers"][0]["args"];
-        assert_eq!((&args[7], &args[8]), (&"--system-features".into(), &"ca-derivations,kvm".into()));
-    }
-
-    #[test]
-    fn who_may_open_connections() {
-        // A pod that fetches and one that does not, under each mode.
-        for (mode, [fetching, pure], told) in [
-            ("None", ["denied", "denied"], true),
-            ("FixedOutput", ["allowed", "denied"], false),
-            ("All", ["allowed", "allowed"], false),
-        ] {
-            let class = class(&format!("egress: {{mode: {mode}}}"));
-            for (features, expected) in [(&["fetches"][..], fetching), (&[], pure)] {
-                let pod = pod(&request(), &class, features);
-                assert_eq!(pod["metadata"]["labels"][EGRESS_LABEL], expected, "{mode}");
-                let args = pod["spec"]["containers"][0]["args"].to_string();
-                assert_eq!(args.contains(r#""--network","none""#), told, "{mode}: {args}");
-            }
-        }
-        let default = pod(&request(), &class(""), &[]);
-        assert_eq!(default["metadata"]["labels"][EGRESS_LABEL], "denied");
-        let template = class("template: {metadata: {labels: {drover.build/egress: allowed}}}");
-        assert_eq!(pod(&request(), &template, &[])["metadata"]["labels"][EGRESS_LABEL], "denied");
-    }
-
-    #[test]
-    fn the_deadline_leaves_time_to_copy() {
-        let mut request = request();
-        request.spec.timeout_seconds = Some(60);
-        let pod = pod(&request, &class(""), &[]);
-        assert_eq!(pod["spec"]["activeDeadlineSeconds"], 60 + COPY_SECONDS);
-    }
-}
+mod tests;

@@ -13,6 +13,10 @@ pub const BUILDER_PORT: u16 = 2222;
 /// and a machine that allows no sandbox of the kind that is asked for. The last line of the log says which.
 pub const BUILDER_REFUSES: [i32; 2] = [2, 78];
 
+/// Exit code of builders that were told to end (SIGTERM), and did: by an eviction, a deletion, a shutdown of the node. None
+/// ends so by itself; why it was to end, the pod says.
+pub const BUILDER_TOLD_TO_END: i32 = 143;
+
 /// How long each phase of a request may take.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Timeouts {

@@ -57,8 +57,9 @@ const MAX_ATTEMPTS: usize = 10;
 const KEEPALIVE: Duration = Duration::from_secs(15);
 /// Packets from sessions to their connection that may wait. Several at once are one system call.
 const PACKETS: usize = 32;
-/// How long sessions may take to end when the program is told to, and a client to close after it was told to.
-const SHUTDOWN_GRACE: Duration = Duration::from_secs(10);
+/// How long sessions may take to end when the program is told to, and a client to close after it was told to. With two of
+/// the latter it has to be less than a pod's grace, which the operator sets to 10 seconds.
+const SHUTDOWN_GRACE: Duration = Duration::from_secs(6);
 const CLOSE_GRACE: Duration = Duration::from_secs(1);
 /// How often process 1 looks for orphans that have ended.
 const REAP_INTERVAL: Duration = Duration::from_secs(2);

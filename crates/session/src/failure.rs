@@ -84,8 +84,9 @@ impl Failure {
         }
         let words = log.iter().rev().take(LAST_WORDS).find_map(|line| line.strip_prefix(BUILDER_SAYS));
         match words.map(|words| (words, Cause::of_text(words))) {
-            Some((words, Some(Cause::DiskFull))) => {
-                Self { reason: Reason::DiskFull, message: format!("{words} ({})", self.message), ..self }
+            Some((words, Some(cause @ (Cause::DiskFull | Cause::Killed)))) => {
+                let reason = if cause == Cause::DiskFull { Reason::DiskFull } else { Reason::BuilderLost };
+                Self { reason, message: format!("{words} ({})", self.message), ..self }
             }
             _ => self,
         }
@@ -153,6 +154,8 @@ mod tests {
             "{}",
             failure.message
         );
+        let told = explained(&["drover-builder: killed from outside: the builder was told to end"]);
+        assert_eq!((told.reason, told.infrastructure), (Reason::BuilderLost, true));
         for log in [
             &["drover-builder: no such path"][..],
             &["disk full: says the build"],
