@@ -28,6 +28,8 @@ const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 pub async fn serve(address: SocketAddr, metrics: Arc<Metrics>) -> Result<Infallible, Error> {
     let fail = |source| Error::File { act: "listen on", path: address.to_string().into(), source };
     let listener = TcpListener::bind(address).await.map_err(fail)?;
+    let address = listener.local_addr().map_err(fail)?;
+    tracing::info!(%address, "serving /healthz, /readyz and /metrics");
     loop {
         let Ok((stream, _)) = listener.accept().await else {
             // Out of file descriptors, most likely: give others time to return theirs.

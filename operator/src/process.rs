@@ -171,3 +171,52 @@ impl Process {
         config
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use k8s_openapi::api::core::v1::Secret;
+    use kube::Api;
+    use kube::api::PostParams;
+
+    use super::*;
+    use crate::session::Ssh;
+    use crate::settings::Timeouts;
+
+    /// Nobody listens at that address: what gets past the gate fails otherwise.
+    #[tokio::test]
+    async fn everything_but_the_lease_is_written_behind_the_gate() {
+        // Another test may have been first.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let process = process();
+        let write = async |client: Client| {
+            let secrets: Api<Secret> = Api::namespaced(client, "drover-system");
+            let written = secrets.create(&PostParams::default(), &Secret::default()).await;
+            written.map_err(Error::kube("write")).unwrap_err().category()
+        };
+        assert_eq!(write(process.client(&Gate::shut()).unwrap()).await, "not-leading");
+        assert_eq!(write(process.client(&Gate::open()).unwrap()).await, "api-transport");
+        assert_eq!(write(process.lease_client().unwrap()).await, "api-transport");
+    }
+
+    fn process() -> Process {
+        Process {
+            config: kube::Config::new("http://127.0.0.1:1".parse().unwrap()),
+            name: "test".into(),
+            election: None,
+            seed: SeedSource::Secret("seed".into()),
+            settings: Settings {
+                namespace: "drover-system".into(),
+                builder_namespace: "drover-builders".into(),
+                builder_image: "drover.test/none:1".into(),
+                builder_pull_policy: "Never".into(),
+                builder_pull_secrets: vec![],
+                pod_deadline_seconds: 60,
+                work_dir: "/tmp".into(),
+                concurrency: 1,
+                timeouts: Timeouts::default(),
+            },
+            metrics: Arc::default(),
+            conversation: Arc::new(Ssh),
+        }
+    }
+}

@@ -6,6 +6,7 @@ mod corpus;
 mod crd;
 mod deletion;
 mod fixtures;
+mod lease;
 mod ledger;
 mod operator;
 mod outages;
