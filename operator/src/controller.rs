@@ -24,10 +24,11 @@ use crate::error::Error;
 use crate::execute::{Executed, execute};
 use crate::keys::Seed;
 use crate::metrics::{ErrorLabels, Metrics};
-use crate::observe::{observe, request_of};
+use crate::observe::{Freshness, observe, request_of};
 use crate::operator::Operator;
 use crate::plan::{Requeue, plan};
 use crate::pod;
+use crate::queue::Queue;
 use crate::ready::{Ready, Watch};
 use crate::session::{Conversation, Sessions, Trigger};
 use crate::settings::Settings;
@@ -38,6 +39,8 @@ const MAX_PASSES: usize = 8;
 /// Wait after a pass that failed: first and longest.
 const FIRST_BACKOFF: Duration = Duration::from_millis(200);
 const LONGEST_BACKOFF: Duration = Duration::from_secs(300);
+/// Caches that have not answered by then have had a request looked at again in any case.
+const ANSWER_LIMIT: Duration = Duration::from_secs(300);
 
 /// What an operator is made of.
 pub struct Parts {
@@ -61,6 +64,8 @@ pub async fn run(parts: Parts, shutdown: impl Future<Output = ()> + Send + Sync 
         .default_backoff()
         .modify(|request| request.managed_fields_mut().clear());
     let ready = Arc::new(Ready::new());
+    let queue = Arc::new(Queue::new(trigger.clone()));
+    let requests = requests.inspect(feed(&queue));
     let requests =
         reflector::reflector(writer, requests).inspect(note(&ready, Watch::Requests)).touched_objects();
     let controller = Controller::for_stream(requests, known.clone())
@@ -80,7 +85,9 @@ pub async fn run(parts: Parts, shutdown: impl Future<Output = ()> + Send + Sync 
         sessions: Sessions::new(trigger, metrics, clock.clone(), conversation),
         clock,
         caches: Arc::default(),
-        lookups: Default::default(),
+        queue,
+        doors: Default::default(),
+        refusals: Default::default(),
     });
     let wake = Arc::new(Notify::new());
     tokio::spawn(report_ready(operator.clone()));
@@ -125,16 +132,19 @@ async fn reconcile(request: Arc<BuildRequest>, context: Arc<Context>) -> Result<
 }
 
 async fn passes(operator: &Operator, request: &BuildRequest) -> Result<Action, Error> {
-    operator.ready.wait(&[Watch::Classes, Watch::Pods]).await;
+    // Requests too: nobody may begin before those are known that run already.
+    operator.ready.wait(&[Watch::Classes, Watch::Pods, Watch::Requests]).await;
     let mut request = request.clone();
-    let mut live = false;
+    let mut freshness = Freshness::Watched;
     for _ in 0..MAX_PASSES {
-        let mut world = observe(operator, &request).await?;
-        world.live = live;
+        let Some(world) = observe(operator, &request, freshness).await? else {
+            return Ok(Action::await_change());
+        };
         let plan = plan(&world, operator.clock.now());
         if plan.status.is_some() || !plan.actions.is_empty() {
             tracing::debug!(request = %ObjectRef::from_obj(&request), actions = ?plan.actions, "plan");
         }
+        freshness = if plan.requeue == Requeue::Live { Freshness::Live } else { Freshness::Watched };
         match execute(operator, &world, &plan).await? {
             Executed::Done(written) => {
                 if let Some(written) = written {
@@ -142,6 +152,7 @@ async fn passes(operator: &Operator, request: &BuildRequest) -> Result<Action, E
                     request = *written;
                 }
             }
+            Executed::Coming => return Ok(Action::requeue(ANSWER_LIMIT)),
             Executed::Stale(current) => {
                 request = *current;
                 continue;
@@ -149,9 +160,7 @@ async fn passes(operator: &Operator, request: &BuildRequest) -> Result<Action, E
             Executed::Gone => return Ok(Action::await_change()),
         }
         match plan.requeue {
-            Requeue::Now => live = false,
-            // For now a second look at what the watches show.
-            Requeue::Live => live = true,
+            Requeue::Now | Requeue::Live => {}
             Requeue::After(wait) => return Ok(Action::requeue(wait)),
         }
     }
@@ -238,6 +247,16 @@ fn watch_classes(
         future::ready(())
     }));
     store
+}
+
+/// Tells the queue what the watch shows, before anybody else hears of it.
+fn feed(queue: &Arc<Queue>) -> impl FnMut(&watcher::Result<watcher::Event<BuildRequest>>) + Send + use<> {
+    let queue = queue.clone();
+    move |event| {
+        if let Ok(event) = event {
+            queue.note(event);
+        }
+    }
 }
 
 /// Marks the watch as ready when its first list is in the store. For the stream behind the reflector.

@@ -4,12 +4,10 @@
 //! request that the plan was made from is still the newest. A status names the version that it was made from, so a
 //! stale one is refused; actions without a status are preceded by a look at the request.
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use drover_api::{BuildRequest, BuildRequestStatus, ClassCache, conditions};
-use drover_nix::StoreDir;
-use k8s_openapi::api::core::v1::{Pod, Secret};
+use drover_api::{BuildRequest, BuildRequestStatus, conditions};
+use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use kube::api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions};
 use kube::runtime::reflector::ObjectRef;
@@ -17,14 +15,15 @@ use kube::{Api, ResourceExt as _};
 use serde_json::json;
 
 use crate::error::Error;
+use crate::lookup::{Answer, job_plan, look_up};
 use crate::metrics::BuildLabels;
 use crate::operator::{Operator, call};
 use crate::plan::{Action, Plan, accept};
 use crate::pod::{self, PodPlan};
+use crate::refusal::refusal;
 use crate::session::Assignment;
-use crate::session::job::{self, JobPlan};
 use crate::settings::{FIELD_MANAGER, STATUS_MANAGER};
-use crate::world::{Class, Lookup, World};
+use crate::world::{Class, World};
 
 /// What became of a plan.
 pub enum Executed {
@@ -32,6 +31,8 @@ pub enum Executed {
     Done(Option<Box<BuildRequest>>),
     /// Nothing was done, because the plan was made from an old version: plan again from this one.
     Stale(Box<BuildRequest>),
+    /// What was begun has no answer yet. The request is looked at when it has.
+    Coming,
     /// Nothing was done, because the request is gone.
     Gone,
 }
@@ -43,7 +44,10 @@ pub async fn execute(operator: &Operator, world: &World, plan: &Plan) -> Result<
         match write_status(operator, request, status).await {
             Ok(request) => written = Some(Box::new(request)),
             Err(error) if error.is_conflict() => return current(operator, request).await,
-            Err(Error::Kube { source, .. }) if is_not_found(&source) => return Ok(Executed::Gone),
+            Err(Error::Kube { source, .. }) if is_not_found(&source) => {
+                operator.queue.gone(&request.uid().unwrap_or_default());
+                return Ok(Executed::Gone);
+            }
             Err(error) => return Err(error),
         }
         count_end(operator, request, status);
@@ -57,18 +61,31 @@ pub async fn execute(operator: &Operator, world: &World, plan: &Plan) -> Result<
             other => return Ok(other),
         }
     }
+    let mut answer = Answer::There;
     for action in &plan.actions {
-        act(operator, world, action).await?;
+        match action {
+            Action::LookUp { attempt } => answer = look_up(operator, world, *attempt).await?,
+            action => act(operator, world, action).await?,
+        }
     }
-    Ok(Executed::Done(written))
+    Ok(match answer {
+        Answer::Coming => Executed::Coming,
+        Answer::There => Executed::Done(written),
+    })
 }
 
 /// The request as the API server has it.
 async fn current(operator: &Operator, request: &BuildRequest) -> Result<Executed, Error> {
     let found = call("read the request", requests(operator, request).get_opt(&request.name_any())).await?;
     Ok(match found {
-        Some(found) if found.uid() == request.uid() => Executed::Stale(Box::new(found)),
-        _ => Executed::Gone,
+        Some(found) if found.uid() == request.uid() => {
+            operator.queue.seen(&found);
+            Executed::Stale(Box::new(found))
+        }
+        _ => {
+            operator.queue.gone(&request.uid().unwrap_or_default());
+            Executed::Gone
+        }
     })
 }
 
@@ -94,23 +111,29 @@ async fn write_status(
     let written =
         call("write the request's status", api.patch_status(&name, &params, &Patch::Apply(&body))).await?;
     operator.metrics.status_writes.inc();
+    operator.queue.seen(&written);
     Ok(written)
 }
 
 async fn act(operator: &Operator, world: &World, action: &Action) -> Result<(), Error> {
     let uid = world.request.uid().unwrap_or_default();
     match action {
-        Action::LookUp { attempt } => {
-            let lookup = look_up(operator, world).await?;
-            operator.lookups.set(&uid, *attempt, lookup);
-            Ok(())
-        }
+        // See `execute`: it is the one that may take long.
+        Action::LookUp { .. } => Ok(()),
         Action::ForgetLookUp => {
-            operator.lookups.forget(&uid);
+            operator.queue.lookups.expire(&uid);
             Ok(())
         }
-        // The queue is not there yet: every request has leave.
-        Action::AskForSlot { .. } | Action::ReleaseSlot => Ok(()),
+        Action::AskForSlot { attempt } => {
+            if let Class::Found { name, spec, .. } = &world.class {
+                operator.queue.ask(&uid, *attempt, name, spec.concurrency.unwrap_or_default());
+            }
+            Ok(())
+        }
+        Action::ReleaseSlot => {
+            operator.queue.release(&uid);
+            Ok(())
+        }
         Action::CreatePod { attempt, memory } => create_pod(operator, world, *attempt, memory.as_ref()).await,
         Action::StartSession { attempt, namespace, pod, pod_uid } => {
             let Some(job) = job_plan(operator, world).await? else { return Ok(()) };
@@ -190,6 +213,7 @@ async fn create_pod(
     match call("create the builder's pod", api.create(&params, &pod)).await {
         Ok(_) => {
             operator.metrics.attempts.inc();
+            operator.refusals.forget(&uid);
             Ok(())
         }
         Err(Error::Kube { source, .. }) if is_already_exists(&source) => {
@@ -199,77 +223,23 @@ async fn create_pod(
                     why: format!("a pod {} is there that belongs to something else", pod.name_any()),
                 }),
                 // Ours, from an earlier pass; or gone again, and the next pass sees to it.
-                _ => Ok(()),
+                _ => {
+                    operator.refusals.forget(&uid);
+                    Ok(())
+                }
             }
         }
+        Err(Error::Kube { act, source }) => match refusal(&source, attempt, operator.clock.now()) {
+            Some(refusal) => {
+                operator.refusals.set(&uid, refusal);
+                // The plan that asked for the pod did not know. The next one says so.
+                operator.queue.look_at(ObjectRef::from_obj(&world.request));
+                Ok(())
+            }
+            None => Err(Error::Kube { act, source }),
+        },
         Err(error) => Err(error),
     }
-}
-
-/// Asks the class's caches for the outputs. A cache that cannot be asked counts as one that has nothing: the attempt
-/// that follows meets the same cache, and says what is wrong with it.
-async fn look_up(operator: &Operator, world: &World) -> Result<Lookup, Error> {
-    let Some(plan) = job_plan(operator, world).await? else {
-        return Ok(Lookup::Missing { absent: BTreeSet::new() });
-    };
-    let caches = operator.caches.clone();
-    let name = world.request.name_any();
-    let look = tokio::task::spawn_blocking(move || {
-        let job = match plan.open(&caches) {
-            Ok(job) => job,
-            Err(error) => {
-                tracing::warn!(
-                    request = name,
-                    error = &error as &dyn std::error::Error,
-                    "cannot look for outputs"
-                );
-                return Lookup::Missing { absent: BTreeSet::new() };
-            }
-        };
-        match drover_session::all_outputs_in_cache(&job) {
-            Ok(Some(outcome)) => Lookup::Present(job::outputs(&StoreDir::default(), &outcome)),
-            Ok(None) => Lookup::Missing { absent: BTreeSet::new() },
-            Err(failure) if !failure.infrastructure => {
-                Lookup::Refused { reason: job::reason(failure.reason), message: failure.message }
-            }
-            Err(failure) => {
-                tracing::warn!(
-                    request = name,
-                    error = &failure as &dyn std::error::Error,
-                    "cannot look for outputs"
-                );
-                Lookup::Missing { absent: BTreeSet::new() }
-            }
-        }
-    });
-    // A thread that panicked has said so already.
-    Ok(look.await.unwrap_or(Lookup::Missing { absent: BTreeSet::new() }))
-}
-
-/// What a session needs to know; None if the request is not acceptable (any more).
-async fn job_plan(operator: &Operator, world: &World) -> Result<Option<JobPlan>, Error> {
-    let (Ok(accepted), Class::Found { spec, .. }) = (accept(world), &world.class) else { return Ok(None) };
-    let signing_key = match spec.push_cache() {
-        Some(cache) => signing_key(operator, cache).await?,
-        None => None,
-    };
-    let work_dir = operator.settings.work_dir.clone();
-    Ok(Some(JobPlan::new(accepted, &world.request.spec, signing_key, work_dir)))
-}
-
-/// The text of the class's secret key, from the operator's own namespace.
-async fn signing_key(operator: &Operator, cache: &ClassCache) -> Result<Option<String>, Error> {
-    let Some(reference) = &cache.signing_key_secret_ref else { return Ok(None) };
-    let fail = |why: String| Error::Secret { name: reference.name.clone(), why };
-    let api: Api<Secret> = Api::namespaced(operator.client.clone(), &operator.settings.namespace);
-    let secret = call("read the class's signing key", api.get_opt(&reference.name)).await?;
-    let secret =
-        secret.ok_or_else(|| fail(format!("it is not in namespace {}", operator.settings.namespace)))?;
-    let key = reference.key.as_deref().unwrap_or("key");
-    let bytes =
-        secret.data.unwrap_or_default().remove(key).ok_or_else(|| fail(format!("it has no entry {key}")))?;
-    let text = String::from_utf8(bytes.0).map_err(|_| fail(format!("its entry {key} is not text")))?;
-    Ok(Some(text.trim().to_owned()))
 }
 
 fn requests(operator: &Operator, request: &BuildRequest) -> Api<BuildRequest> {

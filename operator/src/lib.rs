@@ -2,9 +2,10 @@
 //!
 //! Each look at a request has three steps, and a module for each: [`observe`] reads everything that matters into a
 //! [`world::World`]; [`plan`] decides, and does nothing else; [`execute`] does what the plan says, and decides
-//! nothing. [`session`] holds the conversations with builders that plans start. [`controller`] wires it to the API
-//! server, [`sweep`] clears away what lost its request. [`process`] decides when all that may run: while this process holds
-//! the [`lease`], on which every write depends ([`gate`]).
+//! nothing. [`queue`] knows what requests mean for each other and which of them may begin. [`session`] holds the
+//! conversations with builders that plans start. [`controller`] wires it to the API server, [`sweep`] clears away what
+//! lost its request. [`process`] decides when all that may run: while this process holds the [`lease`], on which every
+//! write depends ([`gate`]).
 //!
 //! `lease::record`, `plan`, `status`, `world`, `pod`, `quantity` and `keys` are pure: no async runtime, no clock, no network, no environment.
 
@@ -17,6 +18,7 @@ pub mod http;
 pub mod init;
 pub mod keys;
 pub mod lease;
+pub mod lookup;
 pub mod metrics;
 pub mod observe;
 pub mod operator;
@@ -24,7 +26,9 @@ pub mod plan;
 pub mod pod;
 pub mod process;
 pub mod quantity;
+pub mod queue;
 pub mod ready;
+pub mod refusal;
 pub mod seed;
 pub mod session;
 pub mod settings;

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use drover_api::{AllowedNamespaces, BuildRequest, BuilderClass, default_class};
 use k8s_openapi::api::core::v1::{ContainerStatus, Namespace, Pod};
+use kube::api::ListParams;
 use kube::core::{Selector, SelectorExt as _};
 use kube::runtime::reflector::ObjectRef;
 use kube::{Api, ResourceExt as _};
@@ -14,61 +15,131 @@ use kube::{Api, ResourceExt as _};
 use crate::error::Error;
 use crate::operator::{Operator, call};
 use crate::pod;
-use crate::world::{Class, Others, PodEnd, PodView, Slot, World};
+use crate::world::{Class, Lookup, Others, PodEnd, PodView, World};
 
-/// Gathers what there is to know about one request.
-pub async fn observe(operator: &Operator, request: &BuildRequest) -> Result<World, Error> {
+/// Where the reading is done.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Freshness {
+    /// From what the watches have seen.
+    Watched,
+    /// From the API server itself.
+    Live,
+}
+
+/// Gathers what there is to know about one request; None if the API server says that it is gone.
+pub async fn observe(
+    operator: &Operator,
+    request: &BuildRequest,
+    freshness: Freshness,
+) -> Result<Option<World>, Error> {
     let uid = request.uid().unwrap_or_default();
-    let class = class_of(operator, request).await?;
-    let status = request.status.as_ref();
-    let attempt = status.and_then(|status| status.attempt).unwrap_or(0);
+    let live = freshness == Freshness::Live;
+    let request = match live {
+        false => request.clone(),
+        true => match newest(operator, request).await? {
+            Some(request) => request,
+            None => return Ok(None),
+        },
+    };
+    let class = class_of(operator, &request, freshness).await?;
+    let attempt = request.status.as_ref().and_then(|status| status.attempt).unwrap_or(0);
+    let pods = match live {
+        false => pods_watched(operator, &request, &class, &uid, attempt).await?,
+        true => pods_listed(operator, &uid).await?,
+    };
+    let next = attempt.saturating_add(1);
+    let (lookup, others, slot) = match &class {
+        Class::Found { name, spec, .. } => {
+            let concurrency = spec.concurrency.unwrap_or_default();
+            let slot = operator.queue.slot(&uid, next, Some((name, concurrency)));
+            (operator.queue.lookups.get(&uid, next), operator.queue.others(&uid, Some(name)), slot)
+        }
+        Class::Absent => (Lookup::Unknown, Others::default(), operator.queue.slot(&uid, next, None)),
+    };
+    Ok(Some(World {
+        class,
+        pods,
+        lookup,
+        others,
+        slot,
+        refusal: operator.refusals.get(&uid, attempt),
+        session: operator.sessions.view(&uid),
+        timeouts: operator.settings.timeouts,
+        live,
+        request,
+    }))
+}
+
+/// The request as the API server has it now; None if it is gone, or another has its name.
+async fn newest(operator: &Operator, request: &BuildRequest) -> Result<Option<BuildRequest>, Error> {
+    let namespace = request.namespace().unwrap_or_default();
+    let api: Api<BuildRequest> = Api::namespaced(operator.client.clone(), &namespace);
+    let found = call("read the request", api.get_opt(&request.name_any())).await?;
+    let found = found.filter(|found| found.uid() == request.uid());
+    match &found {
+        Some(found) => operator.queue.seen(found),
+        None => operator.queue.gone(&request.uid().unwrap_or_default()),
+    }
+    Ok(found)
+}
+
+/// The request's pods as the watch has them.
+async fn pods_watched(
+    operator: &Operator,
+    request: &BuildRequest,
+    class: &Class,
+    uid: &str,
+    attempt: u32,
+) -> Result<Vec<PodView>, Error> {
     let mut pods: Vec<PodView> = operator
         .pods
         .state()
         .iter()
-        .filter(|pod| pod.labels().get(pod::UID_LABEL) == Some(&uid))
+        .filter(|pod| pod.labels().get(pod::UID_LABEL).is_some_and(|label| label == uid))
         .filter_map(|pod| view(pod))
         .collect();
-
     // An attempt that runs and whose pod the watch does not show: the watch may lag behind our own creation, and a
     // pod outside the builder namespace is not watched at all.
-    let is_open =
-        status.and_then(|status| status.attempts.last()).is_some_and(|last| last.end_time.is_none());
-    if let Class::Found { spec, .. } = &class
+    let attempts = request.status.as_ref().map(|status| status.attempts.as_slice()).unwrap_or_default();
+    let is_open = attempts.last().is_some_and(|last| last.end_time.is_none());
+    if let Class::Found { spec, .. } = class
         && is_open
         && !pods.iter().any(|pod| pod.attempt == attempt)
     {
         let request_namespace = request.namespace().unwrap_or_default();
         let namespace = pod::namespace(spec, &request_namespace, &operator.settings);
         let api: Api<Pod> = Api::namespaced(operator.client.clone(), namespace);
-        let name = pod::name(&request.name_any(), &uid, attempt);
+        let name = pod::name(&request.name_any(), uid, attempt);
         let found = call("read the builder's pod", api.get_opt(&name)).await?;
-        let ours = found.filter(|pod| pod.labels().get(pod::UID_LABEL) == Some(&uid));
+        let ours = found.filter(|pod| pod.labels().get(pod::UID_LABEL).is_some_and(|label| label == uid));
         pods.extend(ours.as_ref().and_then(view));
     }
-    Ok(World {
-        request: request.clone(),
-        class,
-        pods,
-        lookup: operator.lookups.get(&uid, attempt + 1),
-        others: Others::default(),
-        slot: Slot::Granted,
-        refusal: None,
-        session: operator.sessions.view(&uid),
-        timeouts: operator.settings.timeouts,
-        live: false,
-    })
+    Ok(pods)
+}
+
+/// The request's pods as the API server has them.
+async fn pods_listed(operator: &Operator, uid: &str) -> Result<Vec<PodView>, Error> {
+    let api: Api<Pod> = Api::namespaced(operator.client.clone(), &operator.settings.builder_namespace);
+    let params = ListParams::default().labels(&format!("{}={uid}", pod::UID_LABEL));
+    let pods = call("list the request's pods", api.list(&params)).await?;
+    Ok(pods.items.iter().filter_map(view).collect())
 }
 
 /// The class that the request names, or the default; and whether the request's namespace may use it.
-async fn class_of(operator: &Operator, request: &BuildRequest) -> Result<Class, Error> {
-    let class = match &request.spec.class {
-        Some(name) => operator.classes.get(&ObjectRef::<BuilderClass>::new(name)),
-        None => {
+async fn class_of(operator: &Operator, request: &BuildRequest, freshness: Freshness) -> Result<Class, Error> {
+    let api = || Api::<BuilderClass>::all(operator.client.clone());
+    let class = match (&request.spec.class, freshness) {
+        (Some(name), Freshness::Watched) => {
+            operator.classes.get(&ObjectRef::new(name)).map(|class| BuilderClass::clone(&class))
+        }
+        (Some(name), Freshness::Live) => call("read the class", api().get_opt(name)).await?,
+        (None, Freshness::Watched) => {
             let classes = operator.classes.state();
-            let default =
-                default_class(classes.iter().map(|class| &**class)).map(kube::ResourceExt::name_any);
-            default.and_then(|name| operator.classes.get(&ObjectRef::<BuilderClass>::new(&name)))
+            default_class(classes.iter().map(|class| &**class)).cloned()
+        }
+        (None, Freshness::Live) => {
+            let classes = call("list the classes", api().list(&ListParams::default())).await?;
+            default_class(&classes.items).cloned()
         }
     };
     let Some(class) = class else { return Ok(Class::Absent) };

@@ -1,8 +1,7 @@
 //! What every part of the running operator shares.
 
-use std::collections::HashMap;
 use std::future::Future;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use drover_api::BuilderClass;
@@ -13,12 +12,14 @@ use kube::runtime::reflector::Store;
 use crate::clock::Clock;
 use crate::error::Error;
 use crate::keys::Seed;
+use crate::lookup::Doors;
 use crate::metrics::Metrics;
+use crate::queue::Queue;
 use crate::ready::Ready;
+use crate::refusal::Refusals;
 use crate::session::Sessions;
 use crate::session::job::Caches;
 use crate::settings::Settings;
-use crate::world::Lookup;
 
 /// The longest that one request to the API server may take, with all that the client repeats within it.
 const CALL_TIMEOUT: Duration = Duration::from_secs(15);
@@ -36,34 +37,11 @@ pub struct Operator {
     pub pods: Store<Pod>,
     pub sessions: Sessions,
     pub caches: Arc<Caches>,
-    pub lookups: Lookups,
-}
-
-/// What was found in caches, by request; one attempt's answer at a time. Lost with the process, and asked again.
-#[derive(Default)]
-pub struct Lookups(Mutex<HashMap<String, (u32, Lookup)>>);
-
-impl Lookups {
-    /// The answer for this attempt.
-    pub fn get(&self, uid: &str, attempt: u32) -> Lookup {
-        match self.lock().get(uid) {
-            Some((of, lookup)) if *of == attempt => lookup.clone(),
-            _ => Lookup::Unknown,
-        }
-    }
-
-    pub fn set(&self, uid: &str, attempt: u32, lookup: Lookup) {
-        self.lock().insert(uid.to_owned(), (attempt, lookup));
-    }
-
-    pub fn forget(&self, uid: &str) {
-        self.lock().remove(uid);
-    }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<String, (u32, Lookup)>> {
-        // One insertion or removal at a time: whole after a panic.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
+    /// What requests mean for each other; whose turn it is.
+    pub queue: Arc<Queue>,
+    /// Look-ups in caches that are under way.
+    pub doors: Doors,
+    pub refusals: Refusals,
 }
 
 /// A request to the API server, bounded in time. `act` completes "cannot …".

@@ -41,7 +41,7 @@ async fn sweep(operator: &Operator, requests: &Store<BuildRequest>) -> Result<()
     for uid in operator.sessions.uids() {
         if !known.contains(&uid) {
             operator.sessions.stop(&uid);
-            operator.lookups.forget(&uid);
+            operator.queue.gone(&uid);
         }
     }
     for found in operator.pods.state() {

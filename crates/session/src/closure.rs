@@ -158,6 +158,40 @@ impl Plan {
     }
 }
 
+/// Direct inputs that no cache has, as far as caches can say. Nothing is asked about what they refer to.
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
+pub struct MissingInputs {
+    /// Every cache says that it does not have them.
+    pub absent: BTreeSet<StorePath>,
+    /// No cache gives them, but one could not be asked, or has them and nobody vouches for it.
+    pub unknown: BTreeSet<StorePath>,
+    /// Why, of one of these.
+    pub trouble: Option<String>,
+}
+
+/// Asks the job's caches for its direct inputs. Where there are no caches, nothing is known.
+pub fn missing_inputs(job: &Job) -> MissingInputs {
+    let inputs: Vec<StorePath> = job.inputs().iter().cloned().collect();
+    let mut missing = MissingInputs::default();
+    if job.caches.is_empty() {
+        missing.unknown.extend(inputs);
+        return missing;
+    }
+    for (path, found) in look_up(&job.caches, &inputs) {
+        match found {
+            Ok(Some(_)) => {}
+            Ok(None) => {
+                missing.absent.insert(path);
+            }
+            Err(error) => {
+                missing.trouble.get_or_insert_with(|| error.to_string());
+                missing.unknown.insert(path);
+            }
+        }
+    }
+    missing
+}
+
 type Found = Result<Option<(usize, NarInfo)>, drover_cache::Error>;
 
 /// Asks the caches for many paths at once.

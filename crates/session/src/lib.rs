@@ -26,6 +26,7 @@ mod trust;
 mod verdict;
 mod verify;
 
+pub use closure::{MissingInputs, missing_inputs};
 pub use event::{Event, Observer};
 pub use failure::{Failure, Reason};
 pub use job::{Job, Trust, drv_path_of};

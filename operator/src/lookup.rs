@@ -1,0 +1,150 @@
+//! Asking the class's caches what they have of a request's outputs and inputs.
+//!
+//! Caches may be slow, or hang until their time is up. So a look-up is a task of its own: a pass waits for it a moment, and if
+//! the answer comes later, asks for another pass. A class has so many at once and no more, and takes none from another.
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use drover_api::ClassCache;
+use drover_nix::{StoreDir, StorePath};
+use k8s_openapi::api::core::v1::Secret;
+use kube::runtime::reflector::ObjectRef;
+use kube::{Api, ResourceExt as _};
+use tokio::sync::{Semaphore, oneshot};
+
+use crate::error::Error;
+use crate::operator::{Operator, call};
+use crate::plan::accept;
+use crate::session::job::{self, Caches, JobPlan};
+use crate::world::{Class, Lookup, World};
+
+/// Look-ups that a class has under way at once. Each may ask for several paths at a time.
+const AT_ONCE: usize = 8;
+/// What a pass waits for an answer. Most caches need some milliseconds.
+const PATIENCE: Duration = Duration::from_millis(500);
+/// The same for a pass that reads everything anew in order to speak a verdict: without the answer it would begin again.
+const LONG_PATIENCE: Duration = Duration::from_secs(60);
+
+/// Whether an answer is there.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Answer {
+    /// In the next world, unless it was made worthless meanwhile.
+    There,
+    /// The request will be looked at when it is.
+    Coming,
+}
+
+/// Which classes have how many look-ups under way.
+#[derive(Default)]
+pub struct Doors(Mutex<HashMap<String, Arc<Semaphore>>>);
+
+impl Doors {
+    fn of(&self, class: &str) -> Arc<Semaphore> {
+        // One insertion: whole after a panic.
+        let mut doors = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        doors.entry(class.to_owned()).or_insert_with(|| Arc::new(Semaphore::new(AT_ONCE))).clone()
+    }
+}
+
+/// Asks for what the next attempt wants to know.
+pub async fn look_up(operator: &Operator, world: &World, attempt: u32) -> Result<Answer, Error> {
+    let plan = job_plan(operator, world).await?;
+    let (uid, queue) = (world.request.uid().unwrap_or_default(), operator.queue.clone());
+    let Some(ticket) = queue.lookups.ask(&uid, attempt) else { return Ok(Answer::Coming) };
+    let (Some(plan), Class::Found { name: class, .. }) = (plan, &world.class) else {
+        queue.lookups.answer(&uid, ticket, nothing_absent());
+        return Ok(Answer::There);
+    };
+    let (door, caches) = (operator.doors.of(class), operator.caches.clone());
+    let request = ObjectRef::from_obj(&world.request);
+    let (done, answered) = oneshot::channel();
+    tokio::spawn(async move {
+        // Never closed. It is given back when this task ends.
+        let _permit = door.acquire().await;
+        let (asking, of, about) = (queue.clone(), uid.clone(), request.name.clone());
+        let ask = move || ask(&plan, &caches, &about, &|path| asking.is_coming(&of, path));
+        // A thread that panicked has said so already.
+        let lookup = tokio::task::spawn_blocking(ask).await.unwrap_or_else(|_| nothing_absent());
+        if queue.lookups.answer(&uid, ticket, lookup.clone()) {
+            queue.looked_up(&uid, &lookup);
+        }
+        if done.send(()).is_err() {
+            queue.look_at(request);
+        }
+    });
+    let patience = if world.live { LONG_PATIENCE } else { PATIENCE };
+    match tokio::time::timeout(patience, answered).await {
+        Ok(_) => Ok(Answer::There),
+        Err(_) => Ok(Answer::Coming),
+    }
+}
+
+/// Blocks. A cache that cannot be asked counts as one that has nothing of the outputs and all of the inputs: the attempt that
+/// follows meets the same cache, and says what is wrong with it. But an input that `is_coming` from another request is waited
+/// for.
+fn ask(plan: &JobPlan, caches: &Caches, name: &str, is_coming: &dyn Fn(&str) -> bool) -> Lookup {
+    let dir = StoreDir::default();
+    let cannot = |why: &dyn std::fmt::Display| tracing::warn!(request = name, %why, "cannot ask the caches");
+    let coming = |paths: &mut dyn Iterator<Item = &StorePath>| -> BTreeSet<String> {
+        paths.map(|path| dir.full(path)).filter(|path| is_coming(path)).collect()
+    };
+    let inputs = || plan.derivation.input_srcs.iter();
+    let job = match plan.open(caches) {
+        Ok(job) => job,
+        Err(error) => {
+            cannot(&error);
+            return Lookup::Missing { absent: coming(&mut inputs()) };
+        }
+    };
+    match drover_session::all_outputs_in_cache(&job) {
+        Ok(Some(outcome)) => Lookup::Present(job::outputs(&dir, &outcome)),
+        Ok(None) => {
+            let missing = drover_session::missing_inputs(&job);
+            if let Some(error) = &missing.trouble {
+                cannot(error);
+            }
+            let mut absent = coming(&mut missing.unknown.iter());
+            absent.extend(missing.absent.iter().map(|path| dir.full(path)));
+            Lookup::Missing { absent }
+        }
+        Err(failure) if !failure.infrastructure => {
+            Lookup::Refused { reason: job::reason(failure.reason), message: failure.message }
+        }
+        Err(failure) => {
+            cannot(&failure);
+            Lookup::Missing { absent: coming(&mut inputs()) }
+        }
+    }
+}
+
+fn nothing_absent() -> Lookup {
+    Lookup::Missing { absent: BTreeSet::new() }
+}
+
+/// What a session needs to know; None if the request is not acceptable (any more).
+pub async fn job_plan(operator: &Operator, world: &World) -> Result<Option<JobPlan>, Error> {
+    let (Ok(accepted), Class::Found { spec, .. }) = (accept(world), &world.class) else { return Ok(None) };
+    let signing_key = match spec.push_cache() {
+        Some(cache) => signing_key(operator, cache).await?,
+        None => None,
+    };
+    let work_dir = operator.settings.work_dir.clone();
+    Ok(Some(JobPlan::new(accepted, &world.request.spec, signing_key, work_dir)))
+}
+
+/// The text of the class's secret key, from the operator's own namespace.
+async fn signing_key(operator: &Operator, cache: &ClassCache) -> Result<Option<String>, Error> {
+    let Some(reference) = &cache.signing_key_secret_ref else { return Ok(None) };
+    let fail = |why: String| Error::Secret { name: reference.name.clone(), why };
+    let api: Api<Secret> = Api::namespaced(operator.client.clone(), &operator.settings.namespace);
+    let secret = call("read the class's signing key", api.get_opt(&reference.name)).await?;
+    let secret =
+        secret.ok_or_else(|| fail(format!("it is not in namespace {}", operator.settings.namespace)))?;
+    let key = reference.key.as_deref().unwrap_or("key");
+    let bytes =
+        secret.data.unwrap_or_default().remove(key).ok_or_else(|| fail(format!("it has no entry {key}")))?;
+    let text = String::from_utf8(bytes.0).map_err(|_| fail(format!("its entry {key} is not text")))?;
+    Ok(Some(text.trim().to_owned()))
+}
