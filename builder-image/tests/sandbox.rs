@@ -249,7 +249,8 @@ const WITHIN: &str = "set +e; (ls / /dev /nix; cut -d' ' -f5 /proc/self/mountinf
      umount / || echo umount; chroot / true || echo chroot; ls /../..; \
      unshare -Urm sh -c 'echo within; umount -l / && echo gone; umount / && echo gone; mount -t sysfs x /tmp && echo sysfs; \
        mount --move / /tmp && echo moved; ls /..; chroot /.. ls /; \
-       mount -t tmpfs x /tmp && mkdir /tmp/a && pivot_root /tmp /tmp/a && echo /* /a/* /a/tmp/* > /a/build/pivoted'; cat pivoted) 2>/dev/null > $out\ntrue";
+       mount -t tmpfs x /tmp && mkdir /tmp/a && pivot_root /tmp /tmp/a && echo /* /a/* /a/tmp/* > /a/build/pivoted'; \
+     unshare -Urmn sh -c 'echo alone; mount -t sysfs x /tmp && echo sysfs'; cat pivoted) 2>/dev/null > $out\ntrue";
 
 #[test]
 fn with_the_right_to_mount_under_a_filter_it_is_nested_admin_and_the_same() {

@@ -1,7 +1,7 @@
 //! Whether a derivation can be built here, asked before anything is locked or made (Nix: derivation-building-goal.cc).
 
 use drover_nix::derivation::DerivationType;
-use drover_nix::{BasicDerivation, DerivationOutput, HashAlgo, Method, StorePath};
+use drover_nix::{BasicDerivation, DerivationOutput, StorePath};
 
 use super::attrs::Attributes;
 use super::{Builder, builtins, checks};
@@ -58,44 +58,12 @@ impl Builder {
 }
 
 /// Whether an output's content can be addressed at all in the way that it asks for.
-fn addressable(output: &DerivationOutput) -> Result<(), String> {
-    let (method, algo) = match output {
-        DerivationOutput::CaFixed(ca) => (ca.method, ca.hash.algo),
+fn addressable(output: &DerivationOutput) -> Result<(), drover_nix::Error> {
+    match output {
+        DerivationOutput::CaFixed(ca) => ca.method.check_algo(ca.hash.algo),
         DerivationOutput::CaFloating { method, algo } | DerivationOutput::Impure { method, algo } => {
-            (*method, *algo)
+            method.check_algo(*algo)
         }
-        DerivationOutput::Deferred | DerivationOutput::InputAddressed(_) => return Ok(()),
-    };
-    match (method, algo) {
-        (Method::Git, HashAlgo::Md5 | HashAlgo::Sha512) => {
-            Err(format!("git hashes by sha1 or sha256, not by {algo}"))
-        }
-        (Method::Text, HashAlgo::Md5 | HashAlgo::Sha1 | HashAlgo::Sha512) => {
-            Err(format!("text objects are addressed by sha256, not by {algo}"))
-        }
-        _ => Ok(()),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn which_hashes_go_with_which_methods() {
-        let all = [HashAlgo::Md5, HashAlgo::Sha1, HashAlgo::Sha256, HashAlgo::Sha512];
-        let good = |method| {
-            let good = |algo: &HashAlgo| {
-                let floating = DerivationOutput::CaFloating { method, algo: *algo };
-                let impure = DerivationOutput::Impure { method, algo: *algo };
-                assert_eq!(addressable(&floating), addressable(&impure));
-                addressable(&floating).is_ok()
-            };
-            all.into_iter().filter(good).collect::<Vec<_>>()
-        };
-        assert_eq!(good(Method::Flat), all);
-        assert_eq!(good(Method::Nar), all);
-        assert_eq!(good(Method::Text), [HashAlgo::Sha256]);
-        assert_eq!(good(Method::Git), [HashAlgo::Sha1, HashAlgo::Sha256]);
+        DerivationOutput::Deferred | DerivationOutput::InputAddressed(_) => Ok(()),
     }
 }

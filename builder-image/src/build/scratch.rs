@@ -243,3 +243,32 @@ fn make_dir(path: &Path, mode: u32) -> Result<(), Error> {
 fn set_mode(path: &Path, mode: u32) -> Result<(), Error> {
     fs::set_permissions(path, Permissions::from_mode(mode)).map_err(Error::file("change the mode of", path))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A second line: nobody else can enter the directory before the build does.
+    #[test]
+    fn a_file_of_a_build_is_new() {
+        let dir = tempfile::tempdir().unwrap();
+        let build = dir.path().join("build");
+        fs::create_dir(&build).unwrap();
+        fs::write(dir.path().join("victim"), "untouched").unwrap();
+        std::os::unix::fs::symlink("../victim", build.join("planted")).unwrap();
+        let scratch = Scratch {
+            parent: dir.path().join("chroot"),
+            top: dir.path().to_owned(),
+            place: None,
+            owner: None,
+            keep: true,
+        };
+        scratch.build_file("new", b"text").unwrap();
+        assert_eq!(fs::read(build.join("new")).unwrap(), b"text");
+        for name in ["planted", "new"] {
+            let why = scratch.build_file(name, b"other").unwrap_err().to_string();
+            assert!(why.contains(name) && why.contains("exists"), "{why}");
+        }
+        assert_eq!(fs::read(dir.path().join("victim")).unwrap(), b"untouched");
+    }
+}

@@ -3,7 +3,7 @@
 use bstr::BString;
 use drover_nix::derivation::{DerivationType, modulo};
 use drover_nix::store_path::MAX_NAME_LEN;
-use drover_nix::{BasicDerivation, DerivationOutput, HashAlgo, Method, OutputName, StoreDir, StorePath};
+use drover_nix::{BasicDerivation, DerivationOutput, Method, OutputName, StoreDir, StorePath};
 
 use crate::{BuildRequestSpec, DerivationSpec, OutputSpec};
 
@@ -208,7 +208,7 @@ fn to_output(
     let algo = match (&output.hash_algo, &output.hash, &output.method) {
         (Some(algo), ..) => {
             let algo = algo.parse().map_err(|error| FieldError::new(format!("{field}.hashAlgo"), error))?;
-            check_algo(method, algo).map_err(|why| FieldError::new(format!("{field}.hashAlgo"), why))?;
+            method.check_algo(algo).map_err(|why| FieldError::new(format!("{field}.hashAlgo"), why))?;
             format!("{}{algo}", method.prefix())
         }
         (None, None, None) => String::new(),
@@ -217,20 +217,6 @@ fn to_output(
     let hash = output.hash.as_deref().unwrap_or_default();
     DerivationOutput::from_triple(dir, drv_name, name, path.as_bytes(), algo.as_bytes(), hash.as_bytes())
         .map_err(|error| FieldError::new(field, error))
-}
-
-/// Which algorithms can make a path or an object id by the method (Nix: store-dir-config.cc, git.cc).
-fn check_algo(method: Method, algo: HashAlgo) -> Result<(), String> {
-    let allowed: &[HashAlgo] = match method {
-        Method::Text => &[HashAlgo::Sha256],
-        Method::Git => &[HashAlgo::Sha1, HashAlgo::Sha256],
-        Method::Flat | Method::Nar => return Ok(()),
-    };
-    if allowed.contains(&algo) {
-        return Ok(());
-    }
-    let allowed = allowed.iter().map(ToString::to_string).collect::<Vec<_>>().join(" or ");
-    Err(format!("with method {} it has to be {allowed}", method.as_str()))
 }
 
 fn from_output(

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::str::FromStr;
 
-use crate::{Error, Hash, HashAlgo, Sha256, StoreDir, StorePath, git};
+use crate::{Error, Hash, HashAlgo, Sha256, StoreDir, StorePath};
 
 /// What is hashed of an object.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -37,6 +37,23 @@ impl Method {
             Some((method, algo)) => Ok((method, algo.parse()?)),
             None => Ok((Self::Flat, text.parse()?)),
         }
+    }
+
+    /// Whether a hash by this method may be of this algorithm: git knows two, and what is text has one (Nix:
+    /// store-dir-config.cc, git.cc). The error says which.
+    pub fn check_algo(self, algo: HashAlgo) -> Result<(), Error> {
+        let (what, allowed): (_, &[HashAlgo]) = match self {
+            Self::Flat | Self::Nar => return Ok(()),
+            Self::Git => ("git hashes by sha1 or sha256", &[HashAlgo::Sha1, HashAlgo::Sha256]),
+            Self::Text => ("text objects are addressed by sha256", &[HashAlgo::Sha256]),
+        };
+        if allowed.contains(&algo) {
+            return Ok(());
+        }
+        Err(Error::ContentAddress {
+            text: format!("{}{algo}", self.prefix()),
+            why: format!("{what}, not by {algo}"),
+        })
     }
 
     /// `flat`, `git`, `nar` or `text`, as JSON derivations have it.
@@ -86,15 +103,13 @@ impl ContentAddress {
         self_reference: bool,
     ) -> Result<StorePath, Error> {
         let fail = |why: &str| Err(Error::ContentAddress { text: self.to_string(), why: why.into() });
+        self.method.check_algo(self.hash.algo)?;
         let with_references = |kind: &str| {
             references.iter().fold(kind.to_owned(), |text, path| format!("{text}:{}", dir.full(path)))
         };
         match (self.method, self.hash.algo) {
-            (Method::Text, HashAlgo::Sha256) if self_reference => {
-                fail("a text object cannot refer to itself")
-            }
-            (Method::Text, HashAlgo::Sha256) => dir.make_path(&with_references("text"), self.sha256()?, name),
-            (Method::Text, _) => fail("text objects are addressed by SHA-256 only"),
+            (Method::Text, _) if self_reference => fail("a text object cannot refer to itself"),
+            (Method::Text, _) => dir.make_path(&with_references("text"), self.sha256()?, name),
             (Method::Nar, HashAlgo::Sha256) => {
                 let kind = with_references("source") + if self_reference { ":self" } else { "" };
                 dir.make_path(&kind, self.sha256()?, name)
@@ -103,10 +118,7 @@ impl ContentAddress {
                 "only text and NAR objects addressed by SHA-256 may have references (or discard them by \
                       unsafeDiscardReferences)",
             ),
-            (method, algo) => {
-                if method == Method::Git {
-                    git::supports(algo)?;
-                }
+            _ => {
                 let inner =
                     format!("fixed:out:{}{}:{}:", self.method.prefix(), self.hash.algo, self.hash.to_hex());
                 dir.make_path("output:out", Sha256::of(inner.as_bytes()), name)
@@ -163,6 +175,20 @@ mod tests {
         };
         assert_eq!(path(Method::Text), "qa1w9gdfrba6jl2r57mb3c43863gqywp-hello.txt");
         assert_eq!(path(Method::Flat), "gy454w1cxaq731grqwylhzf4pp9r5izh-hello.txt");
+    }
+
+    #[test]
+    fn which_hashes_go_with_which_methods() {
+        let all = [HashAlgo::Md5, HashAlgo::Sha1, HashAlgo::Sha256, HashAlgo::Sha512];
+        let good = |method: Method| {
+            all.into_iter().filter(|algo| method.check_algo(*algo).is_ok()).collect::<Vec<_>>()
+        };
+        assert_eq!(good(Method::Flat), all);
+        assert_eq!(good(Method::Nar), all);
+        assert_eq!(good(Method::Text), [HashAlgo::Sha256]);
+        assert_eq!(good(Method::Git), [HashAlgo::Sha1, HashAlgo::Sha256]);
+        let why = Method::Git.check_algo(HashAlgo::Md5).unwrap_err().to_string();
+        assert!(why.ends_with("git hashes by sha1 or sha256, not by md5"), "{why}");
     }
 
     #[test]

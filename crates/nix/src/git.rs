@@ -26,7 +26,7 @@ pub fn object_id(algo: HashAlgo, nar: impl Read) -> Result<Hash, Error> {
 }
 
 fn object_id_within(limit: usize, algo: HashAlgo, nar: impl Read) -> Result<Hash, Error> {
-    supports(algo)?;
+    Method::Git.check_algo(algo)?;
     let mut reader = Reader::new(nar);
     let mut open: Vec<Tree> = Vec::new();
     let mut held = 0;
@@ -70,17 +70,6 @@ fn object_id_within(limit: usize, algo: HashAlgo, nar: impl Read) -> Result<Hash
             return Err(Error::Nar { offset: reader.offset(), why });
         }
         tree.entries.push(entry);
-    }
-}
-
-/// Fails for algorithms that git does not have.
-pub(crate) fn supports(algo: HashAlgo) -> Result<(), Error> {
-    match algo {
-        HashAlgo::Sha1 | HashAlgo::Sha256 => Ok(()),
-        HashAlgo::Md5 | HashAlgo::Sha512 => Err(Error::ContentAddress {
-            text: format!("{}{algo}", Method::Git.prefix()),
-            why: "git hashes by sha1 or sha256 only".into(),
-        }),
     }
 }
 

@@ -6,7 +6,7 @@
 //!
 //! In the order of its story: how bytes are named ([`base32`], [`hash`], [`store_path`], [`content_address`]), what is
 //! hashed for that ([`content_hash`], [`hash_modulo`], [`git`]), what is
-//! built ([`derivation`]), what travels ([`nar`], [`references`], [`rewrite`]) and what is said about it ([`path_info`],
+//! built ([`derivation`]), what travels ([`nar`], [`references`], [`rewrite`]), in which [`order`], and what is said about it ([`path_info`],
 //! [`signature`], [`narinfo`]).
 
 pub mod base32;
@@ -19,6 +19,7 @@ pub mod hash;
 pub mod hash_modulo;
 pub mod nar;
 pub mod narinfo;
+pub mod order;
 pub mod path_info;
 pub mod references;
 pub mod rewrite;

@@ -4,6 +4,7 @@ use std::io::{self, BufReader, BufWriter, Read, Seek as _, Write};
 use std::os::fd::BorrowedFd;
 
 use drover_nix::hash::Sha256Hasher;
+use drover_nix::order::references_first;
 use drover_nix::{BasicDerivation, PathInfo, StoreDir, StorePath, nar};
 
 use crate::commands::import_paths::{Trailer, read_more};
@@ -259,10 +260,20 @@ impl<R: Read, W: Write> Session<'_, R, W> {
             })?;
             infos.insert(path, info);
         }
-        for path in references_first(&infos) {
+        let below = |path: &StorePath| {
+            infos[path]
+                .references
+                .iter()
+                .filter_map(|reference| infos.get_key_value(reference).map(|(there, _)| there))
+        };
+        let order = references_first(infos.keys(), below).map_err(|(from, to)| Error::Backend {
+            act: format!("export {from}"),
+            source: format!("it and {to} refer to each other").into(),
+        })?;
+        for path in order {
             self.output.put_u64(export_paths::MORE)?;
-            self.dump(&path)?;
-            export_paths::write_trailer(&mut self.output, self.dir, &infos[&path])?;
+            self.dump(path)?;
+            export_paths::write_trailer(&mut self.output, self.dir, &infos[path])?;
         }
         self.output.put_u64(export_paths::END)
     }
@@ -324,27 +335,6 @@ fn skip_nar(nar: &mut impl Read, path: &StorePath, nar_size: u64) -> Result<(), 
         Err(drover_nix::Error::NarIo { source, .. }) => Err(Error::io("skipping a NAR")(source)),
         Err(error) => Err(Error::nix("a NAR")(error)),
     }
-}
-
-/// Paths ordered so that each comes behind those that it refers to.
-fn references_first(infos: &BTreeMap<StorePath, PathInfo>) -> Vec<StorePath> {
-    let mut order = Vec::new();
-    let mut seen = BTreeSet::new();
-    for root in infos.keys() {
-        // The flag says that a path's references have been dealt with.
-        let mut stack = vec![(root, false)];
-        while let Some((path, complete)) = stack.pop() {
-            if complete {
-                order.push(path.clone());
-            } else if let Some(info) = infos.get(path)
-                && seen.insert(path)
-            {
-                stack.push((path, true));
-                stack.extend(info.other_references().map(|reference| (reference, false)));
-            }
-        }
-    }
-    order
 }
 
 /// In an export stream a NAR comes before its name.

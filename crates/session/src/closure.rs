@@ -7,10 +7,10 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 
 use drover_cache::Cache;
+use drover_nix::order::references_first;
 use drover_nix::{NarInfo, PathInfo, StorePath};
 use drover_serve::Client;
 
-use crate::order::references_first;
 use crate::{Failure, Job, Reason};
 
 /// Requests for narinfo files that are under way at once. They are small, so latency is all that they cost.
@@ -78,9 +78,12 @@ impl Closure {
 
     /// What has to be sent to a builder that has `valid`, references first.
     pub(crate) fn to_send(&self, valid: &BTreeSet<StorePath>) -> Result<Vec<(usize, &NarInfo)>, Failure> {
-        let missing = self.0.iter().filter(|(path, _)| !valid.contains(path));
-        let references = missing.map(|(path, known)| (path, &known.info().references)).collect();
-        let order = references_first(&references).map_err(|path| {
+        let missing: BTreeMap<_, _> = self.0.iter().filter(|(path, _)| !valid.contains(path)).collect();
+        let below = |path: &StorePath| {
+            let references = missing[path].info().references.iter();
+            references.filter_map(|reference| Some(*missing.get_key_value(reference)?.0))
+        };
+        let order = references_first(missing.keys().copied(), below).map_err(|(path, _)| {
             let message = format!("the caches say that {path} refers to itself through other paths");
             Failure::verdict(Reason::InputHashMismatch, message)
         })?;

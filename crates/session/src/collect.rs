@@ -4,11 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Read, Write};
 
 use drover_cache::{NarSpool, SpooledNar, Stored};
+use drover_nix::order::references_first;
 use drover_nix::{OutputName, PathInfo, StorePath};
 use drover_serve::Client;
 
 use crate::copy::PROGRESS;
-use crate::order::references_first;
 use crate::verify::{self, Received};
 use crate::{Event, Failure, Job, Observer, Output, Reason, content};
 
@@ -82,8 +82,9 @@ fn in_order<'a>(
     infos: &BTreeMap<StorePath, PathInfo>,
 ) -> Result<Vec<(&'a OutputName, &'a StorePath)>, Failure> {
     // Each of them is there: claims() saw to that.
-    let references = outputs.values().map(|path| (path, &infos[path].references)).collect();
-    let order = references_first(&references).map_err(|path| {
+    let paths: BTreeSet<&StorePath> = outputs.values().collect();
+    let below = |path| infos[path].references.iter().filter_map(|one| paths.get(one).copied());
+    let order = references_first(paths.iter().copied(), below).map_err(|(path, _)| {
         let message = format!("the outputs refer to each other in a circle, through {path}");
         Failure::verdict(Reason::OutputRejected, message)
     })?;

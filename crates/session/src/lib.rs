@@ -17,7 +17,6 @@ mod copy;
 mod event;
 mod failure;
 mod job;
-mod order;
 mod outcome;
 mod run;
 #[cfg(test)]

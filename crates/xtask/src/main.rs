@@ -32,7 +32,7 @@ enum Act {
     },
     /// Takes away the guards that tests/mutants lists, one at a time, and sees the test fail that is named for each
     Mutants {
-        /// Only those whose names contain this
+        /// Only those whose names contain this, that guard it, or whose tests are in the package of this name
         name: Option<String>,
     },
     /// Writes crds/ from the code

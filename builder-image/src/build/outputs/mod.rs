@@ -3,17 +3,17 @@
 //! files open, so theirs are copied.
 //!
 //! In the order of its story: each output is examined, canonicalised and scanned ([`made`]), they are sorted so that one
-//! comes after those that it refers to ([`order`]), those whose paths follow from their content get them ([`address`]),
+//! comes after those that it refers to, those whose paths follow from their content get them ([`address`]),
 //! all are checked (`checks`), and then moved to where they belong and registered ([`place`]).
 
 mod address;
 mod made;
-mod order;
 mod place;
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use drover_nix::hash_modulo::SelfReferenceHash;
+use drover_nix::order::references_first;
 use drover_nix::{BasicDerivation, ContentAddress, DerivationOutput, OutputName, PathInfo, StorePath};
 use drover_store::fs::SeenInodes;
 use drover_store::{LocalStore, TempRoots};
@@ -64,7 +64,7 @@ impl Finished<'_> {
         let mut paths = self.valid_before();
         let mut rewrites = Rewrites::new();
         let mut ready = Vec::new();
-        for name in order::references_first(self, &made)? {
+        for name in self.references_first(&made)? {
             // Sorted are the names of what was made.
             let Some(made) = made.remove(&name) else { continue };
             let one = self.finish(&name, made, &mut rewrites)?;
@@ -74,6 +74,22 @@ impl Finished<'_> {
         self.check(&ready, &paths)?;
         self.place_all(ready)?;
         Ok(paths)
+    }
+
+    /// The order in which outputs get their paths. Those that were valid before the build have theirs already, and do not
+    /// count.
+    fn references_first(&self, made: &BTreeMap<OutputName, Made>) -> Result<Vec<OutputName>, Error> {
+        let by_path: BTreeMap<&StorePath, &OutputName> =
+            made.keys().map(|name| (&self.targets[name].scratch, name)).collect();
+        let others =
+            |name: &OutputName| made[name].references.iter().filter_map(|path| by_path.get(path).copied());
+        let order = references_first(made.keys(), others).map_err(|(from, to)| {
+            Error::output(format!(
+                "cycle detected in build of '{}' in the references of output '{to}' from output '{from}'",
+                self.full(self.drv_path)
+            ))
+        })?;
+        Ok(order.into_iter().cloned().collect())
     }
 
     fn full(&self, path: &StorePath) -> String {

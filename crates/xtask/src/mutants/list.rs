@@ -79,6 +79,11 @@ fn parse(text: &str) -> Result<Vec<Mutant>> {
 }
 
 impl Mutant {
+    /// By a part of its name, by what it guards, or by the package of its test.
+    pub fn is_meant_by(&self, word: &str) -> bool {
+        self.name.contains(word) || self.guards == word || self.test.program.package == word
+    }
+
     /// The file's text with the mutant in it.
     pub fn apply(&self, text: &str) -> Result<String> {
         let found = find(text, &self.old);

@@ -37,12 +37,16 @@ enum Ended {
     NotAtAll,
 }
 
-/// Tries all mutants, or those whose names contain `wanted`.
+/// Tries all mutants, or those that `wanted` means: a part of a name, an invariant, or a package.
 pub fn run(wanted: Option<&str>) -> Result<Tally> {
     let checkout = checkout();
     let mut mutants = list::read(&checkout)?;
-    mutants.retain(|mutant| wanted.is_none_or(|wanted| mutant.name.contains(wanted)));
-    ensure!(!mutants.is_empty(), "no mutant has a name like {}", wanted.unwrap_or_default());
+    mutants.retain(|mutant| wanted.is_none_or(|wanted| mutant.is_meant_by(wanted)));
+    ensure!(
+        !mutants.is_empty(),
+        "no mutant is called {}, guards that or is tested there",
+        wanted.unwrap_or_default()
+    );
     // Beside each other what compiles alike.
     mutants.sort_by(|a, b| (&a.test.program, &a.file).cmp(&(&b.test.program, &b.file)));
     let copy = Copy::make(&checkout)?;
