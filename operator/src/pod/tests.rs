@@ -80,6 +80,7 @@ fn a_pod_that_baseline_admits_and_nobody_evicts() {
     let metadata = &pod["metadata"];
     assert_eq!(metadata["namespace"], "drover-builders");
     assert_eq!(metadata["labels"][ATTEMPT_LABEL], "2");
+    assert_eq!(metadata["labels"][UID_LABEL], "0f8fad5b-d9cb-469f-a165-70867728950e");
     assert_eq!(metadata["annotations"]["cluster-autoscaler.kubernetes.io/safe-to-evict"], "false");
     assert!(metadata["ownerReferences"].is_null(), "nothing is owned across namespaces");
     let args = spec["containers"][0]["args"].as_array().unwrap();

@@ -11,12 +11,14 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 
-use crate::run;
+use crate::{parts, run};
 
 pub(super) struct Copy {
     /// The copied checkout.
     pub(super) sources: PathBuf,
     target: PathBuf,
+    /// Two runs at once would put their mutants into the same copy.
+    _lock: fs::File,
 }
 
 impl Copy {
@@ -24,6 +26,7 @@ impl Copy {
     pub(super) fn make(checkout: &Path) -> Result<Self> {
         let home = checkout.join("target/mutants");
         let (sources, target) = (home.join("src"), home.join("target"));
+        let lock = parts::lock(&home, "mutants")?;
         let mut git = Command::new("git");
         git.current_dir(checkout).args(["ls-files", "-z", "--cached", "--others", "--exclude-standard"]);
         let listed = run::stdout(&mut git).context("git lists the sources")?;
@@ -38,7 +41,7 @@ impl Copy {
             }
         }
         remove_others(&sources, &wanted)?;
-        let copy = Self { sources, target };
+        let copy = Self { sources, target, _lock: lock };
         let compiled = checkout.join("target/debug");
         if !copy.target.exists() && compiled.exists() {
             copy.link_registries(&compiled)?;
