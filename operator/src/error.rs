@@ -28,6 +28,9 @@ pub enum Error {
     /// The Lease by which this process leads.
     #[error("cannot lead: the lease: {why}")]
     Lease { why: String },
+    /// A mistake of the program's, which ended one pass over one request.
+    #[error("cannot finish the pass: it panicked: {message}")]
+    Panic { message: String },
     /// A Secret that should hold a key.
     #[error("cannot use Secret {name}: {why}")]
     Secret { name: String, why: String },
@@ -57,6 +60,7 @@ impl Error {
             Self::File { .. } => "file",
             Self::HostKey { .. } => "host-key",
             Self::Lease { .. } => "lease",
+            Self::Panic { .. } => "panic",
             Self::Secret { .. } => "secret",
             Self::Seed { .. } => "seed",
             Self::Ssh { .. } => "ssh",

@@ -162,8 +162,10 @@ async fn act(operator: &Operator, world: &World, action: &Action) -> Result<(), 
         }
         Action::DeletePod { namespace, name, uid } => delete_pod(operator, namespace, name, uid).await,
         Action::DeleteRequest => {
+            // As it was read: somebody may just have given it more time.
+            let resource_version = world.request.resource_version();
             let params = DeleteParams {
-                preconditions: Some(Preconditions { uid: world.request.uid(), resource_version: None }),
+                preconditions: Some(Preconditions { uid: world.request.uid(), resource_version }),
                 ..DeleteParams::background()
             };
             let api = requests(operator, &world.request);

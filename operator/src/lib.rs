@@ -9,6 +9,7 @@
 //!
 //! `lease::record`, `plan`, `status`, `world`, `pod`, `quantity` and `keys` are pure: no async runtime, no clock, no network, no environment.
 
+pub mod backoff;
 pub mod clock;
 pub mod controller;
 pub mod error;
@@ -34,4 +35,5 @@ pub mod session;
 pub mod settings;
 pub mod status;
 pub mod sweep;
+pub mod watches;
 pub mod world;

@@ -23,6 +23,12 @@ pub struct ErrorLabels {
     pub kind: &'static str,
 }
 
+/// One of the operator's watches.
+#[derive(Clone, Hash, PartialEq, Eq, Debug, EncodeLabelSet)]
+pub struct WatchLabels {
+    pub watch: &'static str,
+}
+
 /// All of the operator's metrics. Cheap to share by `Arc`.
 #[derive(Debug)]
 pub struct Metrics {
@@ -35,6 +41,8 @@ pub struct Metrics {
     pub reconcile_errors: Family<ErrorLabels, Counter>,
     pub status_writes: Counter,
     pub leader: Gauge<i64, AtomicI64>,
+    pub watch_errors: Family<WatchLabels, Counter>,
+    pub unreadable: Family<WatchLabels, Gauge<i64, AtomicI64>>,
 }
 
 impl Metrics {
@@ -60,6 +68,14 @@ impl Metrics {
         registry.register("status_writes", "Writes of a request's status", status_writes.clone());
         let leader = Gauge::default();
         registry.register("leader", "Whether this process leads: 1, or 0 while it stands by", leader.clone());
+        let watch_errors = Family::default();
+        registry.register("watch_errors", "Watches that broke and began anew", watch_errors.clone());
+        let unreadable = Family::default();
+        registry.register(
+            "unreadable_objects",
+            "Objects that are there and cannot be read",
+            unreadable.clone(),
+        );
         Self {
             registry,
             ready: AtomicBool::new(false),
@@ -70,6 +86,8 @@ impl Metrics {
             reconcile_errors,
             status_writes,
             leader,
+            watch_errors,
+            unreadable,
         }
     }
 

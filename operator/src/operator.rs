@@ -1,7 +1,7 @@
 //! What every part of the running operator shares.
 
 use std::future::Future;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use drover_api::BuilderClass;
@@ -9,6 +9,7 @@ use k8s_openapi::api::core::v1::Pod;
 use kube::Client;
 use kube::runtime::reflector::Store;
 
+use crate::backoff::Backoffs;
 use crate::clock::Clock;
 use crate::error::Error;
 use crate::keys::Seed;
@@ -37,11 +38,20 @@ pub struct Operator {
     pub pods: Store<Pod>,
     pub sessions: Sessions,
     pub caches: Arc<Caches>,
+    /// Of requests whose last pass failed.
+    pub backoffs: Mutex<Backoffs>,
     /// What requests mean for each other; whose turn it is.
     pub queue: Arc<Queue>,
     /// Look-ups in caches that are under way.
     pub doors: Doors,
     pub refusals: Refusals,
+}
+
+impl Operator {
+    pub fn backoffs(&self) -> MutexGuard<'_, Backoffs> {
+        // A map of numbers: fit for use after a panic.
+        self.backoffs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// A request to the API server, bounded in time. `act` completes "cannot …".

@@ -13,6 +13,17 @@ pub enum Watch {
     Requests = 4,
 }
 
+impl Watch {
+    /// For logs and metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Classes => "classes",
+            Self::Pods => "pods",
+            Self::Requests => "requests",
+        }
+    }
+}
+
 /// Cheap to share by reference; starts with nothing seen.
 #[derive(Debug)]
 pub struct Ready(watch::Sender<u8>);

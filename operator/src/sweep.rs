@@ -1,73 +1,97 @@
-//! Pods and sessions without a request: found once a minute and whenever a request goes, and ended.
+//! What is left of requests that are gone: pods, sessions and what this process remembers. Found at intervals and whenever a
+//! request goes, and ended.
 //!
-//! Nothing is owned across namespaces, so nobody else clears them away; and no finalizer holds a request back until
-//! the operator has done so.
+//! Nothing is owned across namespaces, so nobody else clears it away; and no finalizer holds a request back until the
+//! operator has done so. Before a pod is deleted, the API server itself has said that its request is gone: watches lag, and a
+//! request that cannot be read is not gone.
 
 use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
 use drover_api::BuildRequest;
+use futures::StreamExt as _;
+use k8s_openapi::api::core::v1::Pod;
 use kube::runtime::reflector::Store;
 use kube::{Api, ResourceExt as _};
 use tokio::sync::Notify;
 
 use crate::error::Error;
 use crate::execute::delete_pod;
+use crate::metrics::ErrorLabels;
 use crate::observe::request_of;
 use crate::operator::{Operator, call};
 use crate::pod;
 use crate::ready::Watch;
+use crate::watches::readable::Unreadable;
 
-const INTERVAL: Duration = Duration::from_secs(60);
+/// Twice within the minute in which nothing may be left, since one sweep can fail.
+const INTERVAL: Duration = Duration::from_secs(20);
+/// Pods that are asked about and deleted at the same time.
+const AT_ONCE: usize = 8;
 
 /// Sweeps for ever: at intervals, and when it is woken.
-pub async fn run(operator: Arc<Operator>, requests: Store<BuildRequest>, wake: Arc<Notify>) {
+pub async fn run(
+    operator: Arc<Operator>,
+    requests: Store<BuildRequest>,
+    unreadable: Arc<Unreadable>,
+    wake: Arc<Notify>,
+) {
     operator.ready.wait(&[Watch::Pods, Watch::Requests]).await;
     loop {
-        if let Err(error) = sweep(&operator, &requests).await {
-            tracing::warn!(
-                error = &error as &dyn std::error::Error,
-                "sweeping failed; the next one is in a minute"
-            );
-        }
+        let known: HashSet<String> = requests.state().iter().filter_map(|request| request.uid()).collect();
+        sweep(&operator, |uid| known.contains(uid) || unreadable.contains(uid)).await;
         // Woken or not, it is the same work.
         let _ = tokio::time::timeout(INTERVAL, wake.notified()).await;
     }
 }
 
-async fn sweep(operator: &Operator, requests: &Store<BuildRequest>) -> Result<(), Error> {
-    let known: HashSet<String> = requests.state().iter().filter_map(|request| request.uid()).collect();
+async fn sweep(operator: &Operator, is_known: impl Fn(&str) -> bool) {
     for uid in operator.sessions.uids() {
-        if !known.contains(&uid) {
+        if !is_known(&uid) {
             operator.sessions.stop(&uid);
             operator.queue.gone(&uid);
         }
     }
-    for found in operator.pods.state() {
-        let Some(uid) = found.labels().get(pod::UID_LABEL) else { continue };
-        if found.metadata.deletion_timestamp.is_some()
-            || known.contains(uid)
-            || exists(operator, &found, uid).await?
-        {
-            continue;
-        }
-        let (namespace, name) = (found.namespace().unwrap_or_default(), found.name_any());
-        tracing::info!(pod = name, "deleting a builder whose request is gone");
-        delete_pod(operator, &namespace, &name, &found.uid().unwrap_or_default()).await?;
-    }
-    Ok(())
+    operator.backoffs().retain(&is_known);
+    let strays = operator.pods.state().into_iter().filter(|found| {
+        let uid = found.labels().get(pod::UID_LABEL);
+        found.metadata.deletion_timestamp.is_none() && uid.is_some_and(|uid| !is_known(uid))
+    });
+    // One that cannot be deleted keeps no other from it.
+    futures::stream::iter(strays)
+        .for_each_concurrent(AT_ONCE, async |stray| {
+            if let Err(error) = clear(operator, &stray).await {
+                operator
+                    .metrics
+                    .reconcile_errors
+                    .get_or_create(&ErrorLabels { kind: error.category() })
+                    .inc();
+                let error = &error as &dyn std::error::Error;
+                tracing::warn!(
+                    pod = stray.name_any(),
+                    error,
+                    "a builder without a request stays until the next sweep"
+                );
+            }
+        })
+        .await;
 }
 
-/// Asks the API server: the watch may lag behind a request that is new.
-async fn exists(
-    operator: &Operator,
-    pod: &k8s_openapi::api::core::v1::Pod,
-    uid: &str,
-) -> Result<bool, Error> {
+async fn clear(operator: &Operator, stray: &Pod) -> Result<(), Error> {
+    if exists(operator, stray).await? {
+        return Ok(());
+    }
+    let (namespace, name) = (stray.namespace().unwrap_or_default(), stray.name_any());
+    tracing::info!(pod = name, "deleting a builder whose request is gone");
+    delete_pod(operator, &namespace, &name, &stray.uid().unwrap_or_default()).await
+}
+
+/// Whether the API server has the pod's request.
+async fn exists(operator: &Operator, pod: &Pod) -> Result<bool, Error> {
     let Some(request) = request_of(pod) else { return Ok(false) };
     let api: Api<BuildRequest> =
         Api::namespaced(operator.client.clone(), request.namespace.as_deref().unwrap_or_default());
     let found = call("look for a pod's request", api.get_metadata_opt(&request.name)).await?;
-    Ok(found.and_then(|found| found.uid()).as_deref() == Some(uid))
+    Ok(found.is_some_and(|found| found.uid().as_ref() == pod.labels().get(pod::UID_LABEL)))
 }

@@ -12,12 +12,14 @@ mod run;
 pub mod ssh;
 
 use std::collections::HashMap;
+use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
-use drover_api::BuildRequest;
+use drover_api::{BuildRequest, Reason};
 use futures::FutureExt as _;
 use futures::channel::mpsc::UnboundedSender;
-use futures::future::BoxFuture;
+use futures::future::{BoxFuture, join_all};
 use kube::runtime::reflector::ObjectRef;
 use tokio::sync::watch;
 
@@ -121,7 +123,13 @@ impl Sessions {
         sessions.inc();
         let conversation = self.conversation.clone();
         tokio::spawn(async move {
-            let end = conversation.hold(assignment, progress.clone(), stopped).await;
+            let held = async { conversation.hold(assignment, progress.clone(), stopped).await };
+            // The builder lingers; what it says to the next session is worth more than a request without an end.
+            let end = AssertUnwindSafe(held).catch_unwind().await.unwrap_or_else(|_| SessionEnd::Failed {
+                reason: Reason::InfrastructureFailure,
+                message: "the session ended by a fault in the operator; its log says more".into(),
+                infrastructure: true,
+            });
             sessions.dec();
             progress.end(end);
         });
@@ -138,6 +146,19 @@ impl Sessions {
         if let Some(entry) = self.lock().remove(uid) {
             // Nobody listens any more if it has ended.
             let _ = entry.stop.send(true);
+        }
+    }
+
+    /// Ends all sessions and waits until they have let go of their builders, at most so long. Builders go on without us.
+    pub async fn close(&self, limit: Duration) {
+        let entries: Vec<Entry> = self.lock().drain().map(|(_, entry)| entry).collect();
+        let ended = entries.iter().map(|entry| {
+            let _ = entry.stop.send(true);
+            // A session has the other half until its end.
+            entry.stop.closed()
+        });
+        if tokio::time::timeout(limit, join_all(ended)).await.is_err() {
+            tracing::warn!("not all sessions were closed in time");
         }
     }
 
