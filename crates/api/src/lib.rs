@@ -28,7 +28,7 @@ pub use class::{
 };
 pub use convert::{FieldError, Target};
 pub use crd::crds;
-pub use reasons::{Kind as ReasonKind, Reason, markdown_table as reasons_markdown};
+pub use reasons::{Budget, Kind as ReasonKind, Reason, markdown_table as reasons_markdown};
 pub use request::{BuildRequest, BuildRequestSpec, DerivationSpec, OutputSpec, Resources, Retries, Verify};
 pub use status::{
     Attempt, BuildRequestStatus, BuilderStatus, FailureStatus, LOG_TAIL_LINES, MAX_ATTEMPTS, OutputStatus,

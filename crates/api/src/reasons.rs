@@ -20,6 +20,13 @@ pub enum Kind {
     Infrastructure,
 }
 
+/// The two numbers of `spec.retries`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Budget {
+    Build,
+    Infrastructure,
+}
+
 macro_rules! reasons {
     ($($name:ident $kind:ident $text:literal,)*) => {
         /// Why a condition is as it is.
@@ -116,6 +123,16 @@ impl Reason {
         matches!(self.kind(), Kind::Infrastructure)
     }
 
+    /// What pays for another attempt after one that ended with it; None: the first is the last.
+    pub const fn budget(self) -> Option<Budget> {
+        match self {
+            // Only the build itself can come out otherwise; a hash or a missing input stays what it is.
+            Self::BuildFailed | Self::TimedOut | Self::MaxSilentExceeded => Some(Budget::Build),
+            _ if self.is_infrastructure() => Some(Budget::Infrastructure),
+            _ => None,
+        }
+    }
+
     /// The reason with this word.
     pub fn parse(word: &str) -> Option<Self> {
         Self::ALL.iter().copied().find(|reason| reason.as_str() == word)
@@ -128,18 +145,24 @@ impl fmt::Display for Reason {
     }
 }
 
-/// The table for the documentation.
+/// The table for the documentation (`cargo xtask docs`).
 pub fn markdown_table() -> String {
-    let mut table = String::from("| reason | end | meaning |\n|---|---|---|\n");
+    let mut table =
+        String::from("| reason | end | tried again | meaning and what to do |\n|---|---|---|---|\n");
     for reason in Reason::ALL {
         let end = match reason.kind() {
             Kind::Progress => "",
             Kind::Success => "success",
-            Kind::Failure => "failure",
-            Kind::Infrastructure => "failure, after retries",
+            Kind::Failure | Kind::Infrastructure => "failure",
+        };
+        let again = match (reason.budget(), reason.kind()) {
+            (Some(Budget::Build), _) => "`retries.build`",
+            (Some(Budget::Infrastructure), _) => "`retries.infrastructure`",
+            (None, Kind::Failure) => "no",
+            (None, _) => "",
         };
         // Writing to a String cannot fail.
-        let _ = writeln!(table, "| `{reason}` | {end} | {} |", reason.description());
+        let _ = writeln!(table, "| `{reason}` | {end} | {again} | {} |", reason.description());
     }
     table
 }
@@ -182,6 +205,12 @@ mod tests {
 
     #[test]
     fn table_has_them_all() {
-        assert_eq!(markdown_table().lines().count(), Reason::ALL.len() + 2);
+        let table = markdown_table();
+        assert_eq!(table.lines().count(), Reason::ALL.len() + 2);
+        // A cell more or less would break the row.
+        assert!(table.lines().all(|row| row.matches('|').count() == 5), "{table}");
+        assert!(table.contains("| `BuildFailed` | failure | `retries.build` |"));
+        assert!(table.contains("| `Evicted` | failure | `retries.infrastructure` |"));
+        assert!(table.contains("| `Cancelled` | failure | no |"));
     }
 }

@@ -4,7 +4,7 @@
 //! - [`root`] runs a program inside such a root filesystem.
 //! - [`cluster`] is a real one-node cluster; [`control_plane`] is etcd and kube-apiserver alone; [`audit`] reads what either
 //!   of them was asked.
-//! - [`images`] makes the two OCI images; [`crds`] and [`layers`] are the checks and the tests.
+//! - [`images`] makes the two OCI images; [`crds`], [`docs`] and [`layers`] are the checks and the tests.
 //! - [`fuzz`] runs the targets of `tests/fuzz`; [`mutants`] takes guards away and sees tests fail.
 //! - [`bench`] measures Drover beside the programs that people use today.
 //!
@@ -15,6 +15,7 @@ pub mod bench;
 pub mod cluster;
 pub mod control_plane;
 pub mod crds;
+pub mod docs;
 pub mod fuzz;
 pub mod images;
 pub mod layers;

@@ -9,7 +9,7 @@ use clap::{Parser, Subcommand};
 use xtask::cluster::Cluster;
 use xtask::layers::{self, Layer, Tally};
 use xtask::parts::rootfs::Nix;
-use xtask::{bench, crds, fuzz, images, mutants, parts, root, run};
+use xtask::{bench, crds, docs, fuzz, images, mutants, parts, root, run};
 
 /// What people who work on Drover run.
 #[derive(Parser)]
@@ -38,6 +38,12 @@ enum Act {
     /// Writes crds/ from the code
     Crds {
         /// Only fails where the files are not what the code generates
+        #[arg(long)]
+        check: bool,
+    },
+    /// Writes the pages of docs/ that are made from the code
+    Docs {
+        /// Only fails where they are not what the code says
         #[arg(long)]
         check: bool,
     },
@@ -142,6 +148,7 @@ fn act(act: Act) -> Result<ExitCode> {
         Act::Fuzz { target, seconds } => Ok(sum(fuzz::run(target.as_deref(), seconds)?)),
         Act::Mutants { name } => Ok(sum(mutants::run(name.as_deref())?)),
         Act::Crds { check } => if check { crds::check() } else { crds::write() }.map(|()| ExitCode::SUCCESS),
+        Act::Docs { check } => if check { docs::check() } else { docs::write() }.map(|()| ExitCode::SUCCESS),
         Act::Demo => demo(),
         Act::Parts => print_parts(),
         Act::Images { out } => images(&out),

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use drover_api::{BuilderClassSpec, Reason};
+use drover_api::{Budget, BuilderClassSpec, Reason};
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 
@@ -58,8 +58,7 @@ pub(super) fn again(world: &World, draft: &Draft, failure: &Failure) -> Result<D
     let budget = world.request.spec.retries;
     let Failure { reason, message, .. } = failure;
     if !failure.infrastructure {
-        // Only the build itself can come out otherwise; a hash or a missing input stays what it is.
-        let may = build <= budget.build && is_worth_another(*reason);
+        let may = build <= budget.build && reason.budget() == Some(Budget::Build);
         return if may { Ok(pause(world, draft.status.attempts.len())) } else { Err(message.clone()) };
     }
     if infrastructure > budget.infrastructure {
@@ -69,10 +68,6 @@ pub(super) fn again(world: &World, draft: &Draft, failure: &Failure) -> Result<D
         more_memory(world, draft, name, spec).map_err(|why| format!("{message} ({why})"))?;
     }
     Ok(pause(world, draft.status.attempts.len()))
-}
-
-fn is_worth_another(reason: Reason) -> bool {
-    matches!(reason, Reason::BuildFailed | Reason::TimedOut | Reason::MaxSilentExceeded)
 }
 
 /// The memory of the attempt that comes next, if it is another amount than the request's or the class's.
