@@ -1,9 +1,10 @@
 //! The CustomResourceDefinitions, made from the types and then made fit for an API server.
 
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{
-    CustomResourceDefinition, JSONSchemaProps, JSONSchemaPropsOrArray, JSONSchemaPropsOrBool,
+    CustomResourceDefinition, JSON, JSONSchemaProps, JSONSchemaPropsOrArray, JSONSchemaPropsOrBool,
 };
 use kube::CustomResourceExt as _;
+use serde_json::json;
 
 use crate::{BuildRequest, BuilderClass};
 
@@ -18,6 +19,11 @@ pub fn crds() -> Vec<CustomResourceDefinition> {
         visit(root, &mut make_fit);
         if let Some(template) = property(root, "spec").and_then(|spec| property(spec, "template")) {
             make_partial(template);
+        }
+        if let Some(status) = property(root, "status") {
+            // A request that nobody has looked at is not done: kstatus, and Helm with it, would take an object without any
+            // status for one that is.
+            status.default = Some(JSON(json!({"observedGeneration": -1})));
         }
     }
     crds

@@ -17,6 +17,10 @@ pub const MAX_ATTEMPTS: usize = 201;
 
 /// Where a request stands. `conditions` are for programs; `phase` and `duration` are for people.
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[x_kube(validation = Rule::new("!has(oldSelf.outputs) || has(self.outputs)").message("status.outputs never go away"))]
+#[x_kube(validation = Rule::new("!has(oldSelf.phase) || !(oldSelf.phase in ['Succeeded', 'Failed']) \
+     || (has(self.phase) && self.phase == oldSelf.phase)")
+    .message("the end of a request is final: make a new BuildRequest"))]
 #[serde(rename_all = "camelCase")]
 pub struct BuildRequestStatus {
     /// Accepted, Scheduled, BuilderReady, InputsCopied, Built, OutputsCollected; Succeeded, Ready, Reconciling and

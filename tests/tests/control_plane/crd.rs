@@ -31,8 +31,10 @@ fn definitions_rules_and_columns() -> Result<()> {
     every_kind_of_output_is_taken(&plane)?;
     mistakes_are_answered_with_the_field(&plane)?;
     the_spec_is_immutable(&plane)?;
+    nobody_has_looked_at_a_new_request(&plane)?;
     columns_and_selectors(&plane)?;
     waiting_works(&plane)?;
+    the_end_is_final(&plane)?;
     classes_are_checked(&plane)
 }
 
@@ -170,9 +172,16 @@ fn the_spec_is_immutable(plane: &ControlPlane) -> Result<()> {
     Ok(())
 }
 
+/// The API server itself says so: kstatus takes an object without a status for one that is done.
+fn nobody_has_looked_at_a_new_request(plane: &ControlPlane) -> Result<()> {
+    let seen = plane.kubectl(&["get", "breq", "hello", "-o", "jsonpath={.status}"])?;
+    assert_eq!(seen, r#"{"observedGeneration":-1}"#);
+    Ok(())
+}
+
 fn columns_and_selectors(plane: &ControlPlane) -> Result<()> {
     let status = r#"{"status": {
-        "attempt": 2, "duration": "1m32s", "phase": "Failed",
+        "attempt": 2, "duration": "1m32s", "phase": "Failed", "observedGeneration": 100,
         "builder": {"pod": "hello-1", "node": "n1"},
         "conditions": [{"type": "Succeeded", "status": "False", "reason": "BuildFailed", "message": "exit code 7",
             "lastTransitionTime": "2026-01-01T00:00:00Z"}]
@@ -203,6 +212,26 @@ fn waiting_works(plane: &ControlPlane) -> Result<()> {
     plane.kubectl(&["wait", "breq/hello", "--for=condition=Succeeded=False", "--timeout=5s"])?;
     plane.kubectl(&["wait", "breq/hello", "--for=jsonpath={.status.phase}=Failed", "--timeout=5s"])?;
     Ok(())
+}
+
+/// Whoever writes it: an end does not become another one, and outputs stay what they are.
+fn the_end_is_final(plane: &ControlPlane) -> Result<()> {
+    let patch = |status: &str| {
+        let status = format!("{{\"status\": {status}}}");
+        let args = ["patch", "breq", "hello", "--subresource=status", "--type=merge", "--patch", &status];
+        plane.kubectl(&args)
+    };
+    let refused =
+        |status: &str| Ok::<_, anyhow::Error>(patch(status).err().context("the server took it")?.to_string());
+    for phase in [r#""Succeeded""#, r#""Running""#, "null"] {
+        let said = refused(&format!("{{\"phase\": {phase}}}"))?;
+        assert!(said.contains("the end of a request is final"), "{said}");
+    }
+    patch(r#"{"outputs": {"out": {"path": "/nix/store/x", "narHash": "sha256:x", "narSize": 1}}}"#)?;
+    assert!(refused(r#"{"outputs": null}"#)?.contains("never go away"));
+    assert!(refused(r#"{"outputs": {"out": {"narSize": 2}}}"#)?.contains("never change"));
+    // What is said of a newer spec, or what a person adds, is no change of it.
+    patch(r#"{"observedGeneration": 101}"#).map(drop)
 }
 
 fn classes_are_checked(plane: &ControlPlane) -> Result<()> {

@@ -21,7 +21,8 @@ fn write(request: &BuildRequest, text: &mut String) -> std::fmt::Result {
     if let Some(derivation) = &request.spec.derivation {
         writeln!(text, "Derivation: {} for {}", derivation.name, derivation.system)?;
     }
-    let Some(status) = &request.status else {
+    // The API server itself gives every request a status that says nothing.
+    let Some(status) = request.status.as_ref().filter(|status| !status.conditions.is_empty()) else {
         return writeln!(text, "The operator has not looked at it yet.");
     };
     for (label, value) in [
