@@ -26,19 +26,21 @@ use crate::run;
 const READY_LIMIT: Duration = Duration::from_secs(60);
 /// Between asking for a free port and listening on it another program may take it.
 const ATTEMPTS: usize = 3;
-/// What the audit log has: bodies of what belongs to Drover and of pods, so that writes can be compared.
+/// What the audit log has: bodies of writes of what belongs to Drover, of pods and of leases, so that they can be compared.
 const AUDIT_POLICY: &str = "\
 apiVersion: audit.k8s.io/v1
 kind: Policy
 omitStages: [RequestReceived]
+omitManagedFields: true
 rules:
 - level: None
   nonResourceURLs: [\"*\"]
-- level: Request
+- level: RequestResponse
+  verbs: [create, update, patch, delete, deletecollection]
   resources:
   - {group: drover.build}
-  - {group: \"\", resources: [pods, pods/status, pods/log]}
-  - {group: coordination.k8s.io}
+  - {group: \"\", resources: [pods, pods/status]}
+  - {group: coordination.k8s.io, resources: [leases]}
 - level: Metadata
 ";
 
@@ -122,9 +124,14 @@ impl ControlPlane {
         })
     }
 
-    /// Every request that was answered, oldest first. Bodies of requests are there for Drover's own kinds, pods and leases.
+    /// Every request that was answered, oldest first. Bodies are there for writes of Drover's own kinds, pods and leases.
     pub fn audit(&self) -> Result<Vec<audit::Entry>> {
-        audit::read(&self.dir.path().join("audit.log"))
+        audit::read(&self.audit_log())
+    }
+
+    /// The file with the audit log: one event (Kubernetes: audit.k8s.io/v1) a line.
+    pub fn audit_log(&self) -> PathBuf {
+        self.dir.path().join("audit.log")
     }
 
     /// SIGKILL: connections break, and nobody listens until [`Self::restart_apiserver`]. What etcd has stays.

@@ -90,14 +90,14 @@ fn nothing_is_left(events: &[Event], history: &History, rules: &Rules, found: &m
     }
 }
 
-/// S3: a verdict is the last word; nothing of the status changes after it.
+/// S3: a verdict is the last word; nothing of the status changes after it but the generation that it is said of.
 fn verdicts_stand(request: &Request, report: &mut impl FnMut(&'static str, String)) {
     let Some(spoken) = request.statuses.iter().position(|write| verdict(&write.status).is_some()) else {
         return;
     };
     let first = &request.statuses[spoken];
     for later in &request.statuses[spoken + 1..] {
-        if later.status != first.status {
+        if without_generation(&later.status) != without_generation(&first.status) {
             let was = verdict(&first.status);
             let is = verdict(&later.status);
             report(
@@ -300,6 +300,16 @@ fn the_leader_writes(events: &[Event], leases: &[Lease], rules: &Rules, found: &
             found.push(Violation { invariant: "Lease", about, what });
         }
     }
+}
+
+/// The time to live may be changed after the end: then the same is said of the newest spec.
+fn without_generation(status: &Value) -> Value {
+    let mut status = status.clone();
+    let conditions =
+        status["conditions"].as_array_mut().into_iter().flatten().filter_map(Value::as_object_mut);
+    conditions.for_each(|condition| drop(condition.remove("observedGeneration")));
+    status.as_object_mut().map(|status| status.remove("observedGeneration"));
+    status
 }
 
 /// Status and reason of the condition Succeeded, once that is not Unknown.

@@ -71,7 +71,8 @@ fn deletion_in_every_phase_leaves_nothing() -> Result<()> {
         ensure!(made.is_empty() || name == "unseen", "{name}: {made:?} was made for a request that was gone");
     }
     drop(node);
-    operator.stop()
+    operator.stop()?;
+    world.ensure_invariants()
 }
 
 /// Has the request lose its pod until it waits for seconds before the next attempt.

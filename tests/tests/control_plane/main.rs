@@ -11,5 +11,6 @@ mod ledger;
 mod operator;
 mod outages;
 mod play;
+mod tools;
 mod world;
 mod writes;

@@ -62,7 +62,8 @@ fn builds_outlive_the_api_server() -> Result<()> {
     }
     world.no_pods()?;
     drop(node);
-    operator.stop()
+    operator.stop()?;
+    world.ensure_invariants()
 }
 
 #[derive(Clone, Copy)]

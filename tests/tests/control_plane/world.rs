@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use drover_operator::clock::Clock;
 use drover_operator::controller::{self, Parts};
 use drover_operator::keys::Seed;
@@ -15,6 +15,7 @@ use drover_operator::seed;
 use drover_operator::session::{Conversation, Ssh};
 use drover_operator::settings::Settings;
 use drover_tests::ControlPlane;
+use drover_tests::audit::{self as invariants, Log, Rules};
 use serde_json::Value;
 use tempfile::TempDir;
 use tokio::sync::oneshot;
@@ -102,6 +103,20 @@ impl World {
     /// What the operator asked the API server for, oldest first.
     pub(crate) fn audit(&self) -> Result<Vec<audit::Entry>> {
         Ok(self.plane.audit()?.into_iter().filter(|entry| entry.user == OPERATOR).collect())
+    }
+
+    /// Fails with whatever the audit log shows to be against the invariants of DESIGN.md.
+    pub(crate) fn ensure_invariants(&self) -> Result<()> {
+        let log = Log::parse(&std::fs::read_to_string(self.plane.audit_log())?);
+        ensure!(
+            !log.events.is_empty() && log.broken <= 1,
+            "{} lines of the audit log are no events",
+            log.broken
+        );
+        let broken = invariants::audit(&log.events, &Rules::new(SYSTEM, "drover", BUILDERS));
+        let broken: Vec<String> = broken.iter().map(ToString::to_string).collect();
+        ensure!(broken.is_empty(), "{}", broken.join("\n"));
+        Ok(())
     }
 
     /// Applies a request of namespace `team`. Its derivation has its name; `more` goes on with the spec.

@@ -28,7 +28,8 @@ fn only_news_is_written() -> Result<()> {
     a_spec_that_changes_after_the_end_is_noted_once(&world)?;
     where_nothing_is_new_nothing_is_written(&world, &operator, &builders, &node)?;
     drop(node);
-    operator.stop()
+    operator.stop()?;
+    world.ensure_invariants()
 }
 
 /// Every stage takes its time, so that each is seen.
