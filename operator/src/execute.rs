@@ -22,6 +22,7 @@ use crate::plan::{Action, Plan, accept};
 use crate::pod::{self, PodPlan};
 use crate::refusal::refusal;
 use crate::session::Assignment;
+use crate::session::host_key::HostKey;
 use crate::settings::{FIELD_MANAGER, STATUS_MANAGER};
 use crate::world::{Class, World};
 
@@ -148,10 +149,12 @@ async fn act(operator: &Operator, world: &World, action: &Action) -> Result<(), 
                     pods_seen: operator.pods.clone(),
                     pod: pod.clone(),
                     pod_uid: pod_uid.clone(),
+                    host_key: known_host_key(request, *attempt, pod),
                     client_key: operator.seed.client_key(&uid, *attempt)?,
                     job,
                     caches: operator.caches.clone(),
                     work_dir: operator.settings.work_dir.clone(),
+                    timeouts: operator.settings.timeouts,
                 },
             );
             Ok(())
@@ -174,6 +177,13 @@ async fn act(operator: &Operator, world: &World, action: &Action) -> Result<(), 
             )
         }
     }
+}
+
+/// The key that an earlier session with this pod has learned: attempts have one pod each.
+fn known_host_key(request: &BuildRequest, attempt: u32, pod: &str) -> Option<HostKey> {
+    let status = request.status.as_ref().filter(|status| status.attempt == Some(attempt))?;
+    let builder = status.builder.as_ref().filter(|builder| builder.pod.as_deref() == Some(pod))?;
+    HostKey::parse_kept(builder.host_key.as_deref()?)
 }
 
 /// Deletes this pod, not a later one of the same name. Done if it is gone already.

@@ -200,6 +200,8 @@ pub struct SessionView {
     pub stage: Stage,
     /// The builder's sandbox, once it has said which.
     pub sandbox: Option<String>,
+    /// The builder's public key, `ssh-ed25519 …`, once it is known.
+    pub host_key: Option<String>,
     /// Last lines of the build's log so far.
     pub log_tail: Vec<String>,
     pub end: Option<SessionEnd>,

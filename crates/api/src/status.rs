@@ -216,6 +216,9 @@ pub struct BuilderStatus {
     /// The sandbox that the builder uses: `nested`, `nested-admin` or `pod`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sandbox: Option<String>,
+    /// The public key that it identifies itself with.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub host_key: Option<String>,
 }
 
 /// A verdict and what led to it.

@@ -4,6 +4,8 @@ use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{self, BufReader, BufWriter, Read, Write};
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use drover_nix::hash::Sha256Hasher;
 use drover_nix::narinfo::Compression;
@@ -36,6 +38,7 @@ pub struct SpooledNar {
     pub file_hash: Sha256,
     pub file_size: u64,
     file: NamedTempFile,
+    read: Arc<AtomicU64>,
 }
 
 impl NarSpool {
@@ -71,6 +74,7 @@ impl NarSpool {
             file_hash: hash.finish(),
             file_size: size,
             file,
+            read: Arc::default(),
         })
     }
 }
@@ -96,9 +100,29 @@ impl SpooledNar {
         Ok(Box::new(decoder.map_err(|source| Error::Io { act: "read the compressed NAR".into(), source })?))
     }
 
+    /// How many bytes of the file have been read, again and again perhaps: how far it is on its way to a cache.
+    pub fn bytes_read(&self) -> Arc<AtomicU64> {
+        Arc::clone(&self.read)
+    }
+
     /// The file from its start, by a descriptor of its own.
-    pub(crate) fn open_file(&self) -> Result<File, Error> {
-        self.file.reopen().map_err(Error::io("open", self.file.path()))
+    pub(crate) fn open_file(&self) -> Result<SpoolFile, Error> {
+        let file = self.file.reopen().map_err(Error::io("open", self.file.path()))?;
+        Ok(SpoolFile { file, read: Arc::clone(&self.read) })
+    }
+}
+
+/// A reader of a [`SpooledNar`]'s file.
+pub(crate) struct SpoolFile {
+    file: File,
+    read: Arc<AtomicU64>,
+}
+
+impl Read for SpoolFile {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let count = self.file.read(buffer)?;
+        self.read.fetch_add(count as u64, Ordering::Relaxed);
+        Ok(count)
     }
 }
 

@@ -389,7 +389,8 @@ fn note_session(draft: &mut Draft, session: &SessionView) {
             draft.phase(condition, Status::True, reason, "");
         }
     }
-    if let (Some(builder), Some(sandbox)) = (&mut draft.status.builder, &session.sandbox) {
-        builder.sandbox = Some(sandbox.clone());
+    if let Some(builder) = &mut draft.status.builder {
+        builder.sandbox = session.sandbox.clone().or(builder.sandbox.take());
+        builder.host_key = session.host_key.clone().or(builder.host_key.take());
     }
 }

@@ -217,6 +217,7 @@ impl Sim {
                     started: self.now,
                     stage: Stage::Connecting,
                     sandbox: None,
+                    host_key: None,
                     log_tail: vec![],
                     end: None,
                     end_time: None,

@@ -53,6 +53,16 @@ impl HostKey {
         Ok(Self(format!("{kind} {text}")))
     }
 
+    /// The key as it is kept: type and text.
+    pub fn line(&self) -> &str {
+        &self.0
+    }
+
+    /// One that was kept. None if it is no such key, whoever wrote it.
+    pub fn parse_kept(line: &str) -> Option<Self> {
+        Self::parse_line(&format!("{PREFIX}{line}")).ok()
+    }
+
     /// The line of a `known_hosts` file that pins this key to `alias`.
     pub fn known_hosts_line(&self, alias: &str) -> String {
         format!("{alias} {}\n", self.0)
@@ -132,6 +142,8 @@ mod tests {
         let key = HostKey::parse_line(&format!("{GOOD} builder\r\n")).unwrap();
         let line = key.known_hosts_line("drover-a-1");
         assert_eq!(line, GOOD.replace("host-key:", "drover-a-1") + "\n");
+        assert_eq!(HostKey::parse_kept(key.line()), Some(key));
+        assert_eq!(HostKey::parse_kept("ssh-ed25519 AAAA"), None);
     }
 
     #[test]

@@ -2,21 +2,26 @@
 //!
 //! [`Sessions`] owns them all. A session is started by a plan's action and ends by itself; how far it is and how it
 //! ended is read by `observe`. It never writes to the API server: it asks for its request to be looked at, and the
-//! plan decides. In the order of a session's life: [`host_key`] learns whom to expect, [`ssh`] connects, [`job`] says
-//! what to build, [`run`] does it, [`log`] listens.
+//! plan decides. In the order of a session's life: [`reach`] finds the builder, [`host_key`] learns whom to expect, [`ssh`]
+//! connects, [`pipe`] carries, [`job`] says what to build, [`run`] does it, [`log`] listens, [`meter`] sees that it moves.
 
 pub mod host_key;
 pub mod job;
 pub mod log;
+pub mod meter;
+pub mod pipe;
+mod reach;
 mod run;
 pub mod ssh;
+#[cfg(test)]
+mod tests;
 
 use std::collections::HashMap;
 use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use drover_api::{BuildRequest, Reason};
+use drover_api::BuildRequest;
 use futures::FutureExt as _;
 use futures::channel::mpsc::UnboundedSender;
 use futures::future::{BoxFuture, join_all};
@@ -27,7 +32,7 @@ use crate::clock::Clock;
 use crate::metrics::Metrics;
 use crate::world::{SessionEnd, SessionView, Stage};
 use log::LogTail;
-pub use run::Assignment;
+pub use run::{Assignment, Talk, talk};
 
 /// Asks for a request to be looked at.
 pub type Trigger = UnboundedSender<ObjectRef<BuildRequest>>;
@@ -101,22 +106,9 @@ impl Sessions {
                 return;
             }
         }
-        let progress = Arc::new(Progress {
-            view: Mutex::new(SessionView {
-                attempt: assignment.attempt,
-                pod_uid: assignment.pod_uid.clone(),
-                started: self.clock.now(),
-                stage: Stage::Connecting,
-                sandbox: None,
-                log_tail: vec![],
-                end: None,
-                end_time: None,
-            }),
-            tail: Mutex::default(),
-            request: assignment.request.clone(),
-            trigger: self.trigger.clone(),
-            clock: self.clock.clone(),
-        });
+        let (request, pod_uid) = (assignment.request.clone(), assignment.pod_uid.clone());
+        let (trigger, clock) = (self.trigger.clone(), self.clock.clone());
+        let progress = Arc::new(Progress::new(request, assignment.attempt, pod_uid, trigger, clock));
         let (stop, stopped) = watch::channel(false);
         by_uid.insert(uid.to_owned(), Entry { progress: progress.clone(), stop });
         let sessions = self.metrics.sessions.clone();
@@ -125,11 +117,7 @@ impl Sessions {
         tokio::spawn(async move {
             let held = async { conversation.hold(assignment, progress.clone(), stopped).await };
             // The builder lingers; what it says to the next session is worth more than a request without an end.
-            let end = AssertUnwindSafe(held).catch_unwind().await.unwrap_or_else(|_| SessionEnd::Failed {
-                reason: Reason::InfrastructureFailure,
-                message: "the session ended by a fault in the operator; its log says more".into(),
-                infrastructure: true,
-            });
+            let end = AssertUnwindSafe(held).catch_unwind().await.unwrap_or_else(|_| run::fault());
             sessions.dec();
             progress.end(end);
         });
@@ -174,7 +162,30 @@ impl Sessions {
 }
 
 impl Progress {
-    fn view(&self) -> SessionView {
+    /// Of a session that begins.
+    pub fn new(
+        request: ObjectRef<BuildRequest>,
+        attempt: u32,
+        pod_uid: String,
+        trigger: Trigger,
+        clock: Clock,
+    ) -> Self {
+        let view = SessionView {
+            attempt,
+            pod_uid,
+            started: clock.now(),
+            stage: Stage::Connecting,
+            sandbox: None,
+            host_key: None,
+            log_tail: vec![],
+            end: None,
+            end_time: None,
+        };
+        Self { view: Mutex::new(view), tail: Mutex::default(), request, trigger, clock }
+    }
+
+    /// What the session says so far.
+    pub fn view(&self) -> SessionView {
         let mut view = self.lock().clone();
         let tail = self.tail.lock().unwrap_or_else(PoisonError::into_inner);
         view.log_tail = tail.as_ref().map(LogTail::lines).unwrap_or_default();
@@ -188,6 +199,11 @@ impl Progress {
     /// The rung that the builder names.
     pub fn sandbox(&self, sandbox: Option<String>) {
         self.lock().sandbox = sandbox;
+    }
+
+    /// The builder's public key, as a line of text.
+    pub fn host_key(&self, key: String) {
+        self.lock().host_key = Some(key);
     }
 
     /// The session has come so far, or farther.

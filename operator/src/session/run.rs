@@ -1,6 +1,5 @@
 //! One session, from a pod that has a node to the end of the build.
 
-use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -12,21 +11,16 @@ use kube::Api;
 use kube::runtime::reflector::{ObjectRef, Store};
 use tokio::sync::watch;
 
-use super::Progress;
-use super::host_key;
+use super::host_key::HostKey;
 use super::job::{self, Caches, JobPlan};
 use super::log::Log;
-use super::ssh::{Connection, Pipes, Target};
-use crate::error::Error;
+use super::meter::{FLOOR, Meter};
+use super::pipe::Pipes;
+use super::{Progress, reach};
 use crate::keys::ClientKey;
-use crate::pod;
-use crate::settings::BUILDER_PORT;
+use crate::settings::Timeouts;
 use crate::world::{SessionEnd, Stage};
 
-/// From a pod that has a node to a builder that answers; pulling the image is in it.
-const REACH_TIMEOUT: Duration = Duration::from_secs(600);
-/// Between two looks for the pod's address, which the kubelet reports a moment after the container started.
-const ADDRESS_WAIT: Duration = Duration::from_millis(20);
 /// How long the log may go on after the build has ended.
 const LOG_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -40,10 +34,24 @@ pub struct Assignment {
     pub pods_seen: Store<Pod>,
     pub pod: String,
     pub pod_uid: String,
+    /// The builder's key, if an earlier session has learned it.
+    pub host_key: Option<HostKey>,
     pub client_key: ClientKey,
     pub job: JobPlan,
     pub caches: Arc<Caches>,
     pub work_dir: PathBuf,
+    pub timeouts: Timeouts,
+}
+
+/// What there is to be said to a builder that has been reached.
+pub struct Talk {
+    pub job: JobPlan,
+    pub caches: Arc<Caches>,
+    pub work_dir: PathBuf,
+    /// Copying during which nothing moves for so long is given up.
+    pub stall: Duration,
+    /// From a pod with a node to a connection.
+    pub reached_after: Duration,
 }
 
 /// Runs to the end, or until `stopped`.
@@ -53,109 +61,88 @@ pub(super) async fn run(
     mut stopped: watch::Receiver<bool>,
 ) -> SessionEnd {
     let begun = Instant::now();
-    let gave_up = || infrastructure("the operator gave this session up".into());
+    let timeout = assignment.timeouts.start;
     let reached = tokio::select! {
-        reached = tokio::time::timeout(REACH_TIMEOUT, reach(&assignment, &progress)) => reached,
+        reached = tokio::time::timeout(timeout, reach::reach(&assignment, &progress)) => reached,
         _ = stopped.changed() => return gave_up(),
     };
     let (connection, pipes) = match reached {
         Ok(Ok(reached)) => reached,
         Ok(Err(error)) => return unreachable(error.to_string()),
         Err(_) => {
-            let seconds = REACH_TIMEOUT.as_secs();
-            return unreachable(format!(
-                "the builder in pod {} did not answer within {seconds} s",
-                assignment.pod
-            ));
+            let (pod, seconds) = (&assignment.pod, timeout.as_secs());
+            return unreachable(format!("the builder in pod {pod} did not answer within {seconds} s"));
         }
     };
+    let Assignment { job, caches, work_dir, timeouts, .. } = assignment;
     let reached_after = begun.elapsed();
-    let log = match Log::follow(pipes.stderr, &assignment.work_dir) {
+    let talk_of = Talk { job, caches, work_dir, stall: timeouts.stall, reached_after };
+    let end = talk(talk_of, pipes, progress, stopped.clone()).await;
+    connection.close().await;
+    // Whoever waits for the session to be over waits for this half to go.
+    drop(stopped);
+    end
+}
+
+/// Says it over these pipes, until the end, or until `stopped`, or until nothing moves any more. Threads that are left over
+/// then end as soon as they look at a pipe.
+pub async fn talk(
+    talk: Talk,
+    pipes: Pipes,
+    progress: Arc<Progress>,
+    mut stopped: watch::Receiver<bool>,
+) -> SessionEnd {
+    let Talk { job: plan, caches, work_dir, stall, reached_after } = talk;
+    let Pipes { stdin, stdout, stderr, meter, cut } = pipes;
+    let log = match Log::follow(stderr, &work_dir) {
         Ok(log) => log,
-        Err(error) => {
-            connection.close().await;
-            return infrastructure(error.to_string());
-        }
+        Err(error) => return infrastructure(error.to_string()),
     };
     progress.follow(log.tail());
-    let Assignment { job: plan, caches, pod, .. } = assignment;
-    let (stdin, stdout) = (pipes.stdin, pipes.stdout);
-    let mut build = tokio::task::spawn_blocking(move || {
-        let job = match plan.open(&caches) {
-            Ok(job) => job,
-            Err(error) => return infrastructure(error.to_string()),
-        };
-        let mut observer = |event: Event| observe(&progress, &event);
-        // Both pipes are consumed: when this returns, the builder has seen the end of its input.
-        let result = drover_session::run(stdout, stdin, &job, &mut observer);
-        let tail = log.tail();
-        keep_log(&job, log);
-        match result {
-            Ok(outcome) => job::finished(&job.dir, &outcome, reached_after),
-            Err(failure) => job::failed(&failure.with_last_words(&tail.lines())),
+    let ended = cut.ended();
+    let mut build = tokio::task::spawn_blocking({
+        let (meter, progress) = (meter.clone(), progress.clone());
+        move || {
+            let mut job = match plan.open(&caches) {
+                Ok(job) => job,
+                Err(error) => return infrastructure(error.to_string()),
+            };
+            job.caches = job.caches.into_iter().map(|cache| meter.watch(cache)).collect();
+            job.push = job.push.map(|cache| meter.watch(cache));
+            let mut observer = |event: Event| observe(&progress, &meter, &event);
+            // Both pipes are consumed: when this returns, the builder has seen the end of its input.
+            let result = drover_session::run(stdout, stdin, &job, &mut observer);
+            meter.rest(false);
+            let tail = log.tail();
+            // A session that was given up may have another behind it by now, which has more of the log.
+            if !ended.is_over() {
+                keep_log(&job, log);
+            }
+            match result {
+                Ok(outcome) => job::finished(&job.dir, &outcome, reached_after),
+                Err(failure) => job::failed(&failure.with_last_words(&tail.lines())),
+            }
         }
     });
     let end = tokio::select! {
-        end = &mut build => Some(end),
-        _ = stopped.changed() => None,
+        end = &mut build => end,
+        _ = stopped.changed() => return gave_up(),
+        () = meter.stalled(stall) => return stalled(&progress, stall),
     };
-    connection.close().await;
-    match end {
-        Some(Ok(end)) => end,
-        Some(Err(panic)) => {
-            tracing::error!(pod, error = &panic as &dyn std::error::Error, "a session's thread ended badly");
-            infrastructure("the session ended by a fault in the operator; its log says more".into())
-        }
-        // The thread sees its pipes end and goes by itself.
-        None => gave_up(),
-    }
+    drop(cut);
+    end.unwrap_or_else(|panic| {
+        tracing::error!(error = &panic as &dyn std::error::Error, "a session's thread ended badly");
+        fault()
+    })
 }
 
-/// Learns the builder's key and address and connects.
-async fn reach(assignment: &Assignment, progress: &Progress) -> Result<(Connection, Pipes), Error> {
-    let greeting = host_key::greeting(&assignment.pods, &assignment.pod, pod::CONTAINER).await?;
-    progress.sandbox(greeting.sandbox);
-    let address = address(assignment).await?;
-    let target = Target {
-        address,
-        port: BUILDER_PORT,
-        alias: &format!("drover-{}-{}", assignment.request_uid, assignment.attempt),
-        host_key: &greeting.host_key,
-        client_key: &assignment.client_key,
-    };
-    Connection::open(&target, &assignment.work_dir).await
-}
-
-/// The pod's address, as soon as the kubelet has reported it.
-async fn address(assignment: &Assignment) -> Result<IpAddr, Error> {
-    let namespace = assignment.pods.namespace().unwrap_or_default().to_owned();
-    let key = ObjectRef::new(&assignment.pod).within(&namespace);
-    for look in 0u32.. {
-        // The watch is nearly always first; asking now and then makes up for one that lags.
-        let pod = match assignment.pods_seen.get(&key) {
-            Some(pod) => Some(pod),
-            None if look % 50 == 0 => {
-                let pod = assignment.pods.get_opt(&assignment.pod).await;
-                pod.map_err(Error::kube("read the builder's pod"))?.map(Arc::new)
-            }
-            None => None,
-        };
-        let address = pod
-            .filter(|pod| pod.metadata.uid.as_deref() == Some(&assignment.pod_uid))
-            .and_then(|pod| pod.status.as_ref()?.pod_ip.clone());
-        if let Some(address) = address {
-            return address.parse().map_err(|_| Error::Pod {
-                why: format!("pod {} has the address {address:?}", assignment.pod),
-            });
-        }
-        tokio::time::sleep(ADDRESS_WAIT).await;
-    }
-    // The loop has no other end; the caller bounds its time.
-    Err(Error::Pod { why: format!("pod {} has no address", assignment.pod) })
-}
-
-fn observe(progress: &Progress, event: &Event) {
+fn observe(progress: &Progress, meter: &Meter, event: &Event) {
     tracing::debug!(request = %progress.request, ?event, "session");
+    match event {
+        Event::BuildStarted => meter.rest(true),
+        Event::Built { .. } => meter.rest(false),
+        _ => {}
+    }
     match event {
         Event::Connected { .. } => progress.reach(Stage::Ready),
         Event::Locked { .. } => progress.reach(Stage::CopyingInputs),
@@ -181,6 +168,28 @@ fn keep_log(job: &Job, log: Log) {
         }
         None => tracing::warn!(%derivation, "the build's log did not end in time; it was not kept"),
     }
+}
+
+/// The session's own fault.
+pub(super) fn fault() -> SessionEnd {
+    infrastructure("the session ended by a fault in the operator; its log says more".into())
+}
+
+fn gave_up() -> SessionEnd {
+    infrastructure("the operator gave this session up".into())
+}
+
+fn stalled(progress: &Progress, stall: Duration) -> SessionEnd {
+    let doing = match progress.view().stage {
+        Stage::Connecting => "greeting the builder",
+        Stage::Ready | Stage::CopyingInputs => "copying inputs",
+        Stage::InputsCopied | Stage::Building => "asking for the build",
+        Stage::Built | Stage::Collecting => "collecting outputs",
+    };
+    infrastructure(format!(
+        "{doing}: less than {FLOOR} bytes have moved between builder, operator and caches in {} s",
+        stall.as_secs()
+    ))
 }
 
 fn infrastructure(message: String) -> SessionEnd {

@@ -4,7 +4,6 @@
 //! the readiness check: it is repeated while nothing listens yet. It may not decide what a failure means for the
 //! build: it says what failed and whether trying again could help.
 
-use std::io::{PipeReader, PipeWriter};
 use std::net::IpAddr;
 use std::num::NonZeroUsize;
 use std::os::unix::fs::OpenOptionsExt as _;
@@ -17,6 +16,7 @@ use openssh::{ControlPersist, KnownHosts, SessionBuilder, Stdio};
 use crate::error::Error;
 use crate::keys::ClientKey;
 use crate::session::host_key::HostKey;
+use crate::session::pipe::Pipes;
 
 /// What the builder is asked to run. It runs this and nothing else, whatever is asked.
 const COMMAND: &str = "drover-builder serve --write";
@@ -29,6 +29,9 @@ const LONGEST_WAIT: Duration = Duration::from_secs(1);
 const DIAL_TIMEOUT: Duration = Duration::from_secs(10);
 /// A peer that answers none of three probes at this distance is gone.
 const ALIVE_INTERVAL: Duration = Duration::from_secs(10);
+/// How long a connection may take to close. Its master may hang; then it goes with the operator's last descriptor of it, or
+/// with the pod.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long the connection's master outlives its last channel, should the operator die without closing it.
 const PERSIST_SECONDS: usize = 10;
 
@@ -43,20 +46,12 @@ pub struct Target<'a> {
     pub client_key: &'a ClientKey,
 }
 
-/// A running `serve` and its three pipes, which are blocking: for threads of their own.
+/// A running `serve`. Its pipes are for threads.
 #[derive(Debug)]
 pub struct Connection {
     session: Arc<openssh::Session>,
     child: openssh::Child<Arc<openssh::Session>>,
     files: Files,
-}
-
-/// The pipes of a [`Connection`]. Closing `stdin` ends the remote `serve`.
-#[derive(Debug)]
-pub struct Pipes {
-    pub stdin: PipeWriter,
-    pub stdout: PipeReader,
-    pub stderr: PipeReader,
 }
 
 /// The files of one connection; gone with the value.
@@ -118,7 +113,8 @@ impl Connection {
             .spawn()
             .await
             .map_err(|source| Error::Ssh { act: "start `serve`", source })?;
-        Ok((Self { session, child, files }, Pipes { stdin, stdout, stderr }))
+        let pipes = Pipes::new(stdin, stdout, stderr).map_err(fail)?;
+        Ok((Self { session, child, files }, pipes))
     }
 
     /// Gives up the channel and the connection. The pipes report their end to whoever still reads.
@@ -127,10 +123,17 @@ impl Connection {
     /// is blocked on a pipe.
     pub async fn close(self) {
         drop(self.child);
-        if let Some(session) = Arc::into_inner(self.session)
-            && let Err(error) = session.close().await
-        {
-            tracing::debug!(error = &error as &dyn std::error::Error, "closing an SSH connection failed");
+        if let Some(session) = Arc::into_inner(self.session) {
+            match tokio::time::timeout(CLOSE_TIMEOUT, session.close()).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => {
+                    tracing::debug!(
+                        error = &error as &dyn std::error::Error,
+                        "closing an SSH connection failed"
+                    );
+                }
+                Err(_) => tracing::warn!("an SSH connection does not close"),
+            }
         }
         drop(self.files);
     }

@@ -1,0 +1,238 @@
+//! Sessions over pipes, with a builder in memory at their far ends that is slow, silent or gone.
+
+use std::io::{self, PipeReader, PipeWriter, Read as _, Write};
+use std::sync::Arc;
+use std::sync::mpsc;
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use drover_api::{ClassCache, Reason, Trust};
+use drover_nix::{
+    BasicDerivation, ContentAddress, DerivationOutput, Hash, Method, OutputName, Sha256, StoreDir,
+};
+use drover_serve::testing::{MemoryStore, file_nar};
+use drover_serve::{BuildOptions, BuildResult, BuildStatus};
+use futures::channel::mpsc::unbounded;
+use kube::runtime::reflector::ObjectRef;
+use tokio::sync::watch;
+
+use super::job::JobPlan;
+use super::pipe::Pipes;
+use super::{Progress, Talk, talk};
+use crate::clock::Clock;
+use crate::world::{SessionEnd, Stage};
+
+/// Long enough for whatever moves, and short enough to be waited for.
+const STALL: Duration = Duration::from_millis(400);
+const LONG: Duration = Duration::from_secs(60);
+
+const CONTENTS: &[u8] = &[b'x'; 20_000];
+
+/// The builder's ends.
+struct Far {
+    stdin: PipeReader,
+    stdout: PipeWriter,
+    stderr: PipeWriter,
+}
+
+/// A session under way.
+struct Session {
+    end: tokio::task::JoinHandle<SessionEnd>,
+    progress: Arc<Progress>,
+    stop: watch::Sender<bool>,
+    dir: tempfile::TempDir,
+}
+
+/// A fixed-output derivation without inputs.
+fn derivation() -> BasicDerivation {
+    let address = ContentAddress { method: Method::Nar, hash: Hash::from(Sha256::of(&file_nar(CONTENTS))) };
+    BasicDerivation {
+        name: "x".into(),
+        outputs: [(OutputName::out(), DerivationOutput::CaFixed(address))].into(),
+        input_srcs: [].into(),
+        system: "x86_64-linux".into(),
+        builder: "/bin/sh".into(),
+        args: Vec::new(),
+        env: [].into(),
+    }
+}
+
+fn begin(stall: Duration) -> (Session, Far) {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::create_dir(dir.path().join("cache")).unwrap();
+    let derivation = derivation();
+    let job = JobPlan {
+        drv_path: drover_session::drv_path_of(&StoreDir::default(), &derivation).unwrap(),
+        derivation,
+        options: BuildOptions::default(),
+        caches: vec![ClassCache {
+            url: format!("file://{}", dir.path().join("cache").display()),
+            push: true,
+            ..ClassCache::default()
+        }],
+        signing_key: None,
+        trust: Trust::Verified,
+        max_output_bytes: None,
+        spool_dir: dir.path().to_owned(),
+    };
+    let ((far_stdin, stdin), (stdout, far_stdout)) = (io::pipe().unwrap(), io::pipe().unwrap());
+    let (stderr, far_stderr) = io::pipe().unwrap();
+    let pipes = Pipes::new(stdin, stdout, stderr).unwrap();
+    let request = ObjectRef::new("x").within("team");
+    let progress = Arc::new(Progress::new(request, 1, "pod".into(), unbounded().0, Clock::system()));
+    let (stop, stopped) = watch::channel(false);
+    let said = Talk {
+        job,
+        caches: Arc::default(),
+        work_dir: dir.path().to_owned(),
+        stall,
+        reached_after: Duration::ZERO,
+    };
+    let end = tokio::spawn(talk(said, pipes, progress.clone(), stopped));
+    (Session { end, progress, stop, dir }, Far { stdin: far_stdin, stdout: far_stdout, stderr: far_stderr })
+}
+
+impl Far {
+    /// Serves a builder that does `build` and then has what it was asked for. Ends when the session's side has.
+    fn serve(
+        self,
+        output: impl Write + Send + 'static,
+        mut build: impl FnMut(&mut PipeWriter) + Send + 'static,
+    ) -> JoinHandle<()> {
+        let Self { stdin, stdout, mut stderr } = self;
+        drop(stdout);
+        let mut store = MemoryStore::default();
+        store.builder = Some(Box::new(move |store, _, derivation, _| {
+            build(&mut stderr);
+            let paths = derivation.output_paths(&StoreDir::default()).unwrap();
+            let path = paths.into_values().next().unwrap().unwrap();
+            let mut info = store.insert(path.clone(), &[], file_nar(CONTENTS));
+            let DerivationOutput::CaFixed(address) = &derivation.outputs[&OutputName::out()] else {
+                panic!()
+            };
+            info.ca = Some(address.clone());
+            BuildResult::new(BuildStatus::Built)
+        }));
+        thread::spawn(move || {
+            let _gone = drover_serve::serve(stdin, output, &mut store, &StoreDir::default(), true);
+        })
+    }
+}
+
+impl Session {
+    async fn end(self) -> (SessionEnd, tempfile::TempDir) {
+        (tokio::time::timeout(LONG, self.end).await.expect("a session that has no end").unwrap(), self.dir)
+    }
+
+    async fn reaches(&self, stage: Stage) {
+        let reached = async {
+            while self.progress.view().stage < stage {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(LONG, reached).await.unwrap_or_else(|_| panic!("never came to {stage:?}"));
+    }
+}
+
+fn failed(end: &SessionEnd) -> (Reason, bool, &str) {
+    let SessionEnd::Failed { reason, message, infrastructure } = end else { panic!("{end:?}") };
+    (*reason, *infrastructure, message)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_build_goes_through_with_its_log() {
+    let (session, far) = begin(LONG);
+    let stdout = far.stdout.try_clone().unwrap();
+    let builder = far.serve(stdout, |log| log.write_all(b"one\ntwo\n").unwrap());
+    let (end, dir) = session.end().await;
+    let SessionEnd::Finished { outputs, .. } = end else { panic!("{end:?}") };
+    assert_eq!(outputs["out"].nar_hash, Sha256::of(&file_nar(CONTENTS)).to_string());
+    builder.join().unwrap();
+    let logs: Vec<_> =
+        std::fs::read_dir(dir.path().join("cache/log")).unwrap().map(|entry| entry.unwrap().path()).collect();
+    assert_eq!(logs.len(), 1);
+    assert_eq!(std::fs::read(&logs[0]).unwrap(), b"one\ntwo\n");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_builder_that_says_nothing_is_given_up() {
+    let (session, mut far) = begin(STALL);
+    let (end, _dir) = session.end().await;
+    let (reason, infrastructure, message) = failed(&end);
+    assert_eq!((reason, infrastructure), (Reason::InfrastructureFailure, true));
+    assert!(message.starts_with("greeting the builder: less than 1024 bytes"), "{message}");
+    // The session's threads have let go of its end.
+    far.stdin.read_to_end(&mut Vec::new()).unwrap();
+    assert_eq!(far.stderr.write(b"x").unwrap_err().kind(), io::ErrorKind::BrokenPipe);
+}
+
+/// Gives its reader a byte now and then.
+struct Trickle(PipeWriter);
+
+impl Write for Trickle {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if bytes.len() < CONTENTS.len() / 10 {
+            return self.0.write(bytes);
+        }
+        thread::sleep(STALL / 40);
+        self.0.write(&bytes[..1])
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_builder_that_trickles_is_given_up() {
+    let (session, far) = begin(STALL);
+    let stdout = Trickle(far.stdout.try_clone().unwrap());
+    let builder = far.serve(stdout, |_| {});
+    let (end, _dir) = session.end().await;
+    let (reason, _, message) = failed(&end);
+    assert_eq!(reason, Reason::InfrastructureFailure);
+    assert!(message.starts_with("collecting outputs: less than"), "{message}");
+    builder.join().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_build_may_be_silent() {
+    let (session, far) = begin(STALL);
+    let stdout = far.stdout.try_clone().unwrap();
+    let builder = far.serve(stdout, |_| thread::sleep(3 * STALL));
+    let (end, _dir) = session.end().await;
+    assert!(matches!(end, SessionEnd::Finished { .. }), "{end:?}");
+    builder.join().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn told_to_stop_it_leaves_nothing_behind() {
+    let (session, far) = begin(LONG);
+    let stdout = far.stdout.try_clone().unwrap();
+    let (go, gone) = mpsc::channel::<()>();
+    let builder = far.serve(stdout, move |_| gone.recv().unwrap_or(()));
+    session.reaches(Stage::Building).await;
+    session.stop.send(true).unwrap();
+    let (end, dir) = session.end().await;
+    assert_eq!(failed(&end).0, Reason::InfrastructureFailure);
+    // The builder is still busy. Nothing of the session waits for it.
+    let left = async {
+        while std::fs::read_dir(dir.path()).unwrap().count() > 1 {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(LONG, left).await.unwrap();
+    drop(go);
+    builder.join().unwrap();
+    assert!(!dir.path().join("cache/log").exists(), "another session has more of the log");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_builder_that_goes_is_a_lost_connection() {
+    let (session, far) = begin(LONG);
+    let stdout = far.stdout.try_clone().unwrap();
+    let builder = far.serve(stdout, |_| std::panic::resume_unwind(Box::new("gone")));
+    let (end, _dir) = session.end().await;
+    assert_eq!((failed(&end).0, failed(&end).1), (Reason::ConnectionLost, true));
+    assert!(builder.join().is_err());
+}
