@@ -41,6 +41,7 @@ const LAST_WORDS: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 const ROOM: usize = 4096;
 
 fn main() -> ExitCode {
+    abort_on_panic();
     // The helper reads no command line but this word, and must stay single-threaded.
     if std::env::args_os().nth(1).is_some_and(|word| word == sandbox::launch::HELPER_COMMAND) {
         return sandbox::child::main();
@@ -67,6 +68,16 @@ fn main() -> ExitCode {
             }
         }
     }
+}
+
+/// A builder whose thread has panicked would hold its locks and say nothing; one that is gone is a builder that was lost, and
+/// another one takes over.
+fn abort_on_panic() {
+    let say = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        say(panic);
+        std::process::abort();
+    }));
 }
 
 /// The last line on standard error. Whoever reads that may be stalled, and shall not keep this program from its end; but
