@@ -1,11 +1,12 @@
 //! One derivation, built: from a request that names store paths to valid outputs or a reason why not.
 //!
-//! In the order of its story: what has to be built first ([`goals`]), who else in this process builds it ([`shared`]) or has
-//! built it ([`kept`]), who wants it ([`cancel`]), what was made of it before ([`realised`]), whether it can be built here ([`accept`]), the one
-//! attempt ([`attempt`]): where its outputs go ([`targets`]), locks ([`locks`]), ids ([`ids`]), directories ([`scratch`],
-//! [`root`], [`extra_paths`], [`skeleton`]), what the builder sees ([`attrs`], [`json`], [`graph`], [`env`], [`builtins`]), the sandbox ([`confine`],
-//! [`bare`], `crate::sandbox`) and its network ([`connect`]), the watch over it ([`supervise`], [`log`]); how it ended ([`evidence`], [`verdict`]) and what
-//! becomes of its outputs ([`outputs`], [`checks`]) or of its directory ([`keep`]). Nothing here speaks a protocol.
+//! In the order of its story: what has to be built first ([`goals`]), who else in this process builds it ([`shared`])
+//! or has built it ([`kept`]), who wants it ([`cancel`]), what was made of it before ([`realised`]), whether it can be
+//! built here ([`accept`]), the one attempt ([`attempt`]): where its outputs go ([`targets`]), locks ([`locks`]), ids
+//! ([`ids`]), directories ([`scratch`], [`root`], [`extra_paths`], [`skeleton`]), what the builder sees ([`attrs`],
+//! [`json`], [`graph`], [`env`], [`builtins`]), the sandbox ([`confine`], [`bare`], `crate::sandbox`) and its network
+//! ([`connect`]), the watch over it ([`supervise`], [`log`]); how it ended ([`evidence`], [`verdict`]) and what becomes
+//! of its outputs ([`outputs`], [`checks`]) or of its directory ([`keep`]). Nothing here speaks a protocol.
 
 mod accept;
 mod attempt;

@@ -21,7 +21,6 @@ pub(crate) mod landlock;
 pub(crate) mod launch;
 pub(crate) mod linux;
 mod linux_parent;
-#[allow(dead_code)] // until the verdict reads it
 pub(crate) mod oom;
 pub(crate) mod plan;
 pub(crate) mod refusal;

@@ -329,21 +329,7 @@ fn root_step(move_root: bool, root: &Path) -> Step {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn layout() -> Layout {
-        Layout {
-            root: "/r".into(),
-            store: "/s/x.drv.chroot/store".into(),
-            store_dir: "/nix/store".into(),
-            binds: vec![("/s/in".into(), "/nix/store/in".into())],
-            build_dir: "/build".into(),
-            private_network: true,
-            linux32: false,
-            shm: true,
-            cgroup: false,
-            move_root: false,
-        }
-    }
+    use crate::sandbox::double::layout;
 
     fn position(steps: &[Step], wanted: impl Fn(&Step) -> bool) -> usize {
         steps.iter().position(wanted).unwrap()

@@ -40,8 +40,40 @@ pub(crate) struct Builder {
     pub(crate) child: Child,
     pub(crate) root: TempDir,
     pub(crate) tools: StorePath,
-    log: Arc<Mutex<Vec<u8>>>,
-    log_reader: Option<JoinHandle<()>>,
+    log: Log,
+}
+
+/// What a program writes to standard error, read as it comes.
+pub(crate) struct Log {
+    bytes: Arc<Mutex<Vec<u8>>>,
+    reader: Option<JoinHandle<()>>,
+}
+
+impl Log {
+    pub(crate) fn of(child: &mut Child) -> Self {
+        let bytes = Arc::<Mutex<Vec<u8>>>::default();
+        let (mut stderr, sink) = (child.stderr.take().unwrap(), Arc::clone(&bytes));
+        let reader = std::thread::spawn(move || {
+            let mut chunk = [0; 4096];
+            while let Ok(count @ 1..) = stderr.read(&mut chunk) {
+                sink.lock().unwrap().extend(&chunk[..count]);
+            }
+        });
+        Self { bytes, reader: Some(reader) }
+    }
+
+    /// So far.
+    pub(crate) fn text(&self) -> String {
+        String::from_utf8_lossy(&self.bytes.lock().unwrap()).into_owned()
+    }
+
+    /// All, when the program and what it started have closed it.
+    pub(crate) fn finish(&mut self) -> String {
+        if let Some(reader) = self.reader.take() {
+            reader.join().unwrap();
+        }
+        self.text()
+    }
 }
 
 impl Builder {
@@ -122,19 +154,11 @@ impl Builder {
     fn start_command(mut command: Command, root: TempDir) -> Self {
         let mut child =
             command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-        let log = Arc::new(Mutex::new(Vec::new()));
-        let mut stderr = child.stderr.take().unwrap();
-        let sink = Arc::clone(&log);
-        let log_reader = std::thread::spawn(move || {
-            let mut chunk = [0; 4096];
-            while let Ok(count @ 1..) = stderr.read(&mut chunk) {
-                sink.lock().unwrap().extend(&chunk[..count]);
-            }
-        });
+        let log = Log::of(&mut child);
         let (stdout, stdin) = (child.stdout.take().unwrap(), child.stdin.take().unwrap());
         let mut client = Client::connect(stdout, stdin, StoreDir::default()).unwrap();
         let tools = add(&mut client, "tools", tools().path());
-        Self { client: Some(client), child, root, tools, log, log_reader: Some(log_reader) }
+        Self { client: Some(client), child, root, tools, log }
     }
 
     pub(crate) fn client(&mut self) -> &mut Client<ChildStdout, ChildStdin> {
@@ -177,17 +201,14 @@ impl Builder {
 
     /// What was written to standard error so far.
     pub(crate) fn log(&self) -> String {
-        String::from_utf8_lossy(&self.log.lock().unwrap()).into_owned()
+        self.log.text()
     }
 
     /// Ends the session and waits for the program. All of its log.
     pub(crate) fn finish(&mut self) -> String {
         self.client = None;
         self.child.wait().unwrap();
-        if let Some(reader) = self.log_reader.take() {
-            reader.join().unwrap();
-        }
-        self.log()
+        self.log.finish()
     }
 }
 

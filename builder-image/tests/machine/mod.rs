@@ -10,7 +10,6 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use drover_nix::derivation::aterm;
@@ -22,7 +21,7 @@ use drover_serve::{BuildOptions, BuildResult, Client};
 use rustix::process::Pid;
 use tempfile::TempDir;
 
-use super::common::{self, BUILDER, NOBODY, User, path_for, set};
+use super::common::{self, BUILDER, Log, NOBODY, User, path_for, set};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -46,8 +45,7 @@ pub(crate) struct Session {
     root: TempDir,
     tools: StorePath,
     heard: Arc<Mutex<Vec<u8>>>,
-    log: Arc<Mutex<Vec<u8>>>,
-    log_reader: Option<JoinHandle<()>>,
+    log: Log,
     _group: Option<Group>,
 }
 
@@ -72,22 +70,14 @@ impl Session {
         command.args([BUILDER, "--serve", "--write", "--store"]).arg(root.path());
         let mut child =
             command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-        let (heard, log) = (Arc::<Mutex<Vec<u8>>>::default(), Arc::<Mutex<Vec<u8>>>::default());
-        let (mut stderr, sink) = (child.stderr.take().unwrap(), Arc::clone(&log));
-        let log_reader = std::thread::spawn(move || {
-            let mut chunk = [0; 4096];
-            while let Ok(count @ 1..) = stderr.read(&mut chunk) {
-                sink.lock().unwrap().extend(&chunk[..count]);
-            }
-        });
+        let (heard, log) = (Arc::<Mutex<Vec<u8>>>::default(), Log::of(&mut child));
         let output = Tap { inner: child.stdout.take().unwrap(), heard: Arc::clone(&heard) };
         let client = Client::connect(output, child.stdin.take().unwrap(), StoreDir::default());
         let mut client = client.unwrap_or_else(|error| {
-            panic!("{error}: {}", String::from_utf8_lossy(&log.lock().unwrap()));
+            panic!("{error}: {}", log.text());
         });
         let tools = common::add(&mut client, "tools", common::tools().path());
-        let (client, log_reader) = (Some(client), Some(log_reader));
-        Self { client, child, root, tools, heard, log, log_reader, _group: group }
+        Self { client: Some(client), child, root, tools, heard, log, _group: group }
     }
 
     pub(crate) fn root(&self) -> &Path {
@@ -236,17 +226,14 @@ impl Session {
     }
 
     pub(crate) fn log(&self) -> String {
-        String::from_utf8_lossy(&self.log.lock().unwrap()).into_owned()
+        self.log.text()
     }
 
     /// Ends the session and waits for the program. All of its log.
     pub(crate) fn finish(&mut self) -> String {
         self.client = None;
         self.child.wait().unwrap();
-        if let Some(reader) = self.log_reader.take() {
-            reader.join().unwrap();
-        }
-        self.log()
+        self.log.finish()
     }
 }
 
