@@ -117,7 +117,7 @@ impl<'a> Attributes<'a> {
 
 /// The JSON text of `.attrs.json`: compact, keys sorted at every level.
 pub(crate) fn to_json(map: &Map<String, Value>) -> String {
-    json::to_string(&sorted(&Value::Object(map.clone())))
+    drover_nix::json::to_string(&Value::Object(map.clone()))
 }
 
 /// The text of `.attrs.sh`: one line a variable, for Bash. What Bash cannot hold is left out.
@@ -162,19 +162,6 @@ fn shell_word(value: &Value) -> Option<String> {
 
 fn quote(text: &str) -> String {
     format!("'{}'", text.replace('\'', r"'\''"))
-}
-
-/// Independent of whether some crate in the build has serde_json keep the order of keys.
-fn sorted(value: &Value) -> Value {
-    match value {
-        Value::Array(items) => Value::Array(items.iter().map(sorted).collect()),
-        Value::Object(map) => {
-            let mut entries: Vec<_> = map.iter().collect();
-            entries.sort_by_key(|(key, _)| *key);
-            Value::Object(entries.into_iter().map(|(key, value)| (key.clone(), sorted(value))).collect())
-        }
-        other => other.clone(),
-    }
 }
 
 fn words(text: &[u8]) -> Vec<String> {

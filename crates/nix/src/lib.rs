@@ -5,9 +5,9 @@
 //! it parses may come from a hostile peer; every length has a named limit.
 //!
 //! In the order of its story: how bytes are named ([`base32`], [`hash`], [`store_path`], [`content_address`]), what is
-//! hashed for that ([`content_hash`], [`hash_modulo`], [`git`]), what is
-//! built ([`derivation`]), what travels ([`nar`], [`references`], [`rewrite`]), in which [`order`], and what is said about it ([`path_info`],
-//! [`signature`], [`narinfo`]).
+//! hashed for that ([`content_hash`], [`hash_modulo`], [`git`]), what is built ([`derivation`], [`json`]), what travels
+//! ([`nar`], [`references`], [`rewrite`]), in which [`order`], and what is said about it ([`path_info`], [`signature`],
+//! [`narinfo`]).
 
 pub mod base32;
 pub mod content_address;
@@ -17,6 +17,7 @@ mod error;
 pub mod git;
 pub mod hash;
 pub mod hash_modulo;
+pub mod json;
 pub mod nar;
 pub mod narinfo;
 pub mod order;

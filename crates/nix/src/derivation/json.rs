@@ -11,7 +11,7 @@ use serde_json::{Map, Value};
 
 use super::{DerivationOutput, OutputName, STRUCTURED_ATTRS, aterm};
 use crate::{
-    BasicDerivation, ContentAddress, Derivation, Error, Hash, HashAlgo, Method, StoreDir, StorePath,
+    BasicDerivation, ContentAddress, Derivation, Error, Hash, HashAlgo, Method, StoreDir, StorePath, json,
 };
 
 /// Newest version that is understood.
@@ -100,7 +100,7 @@ fn derivation(reader: &Reader<'_>, name: &str, value: Value) -> Result<Derivatio
         None | Some(Value::Null) => {}
         Some(attrs @ Value::Object(_)) => {
             // Nix prints it compactly and with sorted keys; so do we, however this JSON was ordered.
-            env.insert(STRUCTURED_ATTRS.into(), BString::from(sorted(attrs).to_string()));
+            env.insert(STRUCTURED_ATTRS.into(), BString::from(json::to_string(&attrs)));
         }
         Some(_) => return Err(reader.fail("structuredAttrs", "expected an object")),
     }
@@ -236,19 +236,6 @@ fn check_version(object: &Map<String, Value>, path: &str) -> Result<(), Error> {
         Some(version) => Err(fail(format!(
             "{path}: version {version} of this JSON is newer than what is known ({NEWEST}); use the `.drv` file instead"
         ))),
-    }
-}
-
-/// With every object's keys in order, whichever way serde_json was built. Recursion is bounded by its parser's limit.
-fn sorted(value: Value) -> Value {
-    match value {
-        Value::Object(object) => {
-            let object: BTreeMap<String, Value> =
-                object.into_iter().map(|(key, value)| (key, sorted(value))).collect();
-            Value::Object(object.into_iter().collect())
-        }
-        Value::Array(array) => Value::Array(array.into_iter().map(sorted).collect()),
-        other => other,
     }
 }
 

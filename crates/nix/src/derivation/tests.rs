@@ -173,6 +173,18 @@ fn json_of_every_release_says_the_same() {
 }
 
 #[test]
+fn structured_attributes_have_the_text_that_nix_makes_of_them() {
+    let text = r#"{"x.drv": {"name": "x", "outputs": {"out": {"path": "i00sflxqsj37lfmf95m8mn0grv615hpj-x"}},
+        "inputSrcs": [], "inputDrvs": {}, "system": "s", "builder": "b", "args": [], "version": 3,
+        "env": {}, "structuredAttrs": {"b": {"d": 1e100, "c": [1.0, -0.5, 10]}, "a": 0.00001}}}"#
+        .replace("x.drv", "q4mzjdlh5px6977h7v5fdsk1p33yg583-x.drv");
+    let drvs = json::parse(&StoreDir::default(), text.as_bytes()).unwrap();
+    let (_, drv) = drvs.first_key_value().unwrap();
+    let expected = r#"{"a":1e-05,"b":{"c":[1.0,-0.5,10],"d":1e+100}}"#;
+    assert_eq!(drv.basic.env["__json".as_bytes()], expected);
+}
+
+#[test]
 fn json_that_is_wrong_says_where() {
     let text = String::from_utf8(include_bytes!("../../testdata/show-2.34.json").to_vec()).unwrap();
     for (from, to, says) in [
