@@ -32,6 +32,8 @@ const MAX_RECONNECTS: u32 = 20;
 const FIRST_PAUSE: Duration = Duration::from_secs(2);
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
+const POD_GONE: &str = "the builder's pod is gone: it was deleted, or its node was";
+
 /// Leads the open attempt one step on.
 pub(super) fn lead(
     world: &World,
@@ -74,8 +76,7 @@ pub(super) fn lead(
     }
     match pod {
         None if pod_was_seen || session.is_some() => {
-            let message = "the builder's pod is gone: it was deleted, or its node was".into();
-            failed(world, draft, Failure::infrastructure(Reason::BuilderLost, message), now)
+            failed(world, draft, Failure::infrastructure(Reason::BuilderLost, POD_GONE.into()), now)
         }
         None => make_pod(world, draft, accepted, now),
         Some(pod) => match word(pod, now) {
@@ -96,7 +97,12 @@ fn blame(
     // What a session knows for certain stands; a connection that broke is only what the pod's end looks like from here.
     let vague =
         matches!(said.reason, Reason::ConnectionLost | Reason::BuilderLost | Reason::InfrastructureFailure);
-    let Some(pod) = pod.filter(|_| vague) else { return Ok(said) };
+    if !vague {
+        return Ok(said);
+    }
+    let Some(pod) = pod else {
+        return Ok(Failure::infrastructure(Reason::BuilderLost, format!("{POD_GONE} ({})", said.message)));
+    };
     if let Some(failure) = word(pod, now)? {
         return Ok(failure);
     }
