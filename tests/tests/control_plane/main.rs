@@ -5,6 +5,7 @@ mod command_line;
 mod corpus;
 mod crd;
 mod deletion;
+mod double;
 mod fixtures;
 mod lease;
 mod ledger;
