@@ -38,6 +38,8 @@ use crate::watches::{Watches, strip};
 
 /// Passes within one reconcile: a plan that changes what is known is followed by another one at once.
 const MAX_PASSES: usize = 8;
+/// A request that failed so often that it waits for so long gives back the leave to begin that it does not use.
+const LEAVE_LIMIT: Duration = Duration::from_secs(1);
 /// Caches that have not answered by then have had a request looked at again in any case.
 const ANSWER_LIMIT: Duration = Duration::from_secs(300);
 /// How long sessions may take to let go of their builders.
@@ -193,6 +195,9 @@ fn on_error(request: Arc<BuildRequest>, error: &Error, operator: Arc<Operator>) 
     // Its keys are random, and others each time.
     let random = RandomState::new().build_hasher().finish();
     let wait = operator.backoffs().failed(&request.uid().unwrap_or_default(), random);
+    if wait >= LEAVE_LIMIT {
+        operator.queue.release(&request.uid().unwrap_or_default());
+    }
     tracing::warn!(
         request = %ObjectRef::from_obj(&*request),
         error = error as &dyn std::error::Error,

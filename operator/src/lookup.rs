@@ -148,3 +148,59 @@ async fn signing_key(operator: &Operator, cache: &ClassCache) -> Result<Option<S
     let text = String::from_utf8(bytes.0).map_err(|_| fail(format!("its entry {key} is not text")))?;
     Ok(Some(text.trim().to_owned()))
 }
+
+#[cfg(test)]
+mod tests {
+    use drover_nix::{BasicDerivation, DerivationOutput};
+
+    use super::*;
+
+    const LIB: &str = "f8g8x4m83da3b2f79iv84q2r3qlc58lr-lib";
+    const TOOL: &str = "i00sflxqsj37lfmf95m8mn0grv615hpj-tool";
+
+    /// What is absent, with a cache at this place, when another request makes the library.
+    fn absent(url: &str) -> BTreeSet<String> {
+        let dir = StoreDir::default();
+        let mut derivation = BasicDerivation {
+            name: "app".into(),
+            outputs: [("out".parse().unwrap(), DerivationOutput::Deferred)].into(),
+            input_srcs: [LIB, TOOL].map(|base| base.parse().unwrap()).into(),
+            system: "x86_64-linux".into(),
+            builder: "/bin/sh".into(),
+            args: vec![],
+            env: [("out".into(), "".into())].into(),
+        };
+        drover_nix::derivation::modulo::fill_output_paths(&dir, &mut derivation).unwrap();
+        let plan = JobPlan {
+            drv_path: drover_session::drv_path_of(&dir, &derivation).unwrap(),
+            derivation,
+            options: Default::default(),
+            caches: vec![ClassCache { url: url.into(), ..ClassCache::default() }],
+            signing_key: None,
+            trust: Default::default(),
+            max_output_bytes: None,
+            spool_dir: "/tmp".into(),
+        };
+        match ask(&plan, &Caches::default(), "app", &|path| path.ends_with("-lib")) {
+            Lookup::Missing { absent } => absent,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn what_a_cache_that_cannot_be_asked_lacks() {
+        let empty = tempfile::tempdir().unwrap();
+        let full = |base: &str| format!("/nix/store/{base}");
+        let asked = absent(&format!("file://{}", empty.path().display()));
+        assert_eq!(asked, BTreeSet::from([full(LIB), full(TOOL)]));
+        // No verdict follows from a cache that is not there; but what is about to be made is waited for.
+        assert_eq!(absent("gopher://nowhere"), BTreeSet::from([full(LIB)]));
+        // One with something else in the place of its narinfo files.
+        let broken = tempfile::tempdir().unwrap();
+        for base in [LIB, TOOL] {
+            std::fs::create_dir(broken.path().join(format!("{}.narinfo", &base[..32]))).unwrap();
+        }
+        let url = format!("file://{}", broken.path().display());
+        assert_eq!(absent(&url), BTreeSet::from([full(LIB)]));
+    }
+}

@@ -463,6 +463,29 @@ fn inputs_that_nobody_vouches_for() {
     assert_eq!(world.run().reason(), (Reason::InfrastructureFailure, true));
 }
 
+/// Before there is a builder that could be asked.
+#[test]
+fn inputs_that_no_cache_has() {
+    let missing = |world: World| missing_inputs(&world.run().job);
+    assert_eq!(missing(World::new()), MissingInputs::default());
+    let world = World::new();
+    world.sources.paths.lock().unwrap().clear();
+    world.binaries.paths.lock().unwrap().remove(&path(LIBC));
+    // Only of inputs; what they refer to is the session's business.
+    let found = missing(world);
+    assert_eq!((found.absent, found.unknown), (BTreeSet::from([path(SOURCE)]), BTreeSet::new()));
+    for spoil in [
+        |world: &mut World| world.sources.unreachable = true,
+        |world: &mut World| world.sources.untrusted = BTreeSet::from([path(SOURCE)]),
+    ] {
+        let mut world = World::new();
+        spoil(&mut world);
+        let found = missing(world);
+        assert_eq!((found.absent, found.unknown), (BTreeSet::new(), BTreeSet::from([path(SOURCE)])));
+        assert!(found.trouble.is_some());
+    }
+}
+
 #[test]
 fn a_cache_that_lost_a_nar() {
     let mut world = World::new();

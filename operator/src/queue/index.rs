@@ -187,9 +187,10 @@ impl Index {
         self.slot(uid, attempt)
     }
 
-    /// Gives leave, or the place in line, back.
+    /// Gives leave, or the place in line, back. Not that of an attempt that has begun: who says so has an old view.
     pub fn release(&mut self, uid: &str) {
-        if let Some(id) = self.ids.get(uid).copied() {
+        let Some(id) = self.ids.get(uid).copied() else { return };
+        if self.entries.get(&id).is_some_and(|entry| !matches!(entry.now.state, State::Open(_))) {
             self.leave(id);
         }
     }

@@ -102,6 +102,7 @@ impl Queue {
         self.with(|index| index.ask(uid, attempt, class, concurrency))
     }
 
+    /// Gives back leave to begin that is not used.
     pub fn release(&self, uid: &str) {
         self.with(|index| index.release(uid));
     }

@@ -13,5 +13,6 @@ mod operator;
 mod outages;
 mod play;
 mod tools;
+mod waiting;
 mod world;
 mod writes;

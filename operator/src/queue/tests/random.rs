@@ -143,7 +143,7 @@ impl Run {
             Event::Ask(_) => {
                 self.both.index.ask(uid, next, "c", self.limit);
             }
-            Event::Release(_) if !self.is_open(uid) => self.both.index.release(uid),
+            Event::Release(_) => self.both.index.release(uid),
             Event::Begin(_) if !self.is_open(uid) && self.both.index.slot(uid, next) == Slot::Granted => {
                 let request = self.both.server.begin(uid);
                 self.see(request);

@@ -267,6 +267,9 @@ fn an_old_event_takes_nothing_back() {
     both.begin("a/1");
     both.index.seen(&old);
     assert_eq!(both.index.slot("a/1", 1), Slot::Granted, "after it");
+    // Neither does what was planned from it.
+    both.index.release("a/1");
+    assert_eq!(both.index.slot("a/1", 1), Slot::Granted, "its pod runs");
     let ended = both.server.end_attempt("a/1");
     both.index.seen(&ended);
     assert_eq!(both.index.slot("a/1", 1), Slot::Unasked);
