@@ -12,6 +12,7 @@ mod ledger;
 mod operator;
 mod outages;
 mod play;
+mod poison;
 mod tools;
 mod waiting;
 mod world;
