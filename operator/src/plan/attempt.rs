@@ -396,7 +396,7 @@ fn note_session(draft: &mut Draft, session: &SessionView) {
         }
     }
     if let Some(builder) = &mut draft.status.builder {
-        builder.sandbox = session.sandbox.clone().or(builder.sandbox.take());
-        builder.host_key = session.host_key.clone().or(builder.host_key.take());
+        builder.sandbox = session.sandbox.clone().or_else(|| builder.sandbox.take());
+        builder.host_key = session.host_key.clone().or_else(|| builder.host_key.take());
     }
 }
