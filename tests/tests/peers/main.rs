@@ -17,6 +17,7 @@ mod corpus;
 mod fixtures;
 mod hostile;
 mod network;
+mod operator_session;
 mod peer_sshd;
 mod peer_uris;
 mod remote_builds;
