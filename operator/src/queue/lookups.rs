@@ -127,6 +127,7 @@ mod tests {
         lookups.arrived("a", &arrived);
         assert!(!lookups.answer("a", old, missing(&["x"])));
         let new = lookups.ask("a", 1).unwrap();
+        assert!(!lookups.answer("a", old, missing(&["x"])), "the new question's answer is another one");
         assert!(lookups.answer("a", new, missing(&["x", "y"])));
         lookups.arrived("a", &arrived);
         assert_eq!(lookups.get("a", 1), missing(&["y"]));

@@ -161,14 +161,16 @@ impl Slots {
         if same.running.is_empty() && same.line.is_empty() {
             share.builds.remove(&claim.build);
         }
+        for id in &freed {
+            if let Some((claim, _)) = self.claims.remove(id) {
+                share.waiting.remove(&claim.rank);
+            }
+        }
         if share.running == 0 && share.waiting.is_empty() {
             class.shares.remove(&claim.namespace);
         }
         if class.shares.is_empty() {
             self.classes.remove(&claim.class);
-        }
-        for id in &freed {
-            self.claims.remove(id);
         }
         freed
     }
