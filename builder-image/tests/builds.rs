@@ -200,6 +200,16 @@ fn fixed_outputs() {
             builder.client().query_path_infos(&[out(&drv)].into()).unwrap().remove(&out(&drv)).unwrap();
         assert_eq!((info.ca.unwrap().method, info.references.len()), (Method::Flat, 0));
 
+        // What is registered is a copy, in a file that nobody has had open who the builder has talked to.
+        let drv = builder.fixed("echo copied > $out; stat -c 'made in %i' $out >&2", Method::Flat, {
+            Hash::from(Sha256::of(b"copied\n"))
+        });
+        assert_eq!(builder.build(&drv, &BuildOptions::default()).status, BuildStatus::Built);
+        let registered = std::fs::metadata(builder.store_file(&out(&drv))).unwrap();
+        let made_in = |log: &str| Some(log.split_once("made in ")?.1.lines().next()?.trim().parse::<u64>());
+        let made_in = made_in(&builder.log()).unwrap().unwrap();
+        assert_ne!(std::os::unix::fs::MetadataExt::ino(&registered), made_in, "{user:?}");
+
         let other = || Hash::from(Sha256::of(b"other\n"));
         let drv = builder.fixed("echo data > $out", Method::Flat, other());
         let result = builder.build(&drv, &BuildOptions::default());

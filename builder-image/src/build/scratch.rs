@@ -247,28 +247,77 @@ fn set_mode(path: &Path, mode: u32) -> Result<(), Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sandbox::rungs::Ids;
+
+    const DRV: &str = "q4mzjdlh5px6977h7v5fdsk1p33yg583-x.drv";
+
+    /// A store of its own, and the scratch directories of a build under the caller's own ids.
+    fn create(root: &Path) -> Result<Scratch, Error> {
+        let layout = StoreLayout::in_root(root);
+        fs::create_dir_all(&layout.real_store_dir).unwrap();
+        fs::create_dir_all(&layout.state_dir).unwrap();
+        let (uid, gid) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+        let ids = BuildIds::take(Ids::Own { uid, gid }, &layout.state_dir).unwrap().unwrap();
+        Scratch::create(&layout, &DRV.parse().unwrap(), &ids, None)
+    }
+
+    fn mode(path: &Path) -> u32 {
+        fs::symlink_metadata(path).unwrap().mode() & 0o7777
+    }
+
+    #[test]
+    fn nobody_else_gets_in() {
+        let dir = tempfile::tempdir().unwrap();
+        let scratch = create(dir.path()).unwrap();
+        assert_eq!((mode(&scratch.parent), mode(&scratch.top)), (0o700, 0o700));
+        assert_eq!((mode(&scratch.build_dir()), mode(&scratch.tmp())), (0o700, 0o1777));
+    }
+
+    #[test]
+    fn what_is_there_is_not_used() {
+        let dir = tempfile::tempdir().unwrap();
+        let parent = create(dir.path()).unwrap().parent.clone();
+        fs::create_dir(&parent).unwrap();
+        fs::write(parent.join("planted"), "").unwrap();
+        let held = File::open(&parent).unwrap();
+        let scratch = create(dir.path()).unwrap();
+        let now = fs::metadata(&scratch.parent).unwrap();
+        assert!(held.metadata().unwrap().ino() != now.ino() && !scratch.parent.join("planted").exists());
+        drop(scratch);
+        // Nor followed.
+        std::os::unix::fs::symlink("/tmp", &parent).unwrap();
+        let scratch = create(dir.path()).unwrap();
+        assert!(fs::symlink_metadata(&scratch.parent).unwrap().is_dir());
+    }
+
+    #[test]
+    fn a_place_that_others_can_change_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let builds = create(dir.path()).unwrap().top.parent().unwrap().to_owned();
+        for mode in [0o777, 0o775, 0o757] {
+            set_mode(&builds, mode).unwrap();
+            let why = create(dir.path()).err().unwrap().to_string();
+            assert!(why.contains("builds"), "{why}");
+        }
+        fs::remove_dir(&builds).unwrap();
+        std::os::unix::fs::symlink("/tmp", &builds).unwrap();
+        assert!(create(dir.path()).is_err());
+    }
 
     /// A second line: nobody else can enter the directory before the build does.
     #[test]
     fn a_file_of_a_build_is_new() {
         let dir = tempfile::tempdir().unwrap();
-        let build = dir.path().join("build");
-        fs::create_dir(&build).unwrap();
-        fs::write(dir.path().join("victim"), "untouched").unwrap();
-        std::os::unix::fs::symlink("../victim", build.join("planted")).unwrap();
-        let scratch = Scratch {
-            parent: dir.path().join("chroot"),
-            top: dir.path().to_owned(),
-            place: None,
-            owner: None,
-            keep: true,
-        };
+        let scratch = create(dir.path()).unwrap();
+        let victim = dir.path().join("victim");
+        fs::write(&victim, "untouched").unwrap();
+        std::os::unix::fs::symlink(&victim, scratch.build_dir().join("planted")).unwrap();
         scratch.build_file("new", b"text").unwrap();
-        assert_eq!(fs::read(build.join("new")).unwrap(), b"text");
+        assert_eq!(fs::read(scratch.build_dir().join("new")).unwrap(), b"text");
         for name in ["planted", "new"] {
             let why = scratch.build_file(name, b"other").unwrap_err().to_string();
             assert!(why.contains(name) && why.contains("exists"), "{why}");
         }
-        assert_eq!(fs::read(dir.path().join("victim")).unwrap(), b"untouched");
+        assert_eq!(fs::read(victim).unwrap(), b"untouched");
     }
 }

@@ -1,5 +1,5 @@
-//! The tests, in layers by what they need: `unit` nothing, `peers` real Nix, `fuzz` a C++ compiler, `mutants` what the two
-//! before need, `control-plane` a real API server, `node` a real cluster. A layer whose parts cannot be had fails; none is
+//! The tests, in layers by what they need: `unit` nothing, `peers` real Nix, `fuzz` a C++ compiler, `mutants` what `unit`
+//! needs, `control-plane` a real API server, `node` a real cluster. A layer whose parts cannot be had fails; none is
 //! skipped.
 
 use std::ffi::OsStr;
@@ -26,7 +26,7 @@ pub enum Layer {
     Peers,
     /// The fuzz targets, for a short time each.
     Fuzz,
-    /// The tests of the layers above, with a guard taken away for each: they must fail.
+    /// Some of the unit tests, each with a guard taken away: they must fail.
     Mutants,
     /// Against a real etcd and kube-apiserver.
     ControlPlane,
@@ -77,7 +77,7 @@ impl Layer {
                 [host::CXX_TOOLS, host::SANDBOX_TOOLS].into_iter().try_for_each(host::ensure)?;
                 Nix::ALL.into_iter().try_for_each(|nix| rootfs::nix(nix).map(drop))
             }
-            Self::Mutants => Self::Unit.prepare().and_then(|()| Self::Peers.prepare()),
+            Self::Mutants => Self::Unit.prepare(),
             Self::ControlPlane => {
                 rootfs::node()?;
                 go::helm()?;

@@ -216,6 +216,16 @@ mod tests {
         assert!(victim.join("f").exists() && std::fs::symlink_metadata(&tree).is_err());
     }
 
+    /// What somebody put in the place of a directory after it was looked at.
+    #[test]
+    fn a_symlink_is_not_opened() {
+        let dir = tempfile::tempdir().unwrap();
+        std::os::unix::fs::symlink("/tmp", dir.path().join("l")).unwrap();
+        let parent = rustix::fs::open(dir.path(), OPEN_DIRECTORY, Mode::empty()).unwrap();
+        let why = open_forcibly(parent.as_fd(), OsStr::new("l")).unwrap_err();
+        assert!(matches!(why, Errno::LOOP | Errno::NOTDIR), "{why}");
+    }
+
     #[test]
     fn what_is_mounted_is_not_entered() {
         let root = rustix::fs::open("/", OPEN_DIRECTORY, Mode::empty()).unwrap();
