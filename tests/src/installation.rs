@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 use serde_json::Value;
 use xtask::{checkout, run};
 
-use crate::{Cluster, HttpCache, Nix, Peer, images, program, sqlite};
+use crate::{Cluster, HttpCache, Nix, Peer, corpus, images, program, sqlite};
 
 /// Namespace and name of the release.
 pub const RELEASE: &str = "drover";
@@ -47,14 +47,28 @@ impl Installation {
 
         this.cluster.kubectl(&["delete", "namespace", TENANT, "--ignore-not-found", "--wait"])?;
         let values = this.values(&[&builder.written.digest, &operator.written.digest]);
-        let values_file = dir.join("values.json");
-        std::fs::write(&values_file, serde_json::to_vec_pretty(&values)?)?;
-        let mut helm = this.cluster.helm_command()?;
-        helm.args(["upgrade", "--install", RELEASE]).arg(checkout().join("charts/drover"));
-        helm.args(["--namespace", RELEASE, "--create-namespace", "--wait", "--timeout=120s", "--values"]);
-        run::stdout(helm.arg(&values_file)).map_err(|error| error.context(this.operator_log()))?;
+        std::fs::write(this.values_file(), serde_json::to_vec_pretty(&values)?)?;
+        this.upgrade(&[])?;
         this.cluster.kubectl(&["create", "namespace", TENANT])?;
         Ok(this)
+    }
+
+    /// `helm upgrade` with the same values and these (`--set`), until the new operator is there and the old one is gone.
+    pub fn upgrade(&self, set: &[&str]) -> Result<()> {
+        let mut helm = self.cluster.helm_command()?;
+        helm.args(["upgrade", "--install", RELEASE]).arg(checkout().join("charts/drover"));
+        helm.args(["--namespace", RELEASE, "--create-namespace", "--wait", "--timeout=120s", "--values"]);
+        helm.arg(self.values_file()).args(set.iter().flat_map(|set| ["--set", set]));
+        run::stdout(&mut helm).map(drop).map_err(|error| error.context(self.operator_log()))
+    }
+
+    /// Puts programs into the cache, for builds that need more than a shell: `PATH/bin/sleep` and other applets of busybox.
+    pub fn tools(&self) -> Result<String> {
+        let dir = self.dir.join("tools");
+        corpus::tools(&dir)?;
+        let path = self.nix("nix-store", &["--add", &dir.display().to_string()])?.trim().to_owned();
+        self.copy_to_cache(&[&path])?;
+        Ok(path)
     }
 
     /// The root of a Nix store on this machine, for [`Self::nix`].
@@ -125,10 +139,16 @@ impl Installation {
         format!("{}\n{}", log.unwrap_or_else(|e| format!("{e:#}")), pods.unwrap_or_else(|e| format!("{e:#}")))
     }
 
+    fn values_file(&self) -> PathBuf {
+        self.dir.join("values.json")
+    }
+
     fn values(&self, digests: &[&str]) -> Value {
         serde_json::json!({
             // The tag stays the same from build to build: another image has to mean another pod.
             "podAnnotations": {"drover.test/images": digests.join(",")},
+            // Operators that are killed are missed for no longer; an API server takes as long to come back.
+            "leaderElection": {"leaseDurationSeconds": 6, "renewDeadlineSeconds": 4, "retryPeriodSeconds": 1},
             "log": {"level": "info,drover_operator=debug", "format": "text"},
             "class": {
                 "create": true,

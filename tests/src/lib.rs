@@ -8,8 +8,10 @@
 
 pub mod audit;
 pub mod corpus;
+pub mod faults;
 mod http_cache;
 pub mod installation;
+mod keeper;
 mod peer;
 mod programs;
 pub mod record;
@@ -19,6 +21,7 @@ pub mod sshd;
 
 pub use http_cache::HttpCache;
 pub use installation::Installation;
+pub use keeper::LogKeeper;
 pub use peer::Peer;
 pub use programs::{copy_program, images, program};
 pub use remote::Remote;

@@ -1,8 +1,10 @@
 //! The `node` layer: in a real cluster. Run it by `cargo xtask test node`.
 
 mod build;
+mod chaos;
 mod corpus;
 mod ends;
 mod fixtures;
 mod images;
+mod restart;
 mod sandbox;
