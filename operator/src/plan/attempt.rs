@@ -188,7 +188,8 @@ fn make_pod(
         world.refusal.as_ref().filter(|refusal| refusal.attempt == attempt.number)
     {
         let began = attempt.start_time.map_or(*at, |time| time.0);
-        let patience = retry::left(began, world.timeouts.scheduling, now);
+        // What counts is the last try: the request may have been suspended since.
+        let patience = retry::left(began, world.timeouts.scheduling, *at);
         if *kind == RefusalKind::Invalid || patience.is_none() {
             let message = format!("the API server makes no such pod: {message}");
             let failure = Failure { reason: Reason::Unplaceable, message, infrastructure: false };

@@ -36,7 +36,7 @@ pub(super) fn begin(world: &World, mut draft: Draft, accepted: &Accepted<'_>, no
         Lookup::Unknown => {
             let mut actions = clean_up(world, None);
             actions.push(Action::LookUp { attempt: number });
-            let requeue = if world.live { Requeue::Live } else { Requeue::Now };
+            let requeue = if world.live && !is_coming(world) { Requeue::Live } else { Requeue::Now };
             return Plan { status: None, actions, requeue };
         }
         Lookup::Refused { reason, message } => {
@@ -79,6 +79,14 @@ pub(super) fn begin(world: &World, mut draft: Draft, accepted: &Accepted<'_>, no
         Slot::WaitForConcurrency { message } => (Reason::WaitingForConcurrency, message.clone()),
     };
     wait(world, draft, Hold { reason, message, within: None }, now)
+}
+
+/// An input is on its way and nothing else is wrong with others. An answer that says of it that it is absent may be old in the
+/// next moment: no verdict is to be built on that one.
+fn is_coming(world: &World) -> bool {
+    let states = || world.others.producers.values().map(|other| &other.state);
+    let has_failed = states().any(|state| matches!(state, OtherState::Failed { .. }));
+    world.others.cycle.is_empty() && !has_failed && states().any(|state| *state == OtherState::Going)
 }
 
 /// What is known once the request has a class.

@@ -35,7 +35,7 @@ use accept::Refusal;
 pub use accept::{Accepted, accept, required_features};
 
 use crate::status::Draft;
-use crate::world::{Lookup, Slot, World};
+use crate::world::{Slot, World};
 
 /// A settled request is looked at again after this long even if nothing happened.
 const IDLE: Duration = Duration::from_secs(1800);
@@ -87,9 +87,8 @@ pub enum Requeue {
 pub fn plan(world: &World, now: Timestamp) -> Plan {
     let plan = decide(world, now);
     if !world.live && (is_behind(world) || is_grave(world, &plan)) {
-        // What caches were asked before is asked again as well: what others make may have come in between.
-        let is_stale = !matches!(world.lookup, Lookup::Unknown) && !is_open(world);
-        let actions = if is_stale { vec![Action::ForgetLookUp] } else { vec![] };
+        // What caches have answered before is asked again as well: what others make may have come in between.
+        let actions = vec![Action::ForgetLookUp];
         return Plan { status: None, actions, requeue: Requeue::Live };
     }
     plan
