@@ -1,6 +1,8 @@
 //! What 10,000 live requests take of the operator's memory. A process of its own, since all of it is measured; the API server
 //! is invented, and keeps next to nothing itself.
 
+#![allow(clippy::unwrap_used)] // all of it is tests
+
 mod invented;
 
 use std::sync::Arc;

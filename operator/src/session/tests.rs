@@ -106,7 +106,7 @@ impl Far {
             build(&mut stderr);
             let paths = derivation.output_paths(&StoreDir::default()).unwrap();
             let path = paths.into_values().next().unwrap().unwrap();
-            let mut info = store.insert(path.clone(), &[], file_nar(CONTENTS));
+            let mut info = store.insert(path, &[], file_nar(CONTENTS));
             let DerivationOutput::CaFixed(address) = &derivation.outputs[&OutputName::out()] else {
                 panic!()
             };

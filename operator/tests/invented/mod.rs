@@ -1,5 +1,7 @@
 //! An API server that is made up, for tests of many requests or of none: it keeps next to nothing and believes everything.
 
+#![allow(clippy::unwrap_used)] // all of it is tests
+
 use std::collections::HashSet;
 use std::convert::Infallible;
 use std::path::PathBuf;

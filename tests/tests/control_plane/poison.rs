@@ -61,7 +61,7 @@ fn what_cannot_be_read_stands_in_nobodys_way() -> Result<()> {
     };
     others_go_on(&operator, "during")?;
     operator.stop()?;
-    let operator = world.operator_with(Arc::new(builders.clone()))?;
+    let operator = world.operator_with(Arc::new(builders))?;
     others_go_on(&operator, "after")?;
     ensure!(
         world.plane.kubectl(&["get", "pod", "-n", BUILDERS, &pod, "-o", "name"])?.contains(&pod),

@@ -163,7 +163,7 @@ impl Session {
     }
 
     /// Ends as a connection that broke.
-    async fn is_lost(self) -> Result<()> {
+    async fn ends_lost(self) -> Result<()> {
         match self.end().await? {
             SessionEnd::Failed { reason: Reason::ConnectionLost, infrastructure: true, .. } => Ok(()),
             other => bail!("{other:?}"),
@@ -208,7 +208,7 @@ fn cut_while_it_builds() -> Result<()> {
         first.reaches(Stage::Building).await?;
         world.listener.says("first\n")?;
         ensure!(world.cut()? > 0);
-        first.is_lost().await?;
+        first.ends_lost().await?;
         let second = world.session(&drv).await?;
         second.reaches(Stage::Building).await?;
         world.let_go()?;
@@ -232,7 +232,7 @@ fn cut_while_nobody_comes_back_until_it_has_failed() -> Result<()> {
         first.reaches(Stage::Building).await?;
         world.listener.says("first\n")?;
         ensure!(world.cut()? > 0);
-        first.is_lost().await?;
+        first.ends_lost().await?;
         world.let_go()?;
         world.listener.says("last\n")?;
         let second = world.session(&drv).await?;
@@ -268,7 +268,7 @@ fn cut_while_inputs_are_copied() -> Result<()> {
         let made = std::process::Command::new("mkfifo").arg(&file).status()?;
         ensure!(made.success());
         let drv = derivation(
-            &[input.clone()],
+            std::slice::from_ref(&input),
             &format!("read line < /nix/store/{input}; echo first; echo $line > $out"),
         );
         let first = world.session(&drv).await?;
@@ -286,7 +286,7 @@ fn cut_while_inputs_are_copied() -> Result<()> {
         // The session reads on and finds that nobody takes it, or that there is no more.
         let _gone = std::io::Write::write_all(&mut fifo, &nar[nar.len() / 2..]);
         drop(fifo);
-        first.is_lost().await?;
+        first.ends_lost().await?;
         std::fs::remove_file(&file)?;
         std::fs::write(&file, &nar)?;
         world.session(&drv).await?.finishes().await?;
