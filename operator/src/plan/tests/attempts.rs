@@ -383,6 +383,7 @@ fn a_late_operator_gives_the_builder_time_to_answer() {
     let mut sim = with_pod(0, &[Event::Schedule]);
     sim.happen(Event::Crash);
     later(&mut sim, 1000);
+    later(&mut sim, 1);
     assert!(sim.verdicts.is_empty() && sim.session.is_some());
     sim.settle();
     assert_eq!(sim.verdicts, [true]);
