@@ -132,7 +132,9 @@ impl Write for Outgoing {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::mpsc;
     use std::thread;
+    use std::time::Duration;
 
     use super::*;
 
@@ -176,16 +178,22 @@ mod tests {
         let (pipes, _far) = pipes();
         let Pipes { mut stdin, mut stdout, mut stderr, cut, .. } = pipes;
         let ended = cut.ended();
-        let threads = [
-            thread::spawn(move || stdout.read(&mut [0]).unwrap_err().kind()),
-            thread::spawn(move || stderr.read(&mut [0]).unwrap_err().kind()),
-            thread::spawn(move || stdin.write_all(&vec![0; 1 << 20]).unwrap_err().kind()),
+        let (sender, ends) = mpsc::channel();
+        let acts: [Box<dyn FnOnce() -> io::Error + Send>; 3] = [
+            Box::new(move || stdout.read(&mut [0]).unwrap_err()),
+            Box::new(move || stderr.read(&mut [0]).unwrap_err()),
+            Box::new(move || stdin.write_all(&vec![0; 1 << 20]).unwrap_err()),
         ];
+        for act in acts {
+            let sender = sender.clone();
+            thread::spawn(move || sender.send(act().kind()));
+        }
         assert!(!ended.is_over());
         drop(cut);
         assert!(ended.is_over());
-        for thread in threads {
-            assert_eq!(thread.join().unwrap(), io::ErrorKind::ConnectionAborted);
+        for _ in 0..3 {
+            let end = ends.recv_timeout(Duration::from_secs(10)).expect("a thread that has no end");
+            assert_eq!(end, io::ErrorKind::ConnectionAborted);
         }
     }
 
