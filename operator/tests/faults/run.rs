@@ -22,6 +22,8 @@ use crate::time::Time;
 const DOWNTIME: Duration = Duration::from_secs(3);
 /// Virtual; no run takes so long unless something hangs.
 const LIMIT: SignedDuration = SignedDuration::from_mins(40);
+/// Requests and events of one run; one that comes to rest has a hundred.
+const MOST_TRAFFIC: usize = 2000;
 /// How long a run is watched after its end: longer than two sweeps.
 const QUIET: Duration = Duration::from_secs(150);
 
@@ -63,7 +65,7 @@ pub(crate) fn run(scenario: &Scenario, faults: Faults, fault: Option<Fault>) -> 
             let end = tokio::select! {
                 () = operate(&world, &faults, client) => panic!("the operator ended by itself"),
                 () = faults.crash.notified() => End::Crashed,
-                end = until_over(&world, scenario, &mut settled_version) => end,
+                end = until_over(&world, scenario, &faults, &mut settled_version) => end,
             };
             world.time.leave();
             end
@@ -116,10 +118,11 @@ fn settings(world: &World) -> Settings {
 }
 
 /// Until every request has its end and no pod is left; and then for a while, in which nothing may happen.
-async fn until_over(world: &World, scenario: &Scenario, settled_version: &mut u64) -> End {
+async fn until_over(world: &World, scenario: &Scenario, faults: &Faults, settled_version: &mut u64) -> End {
     let begin = world.time.now();
     loop {
-        let due = world.time.now().duration_since(begin) > LIMIT;
+        let traffic = faults.trace.lock().expect("no panic in between").len();
+        let due = world.time.now().duration_since(begin) > LIMIT || traffic > MOST_TRAFFIC;
         let over = (scenario.over)(world) && !has_pods(world);
         match (over, due) {
             (true, _) => break,
