@@ -79,9 +79,12 @@ fn parse(text: &str) -> Result<Vec<Mutant>> {
 }
 
 impl Mutant {
-    /// By a part of its name, by what it guards, or by the package of its test.
+    /// By a part of its name, by what it guards, or by its test's package or program.
     pub fn is_meant_by(&self, word: &str) -> bool {
-        self.name.contains(word) || self.guards == word || self.test.program.package == word
+        self.name.contains(word)
+            || self.guards == word
+            || self.test.program.package == word
+            || self.test.program.target == Target::Test(word.to_owned())
     }
 
     /// The file's text with the mutant in it.
