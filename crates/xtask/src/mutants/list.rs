@@ -201,6 +201,14 @@ mod tests {
         assert_eq!(find("aa aa aa", "aa aa").len(), 2, "what overlaps is not hidden");
     }
 
+    #[test]
+    fn every_invariant_has_a_mutant() {
+        let mutants = read(&crate::checkout()).unwrap();
+        let guarded: BTreeSet<&str> = mutants.iter().map(|mutant| mutant.guards.as_str()).collect();
+        let bare: Vec<&str> = INVARIANTS.into_iter().filter(|one| !guarded.contains(one)).collect();
+        assert_eq!(bare, [""; 0]);
+    }
+
     /// Without compiling anything: every mutant of this checkout has its place.
     #[test]
     fn no_mutant_is_stale() {
