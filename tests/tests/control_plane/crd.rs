@@ -158,13 +158,27 @@ fn the_spec_is_immutable(plane: &ControlPlane) -> Result<()> {
         ("  class: fast\n", "", "spec.class"),
         ("class: fast", "class: fast\n  timeoutSeconds: 5", "spec.timeoutSeconds"),
         ("class: fast", "class: fast\n  retries: {build: 3}", "spec.retries"),
+        ("class: fast", "class: fast\n  maxSilentSeconds: 5", "spec.maxSilentSeconds"),
+        ("class: fast", "class: fast\n  maxLogBytes: 5", "spec.maxLogBytes"),
+        ("class: fast", "class: fast\n  maxOutputBytes: 5", "spec.maxOutputBytes"),
+        ("class: fast", "class: fast\n  resources: {limits: {cpu: 1}}", "spec.resources"),
+        ("class: fast", "class: fast\n  verify: {builders: 2}", "spec.verify"),
+        (
+            "class: fast",
+            "class: fast\n  drvPath: /nix/store/i00sflxqsj37lfmf95m8mn0grv615hpj-a.drv",
+            "spec.drvPath",
+        ),
     ] {
         let said = refused(plane, &REQUEST.replacen(from, to, 1))?;
         assert!(said.contains(&format!("{field} is immutable")), "{to:?}: {said}");
     }
     let patch = |text: &str| plane.kubectl(&["patch", "breq", "hello", "--type=merge", "--patch", text]);
-    patch(r#"{"spec": {"suspend": true, "priority": 7, "ttlSecondsAfterSucceeded": 9}}"#)?;
-    patch(r#"{"spec": {"suspend": null, "priority": null, "ttlSecondsAfterSucceeded": null}}"#)?;
+    patch(
+        r#"{"spec": {"suspend": true, "priority": 7, "ttlSecondsAfterSucceeded": 9, "ttlSecondsAfterFailed": 9}}"#,
+    )?;
+    patch(
+        r#"{"spec": {"suspend": null, "priority": null, "ttlSecondsAfterSucceeded": null, "ttlSecondsAfterFailed": null}}"#,
+    )?;
     patch(r#"{"spec": {"cancel": true}}"#)?;
     let back = patch(r#"{"spec": {"cancel": false}}"#);
     let back = back.err().context("the server took the cancellation back")?.to_string();

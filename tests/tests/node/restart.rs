@@ -3,12 +3,16 @@
 
 use std::io::Read as _;
 use std::process::Stdio;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use drover_tests::faults::{self, Process};
 use drover_tests::installation::{BUILDERS, RELEASE, TENANT};
 use drover_tests::{Installation, LogKeeper};
+use rustix::process::Signal;
 use serde_json::{Value, json};
 use xtask::run;
 
@@ -37,6 +41,11 @@ fn what_is_not_wanted_any_more_is_freed_in_time() -> Result<()> {
     })
 }
 
+#[test]
+fn a_node_that_is_lost_costs_an_attempt_and_no_more() -> Result<()> {
+    with_drover(Test::lost_node)
+}
+
 fn with_drover(act: impl FnOnce(&Test) -> Result<()>) -> Result<()> {
     let scratch = tempfile::Builder::new().prefix("drover-node-").tempdir_in("/tmp")?;
     let drover = Installation::up(scratch.path())?;
@@ -57,6 +66,86 @@ struct Running {
     pod_uid: String,
     /// The builder, and the build in it.
     processes: [Process; 2],
+}
+
+/// Programs that stand still until this is dropped.
+struct Stopped(Vec<Process>);
+
+impl Stopped {
+    fn all(processes: Vec<Process>) -> Result<Self> {
+        let stopped = Self(processes);
+        stopped.0.iter().try_for_each(|process| process.signal(Signal::STOP).map(drop))?;
+        Ok(stopped)
+    }
+}
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        for process in &self.0 {
+            // Gone is as good.
+            let _ = process.signal(Signal::CONT);
+        }
+    }
+}
+
+/// A node that takes no pods and is there on paper only. Where every node is lost, Kubernetes takes itself for the one who is,
+/// and touches no pod (kube-controller-manager: node_lifecycle_controller.go, full disruption).
+struct OtherNode<'a> {
+    drover: &'a Installation,
+    stop: Arc<AtomicBool>,
+    heart: Option<JoinHandle<Result<()>>>,
+}
+
+impl<'a> OtherNode<'a> {
+    fn start(drover: &'a Installation) -> Result<Self> {
+        let now = jiff::Timestamp::now();
+        let lease = lease_of_other_node(now);
+        let mut kubectl = drover.cluster.kubectl_command()?;
+        run::filter(kubectl.args(["apply", "-f", "-"]), format!("{OTHER_NODE}---\n{lease}").as_bytes())?;
+        let ready = json!({"status": {"conditions": [{
+            "type": "Ready", "status": "True", "reason": "OnPaper", "message": "", "lastHeartbeatTime": format!("{now:.0}"),
+            "lastTransitionTime": format!("{now:.0}"),
+        }]}});
+        let args = ["patch", "node", "node-on-paper", "--subresource=status", "-p", &ready.to_string()];
+        drover.cluster.kubectl(&args)?;
+        let stop = Arc::new(AtomicBool::new(false));
+        let mut kubectl = drover.cluster.kubectl_command()?;
+        kubectl.args(["apply", "-f", "-"]);
+        let stopped = stop.clone();
+        let heart = std::thread::spawn(move || {
+            while !stopped.load(Ordering::Relaxed) {
+                run::filter(&mut kubectl, lease_of_other_node(jiff::Timestamp::now()).as_bytes())?;
+                std::thread::park_timeout(Duration::from_secs(5));
+            }
+            Ok(())
+        });
+        Ok(Self { drover, stop, heart: Some(heart) })
+    }
+}
+
+impl Drop for OtherNode<'_> {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(heart) = self.heart.take() {
+            heart.thread().unpark();
+            let _ = heart.join();
+        }
+        let _ = self.drover.cluster.kubectl(&["delete", "node", "node-on-paper", "--ignore-not-found"]);
+    }
+}
+
+const OTHER_NODE: &str = "
+apiVersion: v1
+kind: Node
+metadata: {name: node-on-paper}
+spec: {taints: [{key: drover.test/on-paper, effect: NoSchedule}]}
+";
+
+fn lease_of_other_node(now: jiff::Timestamp) -> String {
+    format!(
+        "{{apiVersion: coordination.k8s.io/v1, kind: Lease, metadata: {{name: node-on-paper, namespace: kube-node-lease}}, \
+         spec: {{holderIdentity: node-on-paper, leaseDurationSeconds: 40, renewTime: '{now:.6}'}}}}"
+    )
 }
 
 impl Test {
@@ -228,6 +317,50 @@ impl Test {
         self.drover.wait("ttl-success-stays", "True")?;
         self.drover.wait("ttl-failure-stays", "False")?;
         self.no_pods()
+    }
+
+    /// DESIGN.md: L2. Kubernetes itself notices after 50 s without a word (`--node-monitor-grace-period`).
+    fn lost_node(&self) -> Result<()> {
+        let _other = OtherNode::start(&self.drover)?;
+        let running = self.start("lost-node", 600)?;
+        let kubelets = faults::programs(&self.drover.cluster, "kubelet")?;
+        ensure!(!kubelets.is_empty(), "no kubelet");
+        let stopped = Stopped::all(kubelets)?;
+        run::wait_for("Kubernetes to miss the node", Duration::from_secs(120), || {
+            Ok(self.is_ready("node-0")? != "True")
+        })?;
+        let missed = Instant::now();
+        run::wait_for("another attempt", LIMIT, || Ok(self.attempt("lost-node")? == 2))?;
+        let request = self.drover.get("lost-node")?;
+        let first = &request["status"]["attempts"][0];
+        ensure!(first["reason"] == "NodeLost" && first["infrastructure"] == true, "{request:#}");
+        // Its pod waits for a node: there is no other that would take it.
+        run::wait_for("another pod", LIMIT.saturating_sub(missed.elapsed()), || {
+            let pods = self.json(&["get", "-n", BUILDERS, "pods", "-o", "json"])?;
+            let pods = pods["items"].as_array().into_iter().flatten();
+            Ok(pods.filter(|pod| pod["metadata"]["name"] != running.pod.as_str()).count() == 1)
+        })?;
+
+        drop(stopped);
+        let mut again = None;
+        run::wait_for("the build to run again", Duration::from_secs(120), || {
+            again = self.running("lost-node")?.filter(|now| now.pod_uid != running.pod_uid);
+            Ok(again.is_some())
+        })?;
+        run::wait_for("the lost build to end", LIMIT, || {
+            Ok(running.processes.iter().all(|process| !process.is_alive()))
+        })?;
+        self.drover.cluster.kubectl(&["delete", "-n", TENANT, "buildrequest", "lost-node"])?;
+        self.no_pods()
+    }
+
+    fn attempt(&self, name: &str) -> Result<u64> {
+        Ok(self.drover.get(name)?["status"]["attempt"].as_u64().unwrap_or_default())
+    }
+
+    fn is_ready(&self, node: &str) -> Result<String> {
+        let path = "jsonpath={.status.conditions[?(@.type==\"Ready\")].status}";
+        self.drover.cluster.kubectl(&["get", "node", node, "-o", path])
     }
 
     /// A request that says a line a second, so many, and then is done.
