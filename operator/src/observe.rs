@@ -8,7 +8,7 @@ use std::time::Duration;
 use drover_api::{AllowedNamespaces, BuildRequest, BuilderClass, default_class};
 use k8s_openapi::api::core::v1::{ContainerStatus, Namespace, Pod};
 use kube::api::ListParams;
-use kube::core::{Selector, SelectorExt as _};
+use kube::core::{DeserializeGuard, Selector, SelectorExt as _};
 use kube::runtime::reflector::ObjectRef;
 use kube::{Api, ResourceExt as _};
 
@@ -16,6 +16,9 @@ use crate::error::Error;
 use crate::operator::{Operator, call};
 use crate::pod;
 use crate::world::{Class, Lookup, Others, PodEnd, PodView, World};
+
+/// Requests in one answer of a list: each may be 1.5 MB.
+const PAGE: u32 = 100;
 
 /// Where the reading is done.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -52,7 +55,13 @@ pub async fn observe(
         Class::Found { name, spec, .. } => {
             let concurrency = spec.concurrency.unwrap_or_default();
             let slot = operator.queue.slot(&uid, next, Some((name, concurrency)));
-            (operator.queue.lookups.get(&uid, next), operator.queue.others(&uid, Some(name)), slot)
+            let lookup = operator.queue.lookups.get(&uid, next);
+            let mut others = operator.queue.others(&uid, Some(name));
+            if live && lacks_a_maker(&lookup, &others) {
+                note_neighbours(operator, &request).await?;
+                others = operator.queue.others(&uid, Some(name));
+            }
+            (lookup, others, slot)
         }
         Class::Absent => (Lookup::Unknown, Others::default(), operator.queue.slot(&uid, next, None)),
     };
@@ -81,6 +90,31 @@ async fn newest(operator: &Operator, request: &BuildRequest) -> Result<Option<Bu
         None => operator.queue.gone(&request.uid().unwrap_or_default()),
     }
     Ok(found)
+}
+
+/// Whether an input is nowhere and nobody is known to make it: the request would end by that.
+fn lacks_a_maker(lookup: &Lookup, others: &Others) -> bool {
+    let Lookup::Missing { absent } = lookup else { return false };
+    absent.iter().any(|path| !others.producers.contains_key(path))
+}
+
+/// Has the queue learn of every request in this one's namespace: the watch may lag behind the one that makes an input.
+async fn note_neighbours(operator: &Operator, request: &BuildRequest) -> Result<(), Error> {
+    let namespace = request.namespace().unwrap_or_default();
+    // One that cannot be read makes nothing that is known.
+    let api: Api<DeserializeGuard<BuildRequest>> = Api::namespaced(operator.client.clone(), &namespace);
+    let mut params = ListParams::default().limit(PAGE);
+    loop {
+        let page = call("list the namespace's requests", api.list(&params)).await?;
+        page.items
+            .iter()
+            .filter_map(|found| found.0.as_ref().ok())
+            .for_each(|found| operator.queue.seen(found));
+        match page.metadata.continue_.filter(|token| !token.is_empty()) {
+            Some(token) => params = params.continue_token(&token),
+            None => return Ok(()),
+        }
+    }
 }
 
 /// The request's pods as the watch has them.

@@ -113,7 +113,7 @@ fn settings(world: &World) -> Settings {
         work_dir: world.cache().to_owned(),
         concurrency: 4,
         // Longer than a watch lasts, so that an event that was lost only is late.
-        timeouts: Timeouts { input_grace: Duration::from_secs(600), ..Timeouts::default() },
+        timeouts: Timeouts::default(),
     }
 }
 

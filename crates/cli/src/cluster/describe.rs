@@ -92,7 +92,7 @@ fn phases(timings: &Timings) -> String {
 
 #[cfg(test)]
 mod tests {
-    use drover_api::{BuildRequestSpec, BuildRequestStatus, FailureStatus};
+    use drover_api::{BuildRequestSpec, BuildRequestStatus, FailureStatus, Reason, conditions};
 
     use super::*;
 
@@ -100,7 +100,21 @@ mod tests {
     fn a_failure_is_told_with_its_log() {
         let mut request = BuildRequest::new("x", BuildRequestSpec::default());
         assert!(text(&request).contains("has not looked"));
+        // The API server's own default.
+        request.status = Some(BuildRequestStatus { observed_generation: Some(-1), ..Default::default() });
+        assert!(text(&request).contains("has not looked"));
+        let mut conditions = vec![];
+        let now = k8s_openapi::jiff::Timestamp::UNIX_EPOCH;
+        conditions::set_summary(
+            &mut conditions,
+            Some(false),
+            Reason::BuildFailed,
+            "exit code 1",
+            Some(1),
+            now,
+        );
         request.status = Some(BuildRequestStatus {
+            conditions,
             timings: Some(Timings {
                 build_millis: Some(1500),
                 connect_millis: Some(3),
