@@ -71,6 +71,16 @@ fn a_build_that_the_machine_failed_is_told_from_one_that_failed() -> Result<()> 
             retries: 1,
             message: "failed with exit code 4",
         },
+        // The kubelet looks at the volume's size once a minute, and evicts the pod: one try is enough.
+        Case {
+            name: "evicted",
+            class: "watched-disk",
+            script: format!("{megabyte}; {hundred}; while :; do :; done"),
+            reason: "DiskFull",
+            infrastructure: true,
+            retries: 0,
+            message: "EmptyDir",
+        },
     ];
     for case in &cases {
         apply(&drover, case.name, case.class, &case.script, case.retries)?;
@@ -155,10 +165,12 @@ fn classes(drover: &Installation) -> Result<()> {
     };
     let nothing = serde_json::json!({});
     let small = serde_json::json!({"medium": "Memory", "sizeLimit": "64Mi"});
+    let watched = serde_json::json!({"sizeLimit": "32Mi"});
     for class in [
         class("roomy", "512Mi", nothing.clone()),
         class("little-memory", "128Mi", nothing),
         class("little-disk", "512Mi", small),
+        class("watched-disk", "512Mi", watched),
     ] {
         drover.cluster.apply(&class.to_string())?;
     }

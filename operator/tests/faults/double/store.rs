@@ -200,7 +200,8 @@ impl Store {
         object["apiVersion"] = key.kind.api_version().into();
         object["kind"] = key.kind.kind.into();
         if key.kind.status {
-            remove(&mut object, "status");
+            // What the definition's own default says, whatever was sent.
+            object["status"] = json!({"observedGeneration": -1});
         }
         if key.kind.plural == "pods" {
             object["status"] = json!({"phase": "Pending", "qosClass": "Burstable"});
