@@ -107,4 +107,12 @@ mod tests {
             r#"{"a":[1,-2,"é\u0001\n",null],"b":{}}"#
         );
     }
+
+    /// By default serde_json may be off by one in the last digit, which then stands in a build's output.
+    #[test]
+    fn numbers_are_read_to_the_last_digit() {
+        for text in ["92.98818095784233", "9290046655113.605", "9.228795328685415", "962148252.7102413"] {
+            assert_eq!(to_string(&serde_json::from_str(text).unwrap()), text);
+        }
+    }
 }
