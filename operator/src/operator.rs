@@ -59,8 +59,17 @@ pub async fn call<T>(
     act: &'static str,
     request: impl Future<Output = Result<T, kube::Error>>,
 ) -> Result<T, Error> {
-    match tokio::time::timeout(CALL_TIMEOUT, request).await {
+    call_within(CALL_TIMEOUT, act, request).await
+}
+
+/// As [`call`], for those who have less time.
+pub async fn call_within<T>(
+    limit: Duration,
+    act: &'static str,
+    request: impl Future<Output = Result<T, kube::Error>>,
+) -> Result<T, Error> {
+    match tokio::time::timeout(limit, request).await {
         Ok(answer) => answer.map_err(Error::kube(act)),
-        Err(_) => Err(Error::KubeTimeout { act, seconds: CALL_TIMEOUT.as_secs() }),
+        Err(_) => Err(Error::KubeTimeout { act, seconds: limit.as_secs() }),
     }
 }

@@ -26,6 +26,7 @@ use tokio::time::Instant;
 
 use crate::error::Error;
 use crate::gate::Gate;
+use crate::operator::call_within;
 use crate::settings::FIELD_MANAGER;
 use record::{Sighting, Step};
 
@@ -308,8 +309,5 @@ async fn call<T>(
     act: &'static str,
     request: impl Future<Output = Result<T, kube::Error>>,
 ) -> Result<T, Error> {
-    match tokio::time::timeout(CALL_TIMEOUT, request).await {
-        Ok(answer) => answer.map_err(Error::kube(act)),
-        Err(_) => Err(Error::KubeTimeout { act, seconds: CALL_TIMEOUT.as_secs() }),
-    }
+    call_within(CALL_TIMEOUT, act, request).await
 }
