@@ -155,14 +155,16 @@ pub enum Placement {
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
 #[serde(rename_all = "camelCase")]
 pub struct ClassCache {
-    /// `http://`, `https://` or `file://`.
+    /// `http://`, `https://`, `s3://` or `file://`, with Nix's own parameters behind `?`.
     #[schemars(length(min = 1, max = 2048), regex(pattern = "^(https?|file|s3)://"))]
     pub url: String,
     /// Keys whose signatures are believed: `name:base64`. Empty: what the cache says is believed unsigned.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 64), inner(length(max = 512), regex(pattern = "^[^:]+:[0-9a-zA-Z+/]+=*$")))]
     pub public_keys: Vec<String>,
-    /// User and password of the cache (keys `username` and `password`), in the operator's namespace.
+    /// What the cache wants to see, in the operator's namespace; builders never get it. The Secret's entries say what it is:
+    /// `username` and `password`, `token` (bearer), `netrc`, or for `s3://` `accessKeyId`, `secretAccessKey` and
+    /// `sessionToken`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub credentials_secret_ref: Option<SecretKeyRef>,
     /// Whether outputs are stored here.

@@ -166,14 +166,20 @@ pub struct Timings {
 pub struct Transfer {
     /// Store paths in the closure of the inputs.
     pub paths_total: u64,
-    /// Those that the builder had, or fetched by itself.
+    /// Those that the builder had already.
     pub paths_present: u64,
-    /// Those that were sent.
+    /// Those that the builder fetched from caches by itself.
+    pub paths_fetched: u64,
+    /// Bytes of their NARs.
+    pub bytes_fetched: u64,
+    /// Those that the operator sent to it.
     pub paths_sent: u64,
     /// Bytes of the NARs that were sent.
     pub bytes_sent: u64,
     /// Bytes of the outputs' NARs.
     pub bytes_received: u64,
+    /// Bytes that were stored of them in the cache, compressed. What was there already is not stored again.
+    pub bytes_stored: u64,
 }
 
 /// One output, as it was received.

@@ -10,6 +10,7 @@
 mod binary;
 mod closure;
 mod compression;
+mod credentials;
 mod error;
 mod file;
 mod http;
@@ -32,6 +33,7 @@ use drover_nix::signature::PublicKey;
 use drover_nix::{NarInfo, PathInfo, StoreDir, StorePath};
 
 pub use closure::{Closure, closure};
+pub use credentials::{Credentials, Secret};
 pub use error::Error;
 pub use read::{read_drv, read_file};
 pub use spool::{NarSpool, SpooledNar};
@@ -57,6 +59,8 @@ pub struct CacheOptions {
     pub attempts: u32,
     /// PEM file of certificate authorities to trust beside the system's.
     pub certificates: Option<PathBuf>,
+    /// What is shown to the cache.
+    pub credentials: Credentials,
 }
 
 impl Default for CacheOptions {
@@ -70,6 +74,7 @@ impl Default for CacheOptions {
             stall_timeout: Duration::from_secs(60),
             attempts: 5,
             certificates: None,
+            credentials: Credentials::None,
         }
     }
 }
@@ -92,6 +97,10 @@ pub trait Cache: Send + Sync {
 
     /// The decompressed NAR, at most `narSize` bytes of it, not verified. Fails if it is gone.
     fn nar(&self, narinfo: &NarInfo) -> Result<Box<dyn Read + Send>, Error>;
+
+    /// Somebody found that what this cache gave for `path` is not what it should be: from now on, and for a while, it is
+    /// not asked any more by those who share this handle, so that others are. Caches that keep no such memory ignore it.
+    fn set_aside(&self, _path: &StorePath, _why: &str) {}
 
     /// Stores an object: the NAR first, what leads to it last. `info` must be `nar`'s. If the path is there already
     /// with the same NAR, signatures that it lacks are added.

@@ -31,8 +31,12 @@ pub struct Output {
 pub struct Transfer {
     /// Paths that the build needs.
     pub paths_total: usize,
-    /// Of these, paths that the builder had, or fetched itself.
+    /// Of these, paths that the builder had before anybody asked.
     pub paths_present: usize,
+    /// And those that it fetched from caches by itself.
+    pub paths_fetched: usize,
+    pub bytes_fetched: u64,
+    /// The rest.
     pub paths_sent: usize,
     pub bytes_sent: u64,
     pub bytes_received: u64,

@@ -142,9 +142,12 @@ pub fn finished(dir: &StoreDir, outcome: &Outcome, reached_after: Duration) -> S
         transfer: Transfer {
             paths_total: outcome.transfer.paths_total as u64,
             paths_present: outcome.transfer.paths_present as u64,
+            paths_fetched: outcome.transfer.paths_fetched as u64,
+            bytes_fetched: outcome.transfer.bytes_fetched,
             paths_sent: outcome.transfer.paths_sent as u64,
             bytes_sent: outcome.transfer.bytes_sent,
             bytes_received: outcome.transfer.bytes_received,
+            bytes_stored: outcome.transfer.bytes_stored,
         },
         timings: Timings {
             queued_millis: None,

@@ -126,8 +126,11 @@ fn transfer(outcome: &Outcome) -> Transfer {
     Transfer {
         paths_total: from.paths_total as u64,
         paths_present: from.paths_present as u64,
+        paths_fetched: from.paths_fetched as u64,
+        bytes_fetched: from.bytes_fetched,
         paths_sent: from.paths_sent as u64,
         bytes_sent: from.bytes_sent,
         bytes_received: from.bytes_received,
+        bytes_stored: from.bytes_stored,
     }
 }
