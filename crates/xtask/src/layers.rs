@@ -132,7 +132,7 @@ pub fn test(layers: &[Layer]) -> Tally {
         eprintln!("== {}", layer.name());
         let tally = layer.prepare().map(|()| start.elapsed()).and_then(|took| {
             eprintln!("== {}: parts ready after {:.0} s", layer.name(), took.as_secs_f64());
-            run_layer(*layer)
+            run_layer(*layer, layers.len() > 1)
         });
         let tally = tally.unwrap_or_else(|error| {
             eprintln!("error: the layer {} cannot run: {error:#}", layer.name());
@@ -146,10 +146,12 @@ pub fn test(layers: &[Layer]) -> Tally {
     total
 }
 
-fn run_layer(layer: Layer) -> Result<Tally> {
+/// `in_a_hurry`: among other layers, where the mutants take turns.
+fn run_layer(layer: Layer, in_a_hurry: bool) -> Result<Tally> {
     match layer {
         Layer::Fuzz => return fuzz::run(None, FUZZ_SECONDS),
-        Layer::Mutants => return mutants::run(None),
+        Layer::Mutants if in_a_hurry => return mutants::run(None, mutants::TURNS),
+        Layer::Mutants => return mutants::run(None, 1),
         _ => {}
     }
     let all = layer.cargo_arguments();

@@ -146,7 +146,7 @@ fn act(act: Act) -> Result<ExitCode> {
     match act {
         Act::Test { layer } => test(layer),
         Act::Fuzz { target, seconds } => Ok(sum(fuzz::run(target.as_deref(), seconds)?)),
-        Act::Mutants { name } => Ok(sum(mutants::run(name.as_deref())?)),
+        Act::Mutants { name } => Ok(sum(mutants::run(name.as_deref(), 1)?)),
         Act::Crds { check } => if check { crds::check() } else { crds::write() }.map(|()| ExitCode::SUCCESS),
         Act::Docs { check } => if check { docs::check() } else { docs::write() }.map(|()| ExitCode::SUCCESS),
         Act::Demo => demo(),

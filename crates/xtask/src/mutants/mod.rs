@@ -11,6 +11,7 @@ pub mod list;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::process::CommandExt as _;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -24,6 +25,9 @@ use list::{Mutant, Program};
 
 /// For a test program. One that hangs has not failed.
 const LIMIT: Duration = Duration::from_secs(120);
+/// Of how many runs of all layers together each tries a mutant: alone they take a quarter of an hour, and what a layer takes
+/// of the hour and a half that all have, another does not get.
+pub const TURNS: usize = 3;
 /// Lines of what cargo or a test said that are shown where it should have said something else.
 const SHOWN: usize = 30;
 
@@ -37,8 +41,9 @@ enum Ended {
     NotAtAll,
 }
 
-/// Tries all mutants, or those that `wanted` means: a part of a name, an invariant, or a package.
-pub fn run(wanted: Option<&str>) -> Result<Tally> {
+/// Tries all mutants, or those that `wanted` means: a part of a name, an invariant, or a package. With several `turns`, those
+/// whose turn it is; the commit says whose.
+pub fn run(wanted: Option<&str>, turns: usize) -> Result<Tally> {
     let checkout = checkout();
     let mut mutants = list::read(&checkout)?;
     mutants.retain(|mutant| wanted.is_none_or(|wanted| mutant.is_meant_by(wanted)));
@@ -49,6 +54,14 @@ pub fn run(wanted: Option<&str>) -> Result<Tally> {
     );
     // Beside each other what compiles alike.
     mutants.sort_by(|a, b| (&a.test.program, &a.file).cmp(&(&b.test.program, &b.file)));
+    if turns > 1 {
+        let (turn, all) = (turn(&checkout, turns)?, mutants.len());
+        mutants = take_turn(mutants, turn, turns);
+        println!(
+            "== mutants: {} of {all}, turn {turn} of {turns}; `cargo xtask test mutants` tries all",
+            mutants.len()
+        );
+    }
     let copy = Copy::make(&checkout)?;
     let mut tally = Tally::default();
     for group in mutants.chunk_by(|a, b| a.test.program == b.test.program) {
@@ -84,6 +97,18 @@ pub fn run(wanted: Option<&str>) -> Result<Tally> {
         }
     }
     Ok(tally)
+}
+
+/// From 0. Any commit is as good as another, and the same one has the same turn each time.
+fn turn(checkout: &Path, turns: usize) -> Result<usize> {
+    let commit = run::stdout(Command::new("git").current_dir(checkout).args(["rev-parse", "HEAD"]))?;
+    let sum: usize = commit.trim().bytes().map(usize::from).sum();
+    Ok(sum % turns)
+}
+
+/// Every so many'th of them, in their order.
+fn take_turn(mutants: Vec<Mutant>, turn: usize, turns: usize) -> Vec<Mutant> {
+    mutants.into_iter().skip(turn).step_by(turns).collect()
 }
 
 /// The tests of a group that do not pass as the sources are, and what becomes of each.
@@ -195,6 +220,18 @@ mod tests {
         assert_eq!(of(&format!("test result: FAILED. 0 passed; 1 failed; {counts}")), counted(0, 1));
         assert_eq!(of(&format!("test result: ok. 0 passed; 0 failed; {counts}")), counted(0, 0));
         assert_eq!(of("error: test failed, to rerun pass `--lib`"), Ended::Silently);
+    }
+
+    #[test]
+    fn each_mutant_has_its_turn() {
+        let all = list::read(&checkout()).unwrap();
+        let turns = (0..TURNS).map(|turn| take_turn(all.clone(), turn, TURNS));
+        let mut tried: Vec<String> = turns.flatten().map(|mutant| mutant.name).collect();
+        let mut names: Vec<String> = all.iter().map(|mutant| mutant.name.clone()).collect();
+        tried.sort();
+        names.sort();
+        assert_eq!(tried, names);
+        assert!(turn(&checkout(), TURNS).unwrap() < TURNS);
     }
 
     #[test]
