@@ -6,7 +6,7 @@ use std::thread;
 
 use drover_nix::{NarInfo, StorePath};
 
-use crate::{Cache, Error};
+use crate::{Cache, Error, find};
 
 /// Requests that are in flight at a time: a cache far away answers in a tenth of a second, and there may be thousands.
 const PARALLEL: usize = 16;
@@ -59,7 +59,7 @@ struct State {
 impl Work {
     fn run(&self, caches: &[Arc<dyn Cache>]) {
         while let Some(path) = self.next() {
-            let found = ask(caches, &path);
+            let found = find(caches, &path);
             let mut state = self.lock();
             state.asking -= 1;
             match found {
@@ -103,18 +103,4 @@ impl Work {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-fn ask(caches: &[Arc<dyn Cache>], path: &StorePath) -> Result<Option<(usize, NarInfo)>, Error> {
-    let mut failed = None;
-    for (index, cache) in caches.iter().enumerate() {
-        match cache.narinfo(path) {
-            Ok(Some(narinfo)) => return Ok(Some((index, narinfo))),
-            Ok(None) => {}
-            Err(error) => {
-                failed.get_or_insert(error);
-            }
-        }
-    }
-    failed.map_or(Ok(None), Err)
 }

@@ -1,5 +1,6 @@
 use std::io;
 use std::path::Path;
+use std::time::Duration;
 
 use drover_nix::StorePath;
 use drover_nix::narinfo::Compression;
@@ -49,6 +50,11 @@ pub enum Error {
     /// The content is not what it should be.
     #[error("{path} from {url}: {why}")]
     Content { url: String, path: StorePath, why: String },
+    /// The cache gave this path wrong not long ago ([`crate::Cache::set_aside`]).
+    #[error(
+        "{url} gave {path} wrong ({why}), so it is not asked for it; it will be in {} s", again.as_secs().max(1)
+    )]
+    SetAside { url: String, path: StorePath, why: String, again: Duration },
     /// The cache is one that is only read.
     #[error("cannot {act} {url}: it is read only here; give a file:// or http:// cache")]
     ReadOnly { act: &'static str, url: String },
@@ -79,6 +85,7 @@ impl Error {
             Self::MissingNar { .. } => "missing-nar",
             Self::Compression { .. } => "compression",
             Self::Content { .. } => "content",
+            Self::SetAside { .. } => "set-aside",
             Self::ReadOnly { .. } => "read-only",
             Self::Store { .. } => "store",
         }
@@ -87,7 +94,7 @@ impl Error {
     /// Whether the same call may well succeed later, nobody having changed anything.
     pub fn is_transient(&self) -> bool {
         match self {
-            Self::Request { .. } | Self::Read { .. } => true,
+            Self::Request { .. } | Self::Read { .. } | Self::SetAside { .. } => true,
             Self::Status { status, .. } => crate::http::may_pass(*status),
             _ => false,
         }

@@ -13,6 +13,8 @@ mod compression;
 mod credentials;
 mod error;
 mod file;
+mod find;
+mod guarded;
 mod http;
 mod local;
 mod read;
@@ -35,6 +37,8 @@ use drover_nix::{NarInfo, PathInfo, StoreDir, StorePath};
 pub use closure::{Closure, closure};
 pub use credentials::{Credentials, Secret};
 pub use error::Error;
+pub use find::find;
+pub use guarded::{Counts, Guarded, Memory};
 pub use read::{read_drv, read_file};
 pub use spool::{NarSpool, SpooledNar};
 pub use trust::is_self_proving;
@@ -87,6 +91,18 @@ pub enum Stored {
     Already(Box<NarInfo>),
 }
 
+/// What is known of a cache without asking it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Recalled {
+    Nothing,
+    /// It had the path, and said this.
+    Has(Box<NarInfo>),
+    /// It lacked the path a moment ago, which decides nothing but who is asked first.
+    Lacked,
+    /// It was wrong about something: whoever else has the path is to be believed first.
+    AskedLast,
+}
+
 /// A place that has store objects.
 pub trait Cache: Send + Sync {
     /// For people and messages: without secrets.
@@ -95,11 +111,17 @@ pub trait Cache: Send + Sync {
     /// What the cache says about a path, None if it does not have it. Fails where the word is not to be believed.
     fn narinfo(&self, path: &StorePath) -> Result<Option<NarInfo>, Error>;
 
+    /// What is known of the path without asking. Most callers want [`find`], which knows what to make of it.
+    fn recall(&self, _path: &StorePath) -> Recalled {
+        Recalled::Nothing
+    }
+
     /// The decompressed NAR, at most `narSize` bytes of it, not verified. Fails if it is gone.
     fn nar(&self, narinfo: &NarInfo) -> Result<Box<dyn Read + Send>, Error>;
 
-    /// Somebody found that what this cache gave for `path` is not what it should be: from now on, and for a while, it is
-    /// not asked any more by those who share this handle, so that others are. Caches that keep no such memory ignore it.
+    /// Somebody found that what this cache gave for `path` is not what it should be. For a while, those who share this
+    /// handle get an error for that path, and [`find`] asks every other cache first for all others. Caches that keep no
+    /// memory ([`Guarded`] does) ignore it.
     fn set_aside(&self, _path: &StorePath, _why: &str) {}
 
     /// Stores an object: the NAR first, what leads to it last. `info` must be `nar`'s. If the path is there already

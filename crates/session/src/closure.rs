@@ -206,7 +206,7 @@ fn look_up(caches: &[Arc<dyn Cache>], paths: &[StorePath]) -> Vec<(StorePath, Fo
     let results = Mutex::new(Vec::with_capacity(paths.len()));
     let work = || {
         while let Some(path) = paths.get(next.fetch_add(1, Ordering::Relaxed)) {
-            let found = look_up_one(caches, path);
+            let found = drover_cache::find(caches, path);
             // A poisoned lock means that another lookup panicked, which the scope passes on anyway.
             results.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).push((path.clone(), found));
         }
@@ -220,7 +220,7 @@ fn look_up(caches: &[Arc<dyn Cache>], paths: &[StorePath]) -> Vec<(StorePath, Fo
     results.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
-/// The first cache that has it. A failure counts only if no other one has it.
+/// The first cache that has it, as of now: nothing that was remembered. A failure counts only if no other one has it.
 pub(crate) fn look_up_one(caches: &[Arc<dyn Cache>], path: &StorePath) -> Found {
     let mut trouble = None;
     for (index, cache) in caches.iter().enumerate() {

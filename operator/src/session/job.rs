@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use drover_api::{BuildRequestSpec, ClassCache, OutputStatus, Reason, Timings, Transfer, Trust};
-use drover_cache::{Cache, CacheOptions};
+use drover_cache::{Cache, CacheOptions, Guarded, Memory};
 use drover_nix::derivation::proof::Proven;
 use drover_nix::signature::{PublicKey, SecretKey};
 use drover_nix::{BasicDerivation, StoreDir, StorePath};
@@ -98,7 +98,8 @@ impl JobPlan {
     }
 }
 
-/// Handles of caches, one for each set of what decides about it. They keep their connections open between builds.
+/// Handles of caches, one for each set of what decides about it. They keep their connections open between builds, and
+/// remember for all of them what the cache had and where it was wrong.
 #[derive(Default)]
 pub struct Caches {
     open: Mutex<HashMap<String, Arc<dyn Cache>>>,
@@ -129,6 +130,7 @@ impl Caches {
             ..CacheOptions::default()
         };
         let handle = drover_cache::open(&cache.url, &options).map_err(|error| fail(error.to_string()))?;
+        let handle: Arc<dyn Cache> = Arc::new(Guarded::new(handle, Memory::of(&cache.url)));
         Ok(lock().entry(key).or_insert(handle).clone())
     }
 }
