@@ -2,7 +2,7 @@
 //!
 //! `nix-cache-info`, `<hash part>.narinfo`, `nar/<file hash>.nar.zst`, `log/<drv>`.
 
-use std::io::{self, Read};
+use std::io::{self, Read, Seek as _, SeekFrom};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use drover_nix::{NarInfo, PathInfo, StorePath, narinfo};
@@ -22,6 +22,9 @@ const NARINFO_TYPE: &str = "text/x-nix-narinfo";
 const NAR_TYPE: &str = "application/x-nix-nar";
 const LOG_TYPE: &str = "text/plain; charset=utf-8";
 
+/// A file to store: gives its bytes from this offset on, each time that it is called.
+pub(crate) type Body<'a> = dyn Fn(u64) -> io::Result<Box<dyn Read + Send>> + Send + Sync + 'a;
+
 /// Named files. Names are relative, made of components that are neither empty nor `.` or `..`.
 pub(crate) trait Files: Send + Sync {
     /// Of the whole collection, or of one file; without secrets.
@@ -31,15 +34,8 @@ pub(crate) trait Files: Send + Sync {
     /// A file elsewhere, which a narinfo file names by its full URL.
     fn open_url(&self, url: &str) -> Result<Option<Box<dyn Read + Send>>, Error>;
     fn exists(&self, name: &str) -> Result<bool, Error>;
-    /// Stores a file so that nobody sees it half written. `body` gives its `size` bytes from their start each time
-    /// that it is called.
-    fn put(
-        &self,
-        name: &str,
-        content_type: &str,
-        size: u64,
-        body: &dyn Fn() -> io::Result<Box<dyn Read + Send>>,
-    ) -> Result<(), Error>;
+    /// Stores a file of `size` bytes so that nobody sees it half written.
+    fn put(&self, name: &str, content_type: &str, size: u64, body: &Body<'_>) -> Result<(), Error>;
 }
 
 pub(crate) struct BinaryCache<F> {
@@ -92,8 +88,11 @@ impl<F: Files> BinaryCache<F> {
     }
 
     fn put_bytes(&self, name: &str, content_type: &str, bytes: &[u8]) -> Result<(), Error> {
-        self.files
-            .put(name, content_type, bytes.len() as u64, &|| Ok(Box::new(io::Cursor::new(bytes.to_vec()))))
+        self.files.put(name, content_type, bytes.len() as u64, &|offset| {
+            let mut bytes = io::Cursor::new(bytes.to_vec());
+            bytes.set_position(offset);
+            Ok(Box::new(bytes))
+        })
     }
 
     /// The narinfo file, whether it is believed or not.
@@ -181,8 +180,8 @@ impl<F: Files> Cache for BinaryCache<F> {
         }
         let url = format!("nar/{}.nar{}", nar.file_hash.to_nix32(), nar.compression.suffix());
         if !self.files.exists(&url)? {
-            self.files.put(&url, NAR_TYPE, nar.file_size, &|| {
-                let file = nar.open_file().map_err(io::Error::other)?;
+            self.files.put(&url, NAR_TYPE, nar.file_size, &|offset| {
+                let file = nar.open_file(offset).map_err(io::Error::other)?;
                 Ok(Box::new(file))
             })?;
         }
@@ -202,7 +201,11 @@ impl<F: Files> Cache for BinaryCache<F> {
         // Its length must be known before it is sent, and it may have to be sent again.
         let mut spool = tempfile::NamedTempFile::new().map_err(fail)?;
         let size = io::copy(&mut log.take(MAX_LOG), &mut spool).map_err(fail)?;
-        self.files.put(&name, LOG_TYPE, size, &|| Ok(Box::new(spool.reopen()?)))
+        self.files.put(&name, LOG_TYPE, size, &|offset| {
+            let mut file = spool.reopen()?;
+            file.seek(SeekFrom::Start(offset))?;
+            Ok(Box::new(file))
+        })
     }
 
     fn log(&self, drv: &StorePath) -> Result<Option<Box<dyn Read + Send>>, Error> {

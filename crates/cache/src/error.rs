@@ -95,7 +95,7 @@ impl Error {
     pub fn is_transient(&self) -> bool {
         match self {
             Self::Request { .. } | Self::Read { .. } | Self::SetAside { .. } => true,
-            Self::Status { status, .. } => crate::http::may_pass(*status),
+            Self::Status { status, .. } => crate::http::transport::may_pass(*status),
             _ => false,
         }
     }

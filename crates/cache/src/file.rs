@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::io::{self, ErrorKind, Read, Write};
 use std::path::PathBuf;
 
-use crate::binary::{BinaryCache, Files};
+use crate::binary::{BinaryCache, Body, Files};
 use crate::{CacheOptions, Error};
 
 pub(crate) struct Directory {
@@ -56,13 +56,7 @@ impl Files for Directory {
         path.try_exists().map_err(Error::io("look for", &path))
     }
 
-    fn put(
-        &self,
-        name: &str,
-        _content_type: &str,
-        _size: u64,
-        body: &dyn Fn() -> io::Result<Box<dyn Read + Send>>,
-    ) -> Result<(), Error> {
+    fn put(&self, name: &str, _content_type: &str, _size: u64, body: &Body<'_>) -> Result<(), Error> {
         let path = self.root.join(name);
         let dir = path.parent().unwrap_or(&self.root);
         fs::create_dir_all(dir).map_err(Error::io("make directory", dir))?;
@@ -72,7 +66,7 @@ impl Files for Directory {
                 .prefix(".tmp-")
                 .permissions(std::os::unix::fs::PermissionsExt::from_mode(0o644))
                 .tempfile_in(dir)?;
-            io::copy(&mut body()?, &mut file)?;
+            io::copy(&mut body(0)?, &mut file)?;
             file.flush()?;
             file.as_file().sync_data()?;
             file.persist(&path)?;

@@ -4,30 +4,18 @@
 //! where it stopped. No timeout is over a whole transfer, only over its standing still.
 
 mod body;
+pub(crate) mod transport;
 
-use std::io::{self, Read};
+use std::io::Read;
 use std::sync::Arc;
-use std::thread;
-use std::time::Duration;
 
-use reqwest::blocking::{Body, Client, RequestBuilder, Response};
-use reqwest::header::{CONTENT_ENCODING, CONTENT_TYPE, RETRY_AFTER};
-use reqwest::{StatusCode, Url};
-use rustls::pki_types::CertificateDer;
-use rustls::pki_types::pem::PemObject as _;
+use reqwest::blocking;
+use reqwest::header::CONTENT_TYPE;
+use reqwest::{StatusCode, Url, redirect};
 
-use crate::binary::{BinaryCache, Files};
-use crate::{CacheOptions, Error, compression};
-
-/// The first pause; each further one is twice as long.
-const FIRST_PAUSE: Duration = Duration::from_millis(200);
-const LONGEST_PAUSE: Duration = Duration::from_secs(10);
-/// Slowest upload that is put up with, in bytes a second, on top of the time that any request has.
-const SLOWEST_UPLOAD: u64 = 64 << 10;
-/// Flow control over HTTP/2. Several NARs are open while one is read: were the connection's window not larger than all
-/// of theirs together, those that wait would stop the one that is read.
-const STREAM_WINDOW: u32 = 1 << 20;
-const CONNECTION_WINDOW: u32 = 128 << 20;
+use self::transport::{Transport, redacted};
+use crate::binary::{BinaryCache, Body, Files};
+use crate::{CacheOptions, Error};
 
 /// Settings that Nix takes from a cache URL's query. They say how Nix itself writes and what it prefers; a reader can
 /// do without.
@@ -56,11 +44,9 @@ const PARAMETERS: [&str; 18] = [
 pub(crate) struct Http(Arc<Server>);
 
 struct Server {
-    client: Client,
+    transport: Arc<Transport>,
     /// Ends in a slash.
     base: Url,
-    attempts: u32,
-    stall_timeout: Duration,
 }
 
 pub(crate) fn open(url: &str, options: &CacheOptions) -> Result<BinaryCache<Http>, Error> {
@@ -72,19 +58,9 @@ pub(crate) fn open(url: &str, options: &CacheOptions) -> Result<BinaryCache<Http
     if !base.path().ends_with('/') {
         base.set_path(&format!("{}/", base.path()));
     }
-    let tls = tls(options, base.scheme() == "https").map_err(fail)?;
-    let client = Client::builder()
-        .user_agent(concat!("drover/", env!("CARGO_PKG_VERSION")))
-        .connect_timeout(options.connect_timeout)
-        // In the blocking client: for the answer to begin, and for each piece of its body.
-        .timeout(options.stall_timeout)
-        .tls_backend_preconfigured(tls)
-        .http2_initial_stream_window_size(STREAM_WINDOW)
-        .http2_initial_connection_window_size(CONNECTION_WINDOW)
-        .build()
-        .map_err(|error| fail(error.to_string()))?;
-    let server =
-        Server { client, base, attempts: options.attempts.max(1), stall_timeout: options.stall_timeout };
+    let transport =
+        Transport::new(options, base.scheme() == "https", redirect::Policy::default()).map_err(fail)?;
+    let server = Server { transport: Arc::new(transport), base };
     Ok(BinaryCache::new(Http(Arc::new(server)), options))
 }
 
@@ -98,11 +74,6 @@ pub(crate) fn without_parameters(url: &str) -> Result<&str, Error> {
         }
     }
     Ok(base)
-}
-
-/// Whether a status may be another one next time.
-pub(crate) fn may_pass(status: u16) -> bool {
-    matches!(status, 408 | 425 | 429 | 500 | 502 | 503 | 504)
 }
 
 impl Files for Http {
@@ -131,7 +102,8 @@ impl Files for Http {
 
     fn exists(&self, name: &str) -> Result<bool, Error> {
         let url = self.0.file(name)?;
-        let response = self.0.send("look for", &url, &|| Ok(self.0.client.head(url.clone())))?;
+        let response =
+            self.0.transport.send("look for", &url, &|| Ok(self.0.transport.client.head(url.clone())))?;
         match response.status() {
             status if status.is_success() => Ok(true),
             // A server that does not know HEAD gets the file once more.
@@ -141,19 +113,12 @@ impl Files for Http {
         }
     }
 
-    fn put(
-        &self,
-        name: &str,
-        content_type: &str,
-        size: u64,
-        body: &dyn Fn() -> io::Result<Box<dyn Read + Send>>,
-    ) -> Result<(), Error> {
+    fn put(&self, name: &str, content_type: &str, size: u64, body: &Body<'_>) -> Result<(), Error> {
         let url = self.0.file(name)?;
-        // Unlike the client's, this one is over the whole request.
-        let timeout = self.0.stall_timeout + Duration::from_secs(size / SLOWEST_UPLOAD);
-        let response = self.0.send("store", &url, &|| {
-            let body = Body::sized(body()?, size);
-            let request = self.0.client.put(url.clone()).timeout(timeout);
+        let transport = &self.0.transport;
+        let response = transport.send("store", &url, &|| {
+            let body = blocking::Body::sized(body(0)?, size);
+            let request = transport.client.put(url.clone()).timeout(transport.upload_timeout(size));
             Ok(request.header(CONTENT_TYPE, content_type).body(body))
         })?;
         match response.status() {
@@ -165,7 +130,9 @@ impl Files for Http {
 
 impl Http {
     fn fetch(&self, url: Url) -> Result<Option<Box<dyn Read + Send>>, Error> {
-        let response = self.0.send("fetch", &url, &|| Ok(self.0.client.get(url.clone())))?;
+        let (client, target) = (self.0.transport.client.clone(), url.clone());
+        let get = move || Ok(client.get(target.clone()));
+        let response = self.0.transport.send("fetch", &url, &get)?;
         let status = response.status();
         if is_missing(status) {
             return Ok(None);
@@ -173,17 +140,7 @@ impl Http {
         if status != StatusCode::OK {
             return Err(status_error("fetch", &url, status));
         }
-        let encoding = response.headers().get(CONTENT_ENCODING).map(|value| value.to_str().unwrap_or("?"));
-        let shown = || redacted(url.as_str());
-        let encoding = compression::content_encoding(encoding.unwrap_or("")).ok_or_else(|| Error::Read {
-            url: shown(),
-            source: io::Error::other(format!("its Content-Encoding {encoding:?} is not supported")),
-        })?;
-        let body = body::Resuming::new(self.0.clone(), url.clone(), response);
-        match compression::decoder(encoding, Box::new(body)) {
-            Some(decoder) => Ok(Some(decoder.map_err(|source| Error::Read { url: shown(), source })?)),
-            None => Err(Error::Compression { url: shown(), compression: encoding }),
-        }
+        self.0.transport.body(&url, response, Box::new(get)).map(Some)
     }
 }
 
@@ -200,32 +157,6 @@ impl Server {
             Error::Format { url: redacted(self.base.as_str()), source }
         })
     }
-
-    /// Sends until there is an answer that counts, or no attempt is left.
-    fn send(
-        &self,
-        act: &'static str,
-        url: &Url,
-        request: &dyn Fn() -> io::Result<RequestBuilder>,
-    ) -> Result<Response, Error> {
-        let mut attempt = 1;
-        loop {
-            let request = request().map_err(|source| Error::Read { url: redacted(url.as_str()), source })?;
-            let pause = match request.send() {
-                Ok(response) if attempt < self.attempts && may_pass(response.status().as_u16()) => {
-                    pause(attempt).max(retry_after(&response))
-                }
-                Ok(response) => return Ok(response),
-                Err(error) if attempt < self.attempts && is_passing(&error) => pause(attempt),
-                Err(error) => {
-                    let source = error.without_url();
-                    return Err(Error::Request { act, url: redacted(url.as_str()), source });
-                }
-            };
-            thread::sleep(pause);
-            attempt += 1;
-        }
-    }
 }
 
 /// Not there, as caches say it: object stores answer 403 where listing is forbidden.
@@ -233,68 +164,8 @@ fn is_missing(status: StatusCode) -> bool {
     matches!(status, StatusCode::NOT_FOUND | StatusCode::FORBIDDEN | StatusCode::GONE)
 }
 
-fn is_passing(error: &reqwest::Error) -> bool {
-    !error.is_builder() && !error.is_redirect()
-}
-
 fn status_error(act: &'static str, url: &Url, status: StatusCode) -> Error {
     Error::Status { act, url: redacted(url.as_str()), status: status.as_u16() }
-}
-
-/// After failure number `attempt`.
-fn pause(attempt: u32) -> Duration {
-    FIRST_PAUSE.saturating_mul(1 << (attempt - 1).min(16)).min(LONGEST_PAUSE)
-}
-
-/// What the server asks for, in its simple form of seconds, within reason.
-fn retry_after(response: &Response) -> Duration {
-    let seconds = response.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse().ok());
-    Duration::from_secs(seconds.unwrap_or(0)).min(LONGEST_PAUSE)
-}
-
-/// For messages: without user, password and query, which may be secrets.
-fn redacted(url: &str) -> String {
-    match url.parse::<Url>() {
-        Ok(mut url) => {
-            // Fails for URLs that cannot have any.
-            let _ = url.set_username("");
-            let _ = url.set_password(None);
-            url.set_query(None);
-            url.into()
-        }
-        Err(_) => url.split(['?', '@']).next().unwrap_or_default().to_owned(),
-    }
-}
-
-/// TLS by ring, whatever provider the process has as its default, or none.
-fn tls(options: &CacheOptions, needed: bool) -> Result<rustls::ClientConfig, String> {
-    let mut roots = rustls::RootCertStore::empty();
-    let system = rustls_native_certs::load_native_certs();
-    roots.add_parsable_certificates(system.certs);
-    if let Some(path) = &options.certificates {
-        let fail = |error: &dyn std::fmt::Display| {
-            format!("cannot read certificates from {}: {error}", path.display())
-        };
-        for certificate in CertificateDer::pem_file_iter(path).map_err(|error| fail(&error))? {
-            let certificate = certificate.map_err(|error| fail(&error))?;
-            roots.add(certificate).map_err(|error| fail(&error))?;
-        }
-    }
-    if needed && roots.is_empty() {
-        return Err(
-            "no certificate authorities are known here; install them, or name a PEM file of them in \
-                    SSL_CERT_FILE"
-                .into(),
-        );
-    }
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let mut config = rustls::ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .map_err(|error| error.to_string())?
-        .with_root_certificates(roots)
-        .with_no_client_auth();
-    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
-    Ok(config)
 }
 
 #[cfg(test)]

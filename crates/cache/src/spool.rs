@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs::File;
-use std::io::{self, BufReader, BufWriter, Read, Write};
+use std::io::{self, BufReader, BufWriter, Read, Seek as _, SeekFrom, Write};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -96,7 +96,7 @@ impl Write for NarSpool {
 impl SpooledNar {
     /// The NAR again, decompressed.
     pub fn open_nar(&self) -> Result<Box<dyn Read + Send>, Error> {
-        let decoder = zstd::stream::read::Decoder::with_buffer(BufReader::new(self.open_file()?));
+        let decoder = zstd::stream::read::Decoder::with_buffer(BufReader::new(self.open_file(0)?));
         Ok(Box::new(decoder.map_err(|source| Error::Io { act: "read the compressed NAR".into(), source })?))
     }
 
@@ -105,9 +105,10 @@ impl SpooledNar {
         Arc::clone(&self.read)
     }
 
-    /// The file from its start, by a descriptor of its own.
-    pub(crate) fn open_file(&self) -> Result<SpoolFile, Error> {
-        let file = self.file.reopen().map_err(Error::io("open", self.file.path()))?;
+    /// The file from this offset on, by a descriptor of its own.
+    pub(crate) fn open_file(&self, offset: u64) -> Result<SpoolFile, Error> {
+        let mut file = self.file.reopen().map_err(Error::io("open", self.file.path()))?;
+        file.seek(SeekFrom::Start(offset)).map_err(Error::io("read", self.file.path()))?;
         Ok(SpoolFile { file, read: Arc::clone(&self.read) })
     }
 }
@@ -164,7 +165,7 @@ mod tests {
         assert_eq!(spooled.nar_size, nar.len() as u64);
         assert_eq!(spooled.references, [there].into());
         let mut file = Vec::new();
-        spooled.open_file().unwrap().read_to_end(&mut file).unwrap();
+        spooled.open_file(0).unwrap().read_to_end(&mut file).unwrap();
         assert_eq!((spooled.file_hash, spooled.file_size), (Sha256::of(&file), file.len() as u64));
         assert!(file.len() < nar.len() / 10);
         // Twice: each reader has its own place in the file.

@@ -8,12 +8,13 @@ use reqwest::blocking::Response;
 use reqwest::header::{CONTENT_RANGE, ETAG, HeaderValue, IF_RANGE, RANGE};
 use reqwest::{StatusCode, Url};
 
-use super::{Server, pause};
+use super::transport::{Again, Transport, pause};
 
 pub(super) struct Resuming {
-    server: Arc<Server>,
+    transport: Arc<Transport>,
     url: Url,
     response: Response,
+    again: Again,
     position: u64,
     /// Failures since the last byte came.
     failures: u32,
@@ -22,19 +23,19 @@ pub(super) struct Resuming {
 }
 
 impl Resuming {
-    pub(super) fn new(server: Arc<Server>, url: Url, response: Response) -> Self {
+    pub(super) fn new(transport: Arc<Transport>, url: Url, response: Response, again: Again) -> Self {
         // A weak tag does not promise the same bytes.
         let strong = |tag: &&HeaderValue| !tag.as_bytes().starts_with(b"W/");
         let etag = response.headers().get(ETAG).filter(strong).cloned();
-        Self { server, url, response, position: 0, failures: 0, etag }
+        Self { transport, url, response, again, position: 0, failures: 0, etag }
     }
 
     /// Asks for the rest. The server may send all of it again, which is read past.
     fn resume(&mut self) -> io::Result<()> {
         let response = self
-            .server
+            .transport
             .send("fetch the rest of", &self.url, &|| {
-                let mut request = self.server.client.get(self.url.clone());
+                let mut request = (self.again)()?;
                 if self.position > 0 {
                     request = request.header(RANGE, format!("bytes={}-", self.position));
                     if let Some(etag) = &self.etag {
@@ -81,7 +82,7 @@ impl Read for Resuming {
             };
             loop {
                 self.failures += 1;
-                if self.failures >= self.server.attempts {
+                if self.failures >= self.transport.attempts() {
                     return Err(error);
                 }
                 thread::sleep(pause(self.failures));

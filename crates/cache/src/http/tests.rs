@@ -1,5 +1,7 @@
 //! Against a server that fails as it is told. Real servers and real Nix are in the peers tests.
 
+use std::io;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use drover_nix::signature::SecretKey;

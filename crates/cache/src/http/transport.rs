@@ -1,0 +1,181 @@
+//! Sending requests and keeping at it, for whatever speaks HTTP to a cache: which requests those are is no matter here.
+//!
+//! Owns the client with its TLS, what failures are waited out and for how long, and bodies that outlive their connection.
+
+use std::io::{self, Read};
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use reqwest::blocking::{Client, RequestBuilder, Response};
+use reqwest::header::{CONTENT_ENCODING, RETRY_AFTER};
+use reqwest::{Url, redirect};
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject as _;
+
+use super::body::Resuming;
+use crate::{CacheOptions, Error, compression};
+
+/// The first pause; each further one is twice as long.
+const FIRST_PAUSE: Duration = Duration::from_millis(200);
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+/// Slowest upload that is put up with, in bytes a second, on top of the time that any request has.
+const SLOWEST_UPLOAD: u64 = 64 << 10;
+/// Flow control over HTTP/2. Several NARs are open while one is read: were the connection's window not larger than all
+/// of theirs together, those that wait would stop the one that is read.
+const STREAM_WINDOW: u32 = 1 << 20;
+const CONNECTION_WINDOW: u32 = 128 << 20;
+
+/// Makes a request. Called for each attempt, since bodies are used up and signatures have a date.
+pub(crate) type Request<'a> = dyn Fn() -> io::Result<RequestBuilder> + 'a;
+/// The same, to be made again by whoever reads a body.
+pub(crate) type Again = Box<dyn Fn() -> io::Result<RequestBuilder> + Send>;
+
+pub(crate) struct Transport {
+    pub(crate) client: Client,
+    attempts: u32,
+    stall_timeout: Duration,
+}
+
+impl Transport {
+    /// With `https`, an authority that certificates can be checked against must be known. The error is a sentence.
+    pub(crate) fn new(
+        options: &CacheOptions,
+        https: bool,
+        redirects: redirect::Policy,
+    ) -> Result<Self, String> {
+        let client = Client::builder()
+            .user_agent(concat!("drover/", env!("CARGO_PKG_VERSION")))
+            .connect_timeout(options.connect_timeout)
+            // In the blocking client: for the answer to begin, and for each piece of its body.
+            .timeout(options.stall_timeout)
+            .redirect(redirects)
+            .tls_backend_preconfigured(tls(options, https)?)
+            .http2_initial_stream_window_size(STREAM_WINDOW)
+            .http2_initial_connection_window_size(CONNECTION_WINDOW)
+            .build()
+            .map_err(|error| error.to_string())?;
+        Ok(Self { client, attempts: options.attempts.max(1), stall_timeout: options.stall_timeout })
+    }
+
+    /// How often a request is sent, and a body taken up.
+    pub(crate) fn attempts(&self) -> u32 {
+        self.attempts
+    }
+
+    /// Sends until there is an answer that counts, or no attempt is left.
+    pub(crate) fn send(
+        &self,
+        act: &'static str,
+        url: &Url,
+        request: &Request<'_>,
+    ) -> Result<Response, Error> {
+        let mut attempt = 1;
+        loop {
+            let request = request().map_err(|source| Error::Read { url: redacted(url.as_str()), source })?;
+            let pause = match request.send() {
+                Ok(response) if attempt < self.attempts && may_pass(response.status().as_u16()) => {
+                    pause(attempt).max(retry_after(&response))
+                }
+                Ok(response) => return Ok(response),
+                Err(error) if attempt < self.attempts && is_passing(&error) => pause(attempt),
+                Err(error) => {
+                    let source = error.without_url();
+                    return Err(Error::Request { act, url: redacted(url.as_str()), source });
+                }
+            };
+            thread::sleep(pause);
+            attempt += 1;
+        }
+    }
+
+    /// The body of an answer to a GET, its `Content-Encoding` undone. `again` makes the request anew where it breaks off.
+    pub(crate) fn body(
+        self: &Arc<Self>,
+        url: &Url,
+        response: Response,
+        again: Again,
+    ) -> Result<Box<dyn Read + Send>, Error> {
+        let encoding = response.headers().get(CONTENT_ENCODING).map(|value| value.to_str().unwrap_or("?"));
+        let shown = || redacted(url.as_str());
+        let encoding = compression::content_encoding(encoding.unwrap_or("")).ok_or_else(|| Error::Read {
+            url: shown(),
+            source: io::Error::other(format!("its Content-Encoding {encoding:?} is not supported")),
+        })?;
+        let body = Resuming::new(Arc::clone(self), url.clone(), response, again);
+        match compression::decoder(encoding, Box::new(body)) {
+            Some(decoder) => decoder.map_err(|source| Error::Read { url: shown(), source }),
+            None => Err(Error::Compression { url: shown(), compression: encoding }),
+        }
+    }
+
+    /// For a request that carries so many bytes. Unlike the client's, this timeout is over the whole request.
+    pub(crate) fn upload_timeout(&self, size: u64) -> Duration {
+        self.stall_timeout + Duration::from_secs(size / SLOWEST_UPLOAD)
+    }
+}
+
+/// Whether a status may be another one next time.
+pub(crate) fn may_pass(status: u16) -> bool {
+    matches!(status, 408 | 425 | 429 | 500 | 502 | 503 | 504)
+}
+
+/// After failure number `attempt`, from 1 on.
+pub(crate) fn pause(attempt: u32) -> Duration {
+    FIRST_PAUSE.saturating_mul(1 << (attempt - 1).min(16)).min(LONGEST_PAUSE)
+}
+
+/// For messages: without user, password and query, which may be secrets.
+pub(crate) fn redacted(url: &str) -> String {
+    match url.parse::<Url>() {
+        Ok(mut url) => {
+            // Fails for URLs that cannot have any.
+            let _ = url.set_username("");
+            let _ = url.set_password(None);
+            url.set_query(None);
+            url.into()
+        }
+        Err(_) => url.split(['?', '@']).next().unwrap_or_default().to_owned(),
+    }
+}
+
+fn is_passing(error: &reqwest::Error) -> bool {
+    !error.is_builder() && !error.is_redirect()
+}
+
+/// What the server asks for, in its simple form of seconds, within reason.
+fn retry_after(response: &Response) -> Duration {
+    let seconds = response.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse().ok());
+    Duration::from_secs(seconds.unwrap_or(0)).min(LONGEST_PAUSE)
+}
+
+/// TLS by ring, whatever provider the process has as its default, or none.
+fn tls(options: &CacheOptions, needed: bool) -> Result<rustls::ClientConfig, String> {
+    let mut roots = rustls::RootCertStore::empty();
+    let system = rustls_native_certs::load_native_certs();
+    roots.add_parsable_certificates(system.certs);
+    if let Some(path) = &options.certificates {
+        let fail = |error: &dyn std::fmt::Display| {
+            format!("cannot read certificates from {}: {error}", path.display())
+        };
+        for certificate in CertificateDer::pem_file_iter(path).map_err(|error| fail(&error))? {
+            let certificate = certificate.map_err(|error| fail(&error))?;
+            roots.add(certificate).map_err(|error| fail(&error))?;
+        }
+    }
+    if needed && roots.is_empty() {
+        return Err(
+            "no certificate authorities are known here; install them, or name a PEM file of them in \
+                    SSL_CERT_FILE"
+                .into(),
+        );
+    }
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let mut config = rustls::ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .map_err(|error| error.to_string())?
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+    Ok(config)
+}
