@@ -9,7 +9,7 @@ use drover_operator::keys::Seed;
 use drover_tests::Installation;
 use drover_tests::audit::{self, History, Log, Pod, Rules};
 use drover_tests::installation::{BUILDERS, RELEASE};
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use serde_json::Value;
 use xtask::run;
 
@@ -164,7 +164,8 @@ impl Evidence<'_> {
     }
 
     /// An attempt is lost only where its pod was struck. What happens to operators, connections and the node's own programs
-    /// costs no attempt.
+    /// costs no attempt, but for one thing: a container that is being started when the kubelet or containerd is killed does
+    /// not start, and in a pod that is never restarted nobody tries again.
     fn lost_attempts_were_struck(&self, history: &History, wrong: &mut Vec<String>) {
         let struck: BTreeSet<&str> = self.faults.iter().filter_map(|done| done.pod_uid.as_deref()).collect();
         let mut lost = 0;
@@ -178,7 +179,13 @@ impl Evidence<'_> {
                 let number = attempt["number"].to_string();
                 let of_attempt = |pod: &&Pod| pod.request == *uid && pod.attempt == number;
                 let pod = history.pods.iter().find(of_attempt);
-                if pod.is_none_or(|pod| !struck.contains(pod.uid.as_str())) {
+                let was_starting = |pod: &Pod| {
+                    let end = attempt["endTime"].as_str().and_then(|time| time.parse().ok());
+                    let could_not_start =
+                        attempt["message"].as_str().is_some_and(|message| message.contains("StartError"));
+                    could_not_start && self.node_was_struck(pod.created, end)
+                };
+                if pod.is_none_or(|pod| !struck.contains(pod.uid.as_str()) && !was_starting(pod)) {
                     wrong.push(format!(
                         "{}/{}: attempt {number} was lost though nothing was done to its pod {}: {}: {}",
                         request.namespace,
@@ -191,6 +198,16 @@ impl Evidence<'_> {
             }
         }
         println!("{lost} attempts were lost, {} pods were struck", struck.len());
+    }
+
+    /// Whether a program that starts containers was killed in this time.
+    fn node_was_struck(&self, from: Timestamp, to: Option<Timestamp>) -> bool {
+        // What is written of times has whole seconds.
+        let second = SignedDuration::from_secs(1);
+        let during = |time: Timestamp| time >= from - second && to.is_none_or(|to| time <= to + second);
+        let starters = [Fault::KubeletKilled, Fault::ContainerdKilled];
+        let mut done = self.faults.iter().filter(|done| starters.contains(&done.fault));
+        done.any(|done| done.outcome.is_ok() && during(done.time))
     }
 
     /// Requests of a namespace for the same derivation make one pod, and another one only where that was lost.

@@ -11,6 +11,7 @@ use anyhow::{Context as _, Result, anyhow};
 use drover_tests::Cluster;
 use drover_tests::faults::{self, Process};
 use drover_tests::installation::BUILDERS;
+use jiff::Timestamp;
 use rustix::process::Signal;
 use xtask::run;
 
@@ -73,6 +74,7 @@ const FAULTS: [Fault; 24] = [
 pub(super) struct Done {
     /// Since the start.
     pub(super) at: Duration,
+    pub(super) time: Timestamp,
     pub(super) fault: Fault,
     /// What it broke, or why it could not.
     pub(super) outcome: Result<String, String>,
@@ -107,11 +109,11 @@ impl Killer {
                 let pause = PAUSE.0 + random.below(PAUSE.1 - PAUSE.0);
                 std::thread::sleep(Duration::from_millis(pause as u64));
                 let fault = first.pop().unwrap_or_else(|| *random.one_of(&FAULTS));
-                let at = begun.elapsed();
+                let (at, time) = (begun.elapsed(), Timestamp::now());
                 let mut pod_uid = None;
                 let outcome =
                     strike(&cluster, fault, &mut random, &mut pod_uid).map_err(|error| format!("{error:#}"));
-                all.push(Done { at, fault, outcome, pod_uid });
+                all.push(Done { at, time, fault, outcome, pod_uid });
             }
             all
         });
