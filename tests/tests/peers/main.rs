@@ -18,6 +18,7 @@ mod fixtures;
 mod hostile;
 mod network;
 mod operator_session;
+mod paths;
 mod peer_sshd;
 mod peer_uris;
 mod remote_builds;

@@ -104,7 +104,12 @@ pub fn fill_output_paths(dir: &StoreDir, drv: &mut BasicDerivation) -> Result<()
 
 /// The path that the `.drv` file of `drv` has.
 pub fn drv_path(dir: &StoreDir, drv: &Derivation) -> Result<StorePath, Error> {
-    let hash = Hash::from(Sha256::of(&aterm::print(dir, drv)?));
+    text_path(dir, drv, &aterm::print(dir, drv)?)
+}
+
+/// The path of a file with this text, which was understood as `drv`.
+pub(super) fn text_path(dir: &StoreDir, drv: &Derivation, text: &[u8]) -> Result<StorePath, Error> {
+    let hash = Hash::from(Sha256::of(text));
     let references = drv.basic.input_srcs.iter().chain(drv.input_drvs.keys()).cloned().collect();
     let address = ContentAddress { method: Method::Text, hash };
     address.store_path(dir, &format!("{}.drv", drv.basic.name), &references, false)

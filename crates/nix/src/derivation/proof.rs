@@ -44,6 +44,9 @@ pub enum ProofError<E> {
     /// A file's content does not lead to its name.
     #[error("the file {path} is not what its name says: its content belongs at {computed}")]
     Name { path: StorePath, computed: StorePath },
+    /// A file's text is another than that of the derivation that it was understood as.
+    #[error("the file {0} is not written as Nix writes derivations, so that its name proves nothing")]
+    Spelling(StorePath),
     /// An output path is not the one that the derivation leads to.
     #[error("output {output} of {drv} claims {claimed}, but its path is {computed}")]
     Path { drv: String, output: OutputName, claimed: String, computed: String },
@@ -203,10 +206,13 @@ impl Proven {
             invalid(Error::StorePath { path: path.as_str().into(), why: "it does not end with .drv".into() })
         })?;
         let drv = aterm::parse(dir, name, &text).map_err(invalid)?;
-        // The path of what was understood, so that a text which reads as something else proves nothing.
-        let computed = modulo::drv_path(dir, &drv).map_err(invalid)?;
+        let computed = modulo::text_path(dir, &drv, &text).map_err(invalid)?;
         if computed != *path {
             return Err(ProofError::Name { path: path.clone(), computed });
+        }
+        // What the name stands for is this text, and what is believed is what was understood: they must be one.
+        if aterm::print(dir, &drv).map_err(invalid)? != text {
+            return Err(ProofError::Spelling(path.clone()));
         }
         Ok(drv)
     }
@@ -259,6 +265,8 @@ fn compare<E>(
 #[cfg(test)]
 mod tests {
     use std::convert::Infallible;
+
+    use bstr::ByteSlice as _;
 
     use super::*;
     use crate::DerivationOutput;
@@ -377,8 +385,18 @@ mod tests {
         swapped.insert(middle, files[&bottom].clone());
         assert!(matches!(prove(&mut Proven::default(), &swapped, &top), Err(ProofError::Name { .. })));
 
-        // Right by its name, but its output is somebody else's: the name alone does not entitle.
+        // The same derivation, and a name of its own, but not the text that paths are made of.
         let dir = StoreDir::default();
+        let respelled = files[&bottom].replacen("(\"name\"", "(\"na\\me\"", 1);
+        let drv = aterm::parse(&dir, "bottom", &respelled).unwrap();
+        assert_eq!(drv, aterm::parse(&dir, "bottom", &files[&bottom]).unwrap());
+        let own = modulo::text_path(&dir, &drv, &respelled).unwrap();
+        let spelled = Files::from([(own.clone(), respelled)]);
+        assert!(
+            matches!(prove(&mut Proven::default(), &spelled, &own), Err(ProofError::Spelling(path)) if path == own)
+        );
+
+        // Right by its name, but its output is somebody else's: the name alone does not entitle.
         let mut drv = aterm::parse(&dir, "bottom", &files[&bottom]).unwrap();
         let foreign = StorePath::from_parts([7; 20], "bottom").unwrap();
         drv.basic.env.insert("out".into(), dir.full(&foreign).into());
