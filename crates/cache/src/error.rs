@@ -18,6 +18,9 @@ pub enum Error {
     /// The server answered, but not with what was asked for.
     #[error("cannot {act} {url}: the server says {status}{}", hint(*status))]
     Status { act: &'static str, url: String, status: u16 },
+    /// An S3 service refused, and said why. Its sentence is not ours.
+    #[error("cannot {act} {url}: the S3 service says {code} ({status}): {why}")]
+    S3 { act: &'static str, url: String, status: u16, code: String, why: String, transient: bool },
     /// A system call on a file.
     #[error("cannot {act}: {source}")]
     Io { act: String, source: io::Error },
@@ -56,7 +59,7 @@ pub enum Error {
     )]
     SetAside { url: String, path: StorePath, why: String, again: Duration },
     /// The cache is one that is only read.
-    #[error("cannot {act} {url}: it is read only here; give a file:// or http:// cache")]
+    #[error("cannot {act} {url}: it is read only here; give a file://, http:// or s3:// cache")]
     ReadOnly { act: &'static str, url: String },
     /// A local store.
     #[error("local store {url}: {source}")]
@@ -75,6 +78,7 @@ impl Error {
             Self::Url { .. } => "url",
             Self::Request { .. } => "request",
             Self::Status { .. } => "status",
+            Self::S3 { .. } => "s3",
             Self::Io { .. } => "io",
             Self::Read { .. } => "read",
             Self::TooLarge { .. } => "too-large",
@@ -95,6 +99,7 @@ impl Error {
     pub fn is_transient(&self) -> bool {
         match self {
             Self::Request { .. } | Self::Read { .. } | Self::SetAside { .. } => true,
+            Self::S3 { transient, .. } => *transient,
             Self::Status { status, .. } => crate::http::transport::may_pass(*status),
             _ => false,
         }

@@ -69,11 +69,16 @@ pub(crate) fn without_parameters(url: &str) -> Result<&str, Error> {
     let Some((base, query)) = url.split_once('?') else { return Ok(url) };
     for pair in query.split('&').filter(|pair| !pair.is_empty()) {
         let key = pair.split_once('=').map_or(pair, |(key, _)| key);
-        if !PARAMETERS.contains(&key) {
+        if !is_parameter(key) {
             return Err(Error::Url { url: redacted(url), why: format!("parameter {key:?} is not known") });
         }
     }
     Ok(base)
+}
+
+/// Whether Nix knows this setting of any binary cache.
+pub(crate) fn is_parameter(name: &str) -> bool {
+    PARAMETERS.contains(&name)
 }
 
 impl Files for Http {

@@ -1,6 +1,6 @@
 //! Binary caches and local stores behind one trait: where inputs come from and outputs go to.
 //!
-//! This crate owns the layout of binary caches (Nix: binary-cache-store.cc), fetching and storing over files and HTTP,
+//! This crate owns the layout of binary caches (Nix: binary-cache-store.cc), fetching and storing over files, HTTP and S3,
 //! compression, and the question whether a cache's word about a path is believed. It is synchronous; an async caller
 //! runs it on a blocking thread, which its HTTP client insists on. It knows nothing of builds, builders or Kubernetes.
 //!
@@ -18,6 +18,7 @@ mod guarded;
 mod http;
 mod local;
 mod read;
+mod s3;
 mod spool;
 #[cfg(test)]
 mod testing;
@@ -40,6 +41,7 @@ pub use error::Error;
 pub use find::find;
 pub use guarded::{Counts, Guarded, Memory};
 pub use read::{read_drv, read_file};
+pub use s3::{Presigned, presign};
 pub use spool::{NarSpool, SpooledNar};
 pub use trust::is_self_proving;
 pub use verified::VerifiedNar;
@@ -137,15 +139,18 @@ pub trait Cache: Send + Sync {
     }
 }
 
-/// Opens a cache: `file://DIR`, `http://…`, `https://…`, or a local store as Nix writes it (`local?root=…`, `/DIR`,
+/// Opens a cache: `file://DIR`, `http://…`, `https://…`, `s3://BUCKET?…`, or a local store as Nix writes it (`local?root=…`, `/DIR`,
 /// `auto`). Touches the network only when it is used.
 pub fn open(url: &str, options: &CacheOptions) -> Result<Arc<dyn Cache>, Error> {
     match url.split_once("://") {
         Some(("file", _)) => Ok(Arc::new(file::open(url, options)?)),
         Some(("http" | "https", _)) => Ok(Arc::new(http::open(url, options)?)),
+        Some(("s3", _)) => Ok(Arc::new(s3::open(url, options)?)),
         Some((scheme, _)) if scheme != "local" => Err(Error::Url {
             url: url.to_owned(),
-            why: format!("{scheme} is not supported; give file://, http://, https:// or a local store"),
+            why: format!(
+                "{scheme} is not supported; give file://, http://, https://, s3:// or a local store"
+            ),
         }),
         _ => Ok(Arc::new(local::open(url, options)?)),
     }

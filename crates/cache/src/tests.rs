@@ -93,7 +93,7 @@ fn urls_that_are_no_caches() {
     let dir = tempfile::tempdir().unwrap();
     put(&*file_cache(dir.path()), "x", b"", &[]);
     for (url, says) in [
-        ("s3://bucket", "s3 is not supported"),
+        ("gs://bucket", "gs is not supported"),
         ("file://relative", "absolute"),
         ("file:///x?colour=blue", "colour"),
         ("nonsense", "local"),
