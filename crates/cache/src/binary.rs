@@ -5,6 +5,7 @@
 use std::io::{self, Read, Seek as _, SeekFrom};
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use drover_nix::signature::Signature;
 use drover_nix::{NarInfo, PathInfo, StorePath, narinfo};
 
 use crate::compression::{self, Bounded};
@@ -113,16 +114,22 @@ impl<F: Files> BinaryCache<F> {
         self.put_bytes(&narinfo_name(&narinfo.info.path), NARINFO_TYPE, text.as_bytes())
     }
 
+    /// Whether what a narinfo file leads to is there. Of one that lies elsewhere nothing is known: it is believed.
+    fn has_nar(&self, narinfo: &NarInfo) -> Result<bool, Error> {
+        let url = &narinfo.url;
+        if url.contains("://") || !is_plain(url) {
+            return Ok(true);
+        }
+        // "No" may mean that the server does not know the question; fetching is one that it does know.
+        Ok(self.files.exists(url)? || self.files.open(url)?.is_some())
+    }
+
     /// Where the path is there already. Signatures that it lacks are added if they are over the same content.
     fn add_signatures(&self, mut there: NarInfo, info: &PathInfo) -> Result<Stored, Error> {
         let same = there.info.nar_hash == info.nar_hash && there.info.references == info.references;
         let known = there.info.signatures.len();
         if same {
-            for signature in &info.signatures {
-                if !there.info.signatures.contains(signature) {
-                    there.info.signatures.push(signature.clone());
-                }
-            }
+            add_missing(&mut there.info.signatures, &info.signatures);
         }
         if there.info.signatures.len() > known {
             self.put_narinfo(&there)?;
@@ -175,8 +182,16 @@ impl<F: Files> Cache for BinaryCache<F> {
             self.put_bytes(CACHE_INFO, CACHE_INFO_TYPE, text.as_bytes())?;
             self.checked.store(true, Ordering::Relaxed);
         }
-        if let Some(there) = self.parsed(&info.path)? {
-            return self.add_signatures(there, info);
+        let mut info = info.clone();
+        let before = self.parsed(&info.path)?;
+        if let Some(there) = &before {
+            if self.has_nar(there)? {
+                return self.add_signatures(there.clone(), &info);
+            }
+            // Nobody can have what that narinfo file promises: it makes way for one that holds. Nix leaves it.
+            if there.info.nar_hash == info.nar_hash && there.info.references == info.references {
+                add_missing(&mut info.signatures, &there.info.signatures);
+            }
         }
         let url = format!("nar/{}.nar{}", nar.file_hash.to_nix32(), nar.compression.suffix());
         if !self.files.exists(&url)? {
@@ -184,9 +199,16 @@ impl<F: Files> Cache for BinaryCache<F> {
                 let file = nar.open_file(offset).map_err(io::Error::other)?;
                 Ok(Box::new(file))
             })?;
+            // That took its time. Who came first meanwhile has told others what the path is: it stays that.
+            if let Some(there) = self.parsed(&info.path)?
+                && before.as_ref() != Some(&there)
+                && self.has_nar(&there)?
+            {
+                return self.add_signatures(there, &info);
+            }
         }
         self.put_narinfo(&NarInfo {
-            info: info.clone(),
+            info,
             url,
             compression: nar.compression,
             file_hash: Some(nar.file_hash),
@@ -213,6 +235,14 @@ impl<F: Files> Cache for BinaryCache<F> {
     }
 }
 
+fn add_missing(signatures: &mut Vec<Signature>, others: &[Signature]) {
+    for signature in others {
+        if !signatures.contains(signature) {
+            signatures.push(signature.clone());
+        }
+    }
+}
+
 fn narinfo_name(path: &StorePath) -> String {
     format!("{}.narinfo", path.hash_part())
 }
@@ -226,3 +256,6 @@ fn is_plain(name: &str) -> bool {
     let plain = |part: &str| !part.is_empty() && part != "." && part != "..";
     !name.is_empty() && name.split('/').all(plain) && !name.contains(['\0', '\\'])
 }
+
+#[cfg(test)]
+mod tests;

@@ -70,7 +70,8 @@ impl Files for Directory {
             file.flush()?;
             file.as_file().sync_data()?;
             file.persist(&path)?;
-            Ok(())
+            // The name too: after a power failure, a narinfo file must not be there without the NAR that came before it.
+            File::open(dir)?.sync_all()
         };
         store().map_err(Error::io("write", &path))
     }

@@ -126,8 +126,10 @@ pub trait Cache: Send + Sync {
     /// memory ([`Guarded`] does) ignore it.
     fn set_aside(&self, _path: &StorePath, _why: &str) {}
 
-    /// Stores an object: the NAR first, what leads to it last. `info` must be `nar`'s. If the path is there already
-    /// with the same NAR, signatures that it lacks are added.
+    /// Stores an object: the NAR first, what leads to it last, so that a crash anywhere leaves nothing that leads nowhere;
+    /// another call completes it. `info` must be `nar`'s. If the path is there already with the same NAR, signatures that
+    /// it lacks are added; if its NAR is gone, this one takes its place. Of two that store the same path at once with
+    /// different NARs either may be the one that stays.
     fn put(&self, info: &PathInfo, nar: &SpooledNar) -> Result<Stored, Error>;
 
     /// Stores a build log where `nix log` looks for it. Replaces an earlier one.

@@ -46,10 +46,18 @@ pub(crate) struct Build {
     #[command(flatten)]
     pub(crate) files: Files,
 
-    /// Binary cache for inputs: file://, http://, https://, or a local store. The first that is a file:// takes the
-    /// outputs; without one, drover's own in $XDG_CACHE_HOME does
+    /// Binary cache for inputs: file://, http://, https://, or a local store. Without --push, the first that is a
+    /// file:// takes the outputs; without one of these either, drover's own in $XDG_CACHE_HOME does
     #[arg(long = "cache", value_name = "URL")]
     pub(crate) caches: Vec<String>,
+
+    /// Binary cache that takes the outputs and logs; inputs come from it as well
+    #[arg(long, value_name = "URL")]
+    pub(crate) push: Option<String>,
+
+    /// File with a secret key (`name:base64`, as `nix key generate-secret` makes it) that signs the outputs
+    #[arg(long, value_name = "FILE")]
+    pub(crate) secret_key_file: Option<PathBuf>,
 
     /// Key whose signatures of inputs are believed (`name:base64`). Without any, caches are believed unsigned
     #[arg(long = "trusted-public-key", value_name = "KEY")]

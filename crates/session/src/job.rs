@@ -24,7 +24,7 @@ pub struct Job {
     /// Where outputs go. None: they are received and checked, and that is all.
     pub push: Option<Arc<dyn Cache>>,
     /// Signs outputs.
-    pub signing_key: Option<SecretKey>,
+    pub signing_key: Option<Arc<SecretKey>>,
     pub trust: Trust,
     /// What was proven so far; jobs may share it. Used with [`Trust::Verified`].
     pub proven: Arc<Mutex<Proven>>,

@@ -177,7 +177,7 @@ impl World {
             options: BuildOptions::default(),
             caches: vec![Arc::new(binaries), Arc::new(sources)],
             push: Some(push.clone()),
-            signing_key: key,
+            signing_key: key.map(Arc::new),
             trust,
             proven: Arc::default(),
             max_output_bytes,

@@ -73,10 +73,10 @@ impl JobPlan {
             caches.push(handle);
         }
         let signing_key = match &self.signing_key {
-            Some(text) => Some(SecretKey::parse(text).map_err(|error| Error::Secret {
+            Some(text) => Some(Arc::new(SecretKey::parse(text).map_err(|error| Error::Secret {
                 name: "of the class's signing key".into(),
                 why: error.to_string(),
-            })?),
+            })?)),
             None => None,
         };
         Ok(Job {

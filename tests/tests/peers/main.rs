@@ -16,6 +16,7 @@ mod content_addressed;
 mod corpus;
 mod fixtures;
 mod hostile;
+mod install;
 mod network;
 mod operator_session;
 mod paths;

@@ -179,7 +179,7 @@ fn job(item: &Item, resolved: &Resolved, setup: &Setup) -> Job {
         },
         caches: setup.caches.clone(),
         push: Some(Arc::clone(&setup.push)),
-        signing_key: None,
+        signing_key: setup.signing_key.clone(),
         // The store and the cache are the caller's own, and so is the request.
         trust: Trust::Claimed,
         proven: Arc::default(),

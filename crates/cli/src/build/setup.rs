@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use drover_cache::{Cache, CacheOptions};
+use drover_nix::signature::SecretKey;
 use drover_nix::{StoreDir, StorePath};
 use tempfile::TempDir;
 
@@ -26,6 +27,8 @@ pub(super) struct Setup {
     pub(super) caches: Caches,
     /// Where outputs go.
     pub(super) push: Arc<dyn Cache>,
+    /// Signs outputs.
+    pub(super) signing_key: Option<Arc<SecretKey>>,
     /// For logs, and for outputs on their way to the cache.
     pub(super) spool: TempDir,
     /// For requests that do not say.
@@ -42,10 +45,12 @@ impl Setup {
         std::fs::create_dir_all(&store)
             .with_context(|| format!("cannot create the store {}", store.display()))
             .map_err(Fault::Infrastructure)?;
-        let (caches, push) = caches(args, &dir)?;
+        let signing_key =
+            args.secret_key_file.as_deref().map(secret_key).transpose().map_err(Fault::Input)?.map(Arc::new);
+        let (caches, push) = caches(args, signing_key.as_deref(), &dir)?;
         let spool =
             TempDir::new().context("cannot create a temporary directory").map_err(Fault::Infrastructure)?;
-        Ok(Self { dir, store, builder, caches, push, spool, limits: args.limits.clone() })
+        Ok(Self { dir, store, builder, caches, push, signing_key, spool, limits: args.limits.clone() })
     }
 }
 
@@ -71,18 +76,22 @@ pub(crate) fn own_cache() -> Result<String> {
     Ok(format!("file://{}", path.display()))
 }
 
-/// Where inputs come from, and where outputs go: the first cache that is a directory, or our own. Whether a server
-/// takes uploads cannot be told without trying.
-fn caches(args: &args::Build, dir: &StoreDir) -> Result<(Caches, Arc<dyn Cache>), Fault> {
+/// Where inputs come from, and where outputs go: where the caller says or else the first cache that is a directory, or our
+/// own. Whether a server takes uploads cannot be told without trying.
+fn caches(
+    args: &args::Build,
+    signing_key: Option<&SecretKey>,
+    dir: &StoreDir,
+) -> Result<(Caches, Arc<dyn Cache>), Fault> {
     let mut urls = args.caches.clone();
-    let push = match urls.iter().find(|url| url.starts_with("file://")) {
-        Some(url) => url.clone(),
-        None => {
-            let own = own_cache().map_err(Fault::Input)?;
-            urls.push(own.clone());
-            own
-        }
+    let directory = || urls.iter().find(|url| url.starts_with("file://")).cloned();
+    let push = match args.push.clone().or_else(directory) {
+        Some(url) => url,
+        None => own_cache().map_err(Fault::Input)?,
     };
+    if !urls.contains(&push) {
+        urls.push(push.clone());
+    }
     // The inputs of a .drv in a store are in that store.
     for file in args.files.files.iter().filter(|file| order::is_drv(file)) {
         if let Some(store) = order::store_of(file)
@@ -96,10 +105,22 @@ fn caches(args: &args::Build, dir: &StoreDir) -> Result<(Caches, Arc<dyn Cache>)
             .with_context(|| format!("cannot create the cache {directory}"))
             .map_err(Fault::Infrastructure)?;
     }
-    let opened = open_caches(&urls, &args.public_keys, dir)?;
+    let mut keys = args.public_keys.clone();
+    // As in Nix, the public half of a key of one's own is trusted. Alone it would have everything else refused.
+    if !keys.is_empty() {
+        keys.extend(signing_key.map(|key| key.public().to_string()));
+    }
+    let opened = open_caches(&urls, &keys, dir)?;
     let index = urls.iter().position(|url| *url == push).unwrap_or_default();
     let push = opened.get(index).cloned().ok_or_else(|| Fault::Input(anyhow!("there is no cache")))?;
     Ok((opened, push))
+}
+
+/// The key in a file as Nix has them. A message about it has nothing of its content.
+fn secret_key(file: &Path) -> Result<SecretKey> {
+    let text = std::fs::read_to_string(file)
+        .with_context(|| format!("cannot read --secret-key-file {}", file.display()))?;
+    SecretKey::parse(&text).with_context(|| format!("--secret-key-file {}", file.display()))
 }
 
 /// What was asked for, or the program next to this one, or the one in PATH.
