@@ -87,6 +87,61 @@ fn builders_are_cut_off() -> Result<()> {
     Ok(())
 }
 
+/// What administrators add to what the chart makes: it is where it belongs, and an API server takes the whole.
+#[test]
+fn additions_arrive() -> Result<()> {
+    let plane = ControlPlane::start()?;
+    let values = json!({
+        "commonLabels": {"team": "builds"},
+        "serviceAccount": {"create": false, "name": "mine"},
+        "extraArgs": ["--concurrency=3"],
+        "extraEnv": [{"name": "SSL_CERT_FILE", "value": "/certs/ca.pem"}],
+        "extraVolumes": [{"name": "certs", "configMap": {"name": "ca"}}],
+        "extraVolumeMounts": [{"name": "certs", "mountPath": "/certs"}],
+        "topologySpreadConstraints": [{
+            "maxSkew": 2, "topologyKey": "topology.kubernetes.io/zone", "whenUnsatisfiable": "ScheduleAnyway",
+            "labelSelector": {"matchLabels": {"app.kubernetes.io/name": "drover"}},
+        }],
+        "extraObjects": [
+            {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "{{ .Release.Name }}-more"}},
+            "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: as-text}",
+        ],
+    });
+    let file = tempfile::NamedTempFile::new()?;
+    std::fs::write(file.path(), values.to_string())?;
+    let text = template(&["--values", &file.path().display().to_string()])?;
+    let objects: Vec<Value> = serde_yaml::Deserializer::from_str(&text)
+        .map(|object| Ok(serde::Deserialize::deserialize(object)?))
+        .collect::<Result<_>>()?;
+    let of = |kind: &str| objects.iter().filter(|object| object["kind"] == kind).collect::<Vec<_>>();
+    ensure!(of("ServiceAccount").is_empty());
+    ensure!(of("ClusterRoleBinding").iter().all(|binding| binding["subjects"][0]["name"] == "mine"));
+    let added: Vec<_> = of("ConfigMap").iter().map(|object| object["metadata"]["name"].clone()).collect();
+    ensure!(added == ["drover-more", "as-text"] || added == ["as-text", "drover-more"], "{added:?}");
+    let made = objects.iter().filter(|object| object["kind"] != "ConfigMap");
+    for object in made {
+        ensure!(object["metadata"]["labels"]["team"] == "builds", "{object}");
+    }
+    let pod = &of("Deployment").first().context("a Deployment")?["spec"]["template"]["spec"];
+    let container = &pod["containers"][0];
+    ensure!(pod["serviceAccountName"] == "mine");
+    ensure!(container["args"] == values["extraArgs"]);
+    let contains = |list: &Value, item: &Value| list.as_array().is_some_and(|list| list.contains(item));
+    ensure!(contains(&container["env"], &values["extraEnv"][0]));
+    ensure!(contains(&container["volumeMounts"], &values["extraVolumeMounts"][0]));
+    ensure!(contains(&pod["volumes"], &values["extraVolumes"][0]));
+    ensure!(pod["topologySpreadConstraints"] == values["topologySpreadConstraints"]);
+    let budget = of("PodDisruptionBudget").first().context("a PodDisruptionBudget")?["spec"].clone();
+    ensure!(budget["selector"]["matchLabels"] == of("Deployment")[0]["spec"]["selector"]["matchLabels"]);
+
+    plane.apply("{apiVersion: v1, kind: Namespace, metadata: {name: drover-system}}")?;
+    plane.apply(&template(&["--show-only", "templates/namespace.yaml"])?)?;
+    plane.apply(&text)?;
+    let alone = template(&["--set", "rbac.create=false", "--set", "replicas=1"])?;
+    ensure!(!alone.contains("kind: Role") && !alone.contains("PodDisruptionBudget"));
+    Ok(())
+}
+
 fn template(options: &[&str]) -> Result<String> {
     run::stdout(
         std::process::Command::new(go::helm()?)
