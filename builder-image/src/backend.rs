@@ -92,10 +92,16 @@ impl Backend for Session {
         &mut self,
         paths: &BTreeSet<StorePath>,
         lock: bool,
-        _substitute: bool,
+        substitute: bool,
     ) -> Result<BTreeSet<StorePath>, BoxError> {
-        if lock && let Some(roots) = &self.roots {
-            roots.add_all(paths)?;
+        if let Some(roots) = &self.roots {
+            if lock {
+                roots.add_all(paths)?;
+            }
+            if substitute {
+                let builder = &self.builder;
+                builder.substituter.fetch(&builder.store, paths, roots, &self.log, &self.cancel);
+            }
         }
         Ok(self.builder.store.valid_paths(paths)?)
     }
@@ -223,11 +229,16 @@ impl Session {
             return Ok(self.builder.realise(&goal, made));
         }
         roots.add(&target.path)?;
-        if self.builder.store.is_valid(&target.path)? {
+        let builder = &self.builder;
+        if !builder.store.is_valid(&target.path)? {
+            // Where Nix's server would not: it turns substitution off for all that it makes (nix-store.cc, opServe).
+            builder.substituter.fetch(&builder.store, &[target.path.clone()].into(), roots, log, cancel);
+        }
+        if builder.store.is_valid(&target.path)? {
             return Ok(Ok(()));
         }
-        let full = self.builder.store.store_dir().full(&target.path);
-        let message = format!("path '{full}' is not valid, and nothing is substituted here");
+        let full = builder.store.store_dir().full(&target.path);
+        let message = format!("path '{full}' is not valid, and no cache of this builder has it");
         Ok(Err(Error::Verdict { status: BuildStatus::NoSubstituters, message }))
     }
 }

@@ -37,9 +37,14 @@ Options:
   --network auto|pasta|host|none
                             what builds that may fetch have: a network of their own by pasta, this program's, or none
                             (default: auto, which is pasta where it works and this program's elsewhere)
-  --netrc-file FILE         users and passwords by host, for builtin:fetchurl; no build sees the file
-  --ssl-cert-file FILE      certificate authorities that builds which fetch trust (default: NIX_SSL_CERT_FILE,
-                            SSL_CERT_FILE, or the machine's own)
+  --substituters LIST       URLs of caches, with blanks between, the preferred one first: what clients ask to have
+                            fetched comes from there (default: none); `?trusted=true` behind one believes it unsigned
+  --trusted-public-keys LIST
+                            keys, NAME:BASE64, one of which must have signed what is not content-addressed
+  --no-require-sigs         believe caches unsigned
+  --netrc-file FILE         users and passwords by host, for caches and builtin:fetchurl; no build sees the file
+  --ssl-cert-file FILE      certificate authorities that caches may have, and that builds which fetch trust (default:
+                            NIX_SSL_CERT_FILE, SSL_CERT_FILE, or the machine's own)
   --hashed-mirrors LIST     URLs below which builtin:fetchurl looks for flat files by their hashes first
   --cores NUMBER            NIX_BUILD_CORES (default: 0, as many as there are)
   --system SYSTEM           what this machine builds for (default: its own)
@@ -100,6 +105,9 @@ pub(crate) struct Cli {
     pub netrc_file: Option<PathBuf>,
     pub ssl_cert_file: Option<PathBuf>,
     pub hashed_mirrors: Vec<String>,
+    pub substituters: Vec<String>,
+    pub public_keys: Vec<String>,
+    pub require_signatures: bool,
     /// 0 for as many as there are.
     pub cores: usize,
     pub system: Option<String>,
@@ -113,6 +121,7 @@ pub(crate) fn parse(words: impl IntoIterator<Item = String>) -> Result<Cli, Stri
     let mut words = words.into_iter().peekable();
     let mut command = None;
     let (mut write, mut contents, mut repair) = (false, false, false);
+    let mut substitute = true;
     let mut gc = GcOptions::default();
     let (mut address, mut authorized_keys, mut host_key) = (None, Vec::new(), None);
     let (mut max_sessions, mut login_grace_seconds) = (64, 20);
@@ -129,6 +138,9 @@ pub(crate) fn parse(words: impl IntoIterator<Item = String>) -> Result<Cli, Stri
         netrc_file: None,
         ssl_cert_file: None,
         hashed_mirrors: Vec::new(),
+        substituters: Vec::new(),
+        public_keys: Vec::new(),
+        require_signatures: true,
         cores: 0,
         system: None,
         extra_platforms: None,
@@ -176,9 +188,23 @@ pub(crate) fn parse(words: impl IntoIterator<Item = String>) -> Result<Cli, Stri
                     "keep-derivations" | "gc-keep-derivations" => {
                         gc.keep_derivations = boolean(&setting, &value)?;
                     }
+                    "substituters" => cli.substituters = words_of(&value),
+                    "extra-substituters" => cli.substituters.extend(words_of(&value)),
+                    "trusted-public-keys" => cli.public_keys = words_of(&value),
+                    "extra-trusted-public-keys" => cli.public_keys.extend(words_of(&value)),
+                    "require-sigs" => cli.require_signatures = boolean(&setting, &value)?,
+                    "substitute" => substitute = boolean(&setting, &value)?,
                     _ => {}
                 }
             }
+            "--substituters" => cli.substituters = words_of(&value()?),
+            "--extra-substituters" => cli.substituters.extend(words_of(&value()?)),
+            "--trusted-public-keys" => cli.public_keys = words_of(&value()?),
+            "--extra-trusted-public-keys" => cli.public_keys.extend(words_of(&value()?)),
+            "--require-sigs" => cli.require_signatures = true,
+            "--no-require-sigs" => cli.require_signatures = false,
+            "--substitute" => substitute = true,
+            "--no-substitute" => substitute = false,
             "--store" => cli.store = value()?,
             "--listen" => address = Some(value()?),
             "--authorized-key" => authorized_keys.push(value()?),
@@ -219,6 +245,9 @@ pub(crate) fn parse(words: impl IntoIterator<Item = String>) -> Result<Cli, Stri
                 None => return Err(format!("unknown argument {word:?}; see drover-builder --help")),
             },
         }
+    }
+    if !substitute {
+        cli.substituters.clear();
     }
     cli.command = match command {
         Some("serve") => Command::Serve { write },
@@ -266,6 +295,11 @@ fn boolean(name: &str, text: &str) -> Result<bool, String> {
         "false" | "no" | "0" => Ok(false),
         _ => Err(format!("{name}: {text:?} is neither true nor false")),
     }
+}
+
+/// As Nix has lists in settings.
+fn words_of(text: &str) -> Vec<String> {
+    text.split_whitespace().map(str::to_owned).collect()
 }
 
 fn list(text: &str) -> Vec<String> {
@@ -342,6 +376,30 @@ mod tests {
         assert_eq!(parse("serve --network none").unwrap().network, Choice::None);
         let features = parse("serve --system-features kvm,big-parallel").unwrap().system_features.unwrap();
         assert_eq!(features, ["kvm", "big-parallel"]);
+    }
+
+    #[test]
+    fn caches_and_what_is_believed_of_them() {
+        let words = |line: &[&str]| super::parse(line.iter().map(|word| (*word).to_owned())).unwrap();
+        let cli = words(&["serve"]);
+        assert!(cli.substituters.is_empty() && cli.public_keys.is_empty() && cli.require_signatures);
+        let cli = words(&[
+            "serve",
+            "--substituters",
+            "http://a  file:///b",
+            "--extra-substituters=http://c?trusted=true",
+            "--trusted-public-keys",
+            "a:x b:y",
+            "--option",
+            "extra-trusted-public-keys",
+            "c:z",
+            "--no-require-sigs",
+        ]);
+        assert_eq!(cli.substituters, ["http://a", "file:///b", "http://c?trusted=true"]);
+        assert_eq!(cli.public_keys, ["a:x", "b:y", "c:z"]);
+        assert!(!cli.require_signatures);
+        let cli = words(&["--option", "substituters", "http://a", "serve", "--no-substitute"]);
+        assert_eq!(cli.substituters, <[String; 0]>::default());
     }
 
     #[test]

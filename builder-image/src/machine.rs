@@ -15,6 +15,7 @@ use crate::build::{Fetching, Settings};
 use crate::cli::Cli;
 use crate::platforms;
 use crate::sandbox::rungs::Ids;
+use crate::substitute;
 
 /// Features that every machine has (Nix: globals.cc). `kvm` and `uid-range` have conditions; the latter is not offered.
 const FEATURES: [&str; 3] = ["nixos-test", "benchmark", "big-parallel"];
@@ -53,6 +54,17 @@ pub(crate) fn settings(cli: &Cli) -> anyhow::Result<Settings> {
             .transpose()?,
         mirrors: cli.hashed_mirrors.clone(),
     };
+    let substitution = substitute::Settings {
+        urls: cli.substituters.clone(),
+        public_keys: cli
+            .public_keys
+            .iter()
+            .map(|key| key.parse().with_context(|| format!("--trusted-public-keys: {key:?}")))
+            .collect::<Result<_, _>>()?,
+        require_signatures: cli.require_signatures,
+        netrc: fetching.netrc.clone(),
+        certificates: fetching.bundle(),
+    };
     let self_references = match (cli.self_references, std::env::var("DROVER_SELF_REFERENCE_HASH")) {
         (Some(named), _) => named,
         (None, Ok(text)) => text.parse().context("DROVER_SELF_REFERENCE_HASH")?,
@@ -69,6 +81,7 @@ pub(crate) fn settings(cli: &Cli) -> anyhow::Result<Settings> {
         cgroups: cli.cgroups,
         fetching,
         network: cli.network,
+        substitution,
         linger,
         self_references,
     })

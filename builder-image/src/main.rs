@@ -2,7 +2,8 @@
 //!
 //! In the order of its story: the command line ([`cli`]), a session on standard input and output ([`stdio`]) or over
 //! SSH ([`listen`]), what it answers ([`backend`]), how a derivation is built ([`build`]), in what ([`sandbox`]), and the
-//! builders that are part of this program ([`builtin`]); [`network`] connects builds that may fetch.
+//! builders that are part of this program ([`builtin`]); [`network`] connects builds that may fetch, and [`substitute`]
+//! fetches what others have built.
 //! Only [`listen`] is asynchronous; everything below it is plain threads.
 
 mod backend;
@@ -18,6 +19,7 @@ mod nix_options;
 mod platforms;
 mod sandbox;
 mod stdio;
+mod substitute;
 
 use std::io::Write as _;
 use std::process::ExitCode;

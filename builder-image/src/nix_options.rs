@@ -3,7 +3,7 @@
 //! `--no-NAME` turns one off), legacy.cc.
 
 /// Each is followed by this many words.
-const OPTIONS: [(&str, usize); 64] = [
+const OPTIONS: [(&str, usize); 58] = [
     ("--allowed-users", 1),
     ("--arg", 2),
     ("--argstr", 2),
@@ -17,9 +17,7 @@ const OPTIONS: [(&str, usize); 64] = [
     ("--debug", 0),
     ("--experimental-features", 1),
     ("--extra-experimental-features", 1),
-    ("--extra-substituters", 1),
     ("--extra-system-features", 1),
-    ("--extra-trusted-public-keys", 1),
     ("--fallback", 0),
     ("--fsync-metadata", 0),
     ("--http-connections", 1),
@@ -42,7 +40,6 @@ const OPTIONS: [(&str, usize); 64] = [
     ("--print-build-logs", 0),
     ("--quiet", 0),
     ("--refresh", 0),
-    ("--require-sigs", 0),
     ("--sandbox", 0),
     ("--sandbox-build-dir", 1),
     ("--sandbox-fallback", 0),
@@ -50,11 +47,8 @@ const OPTIONS: [(&str, usize); 64] = [
     ("--show-trace", 0),
     ("--ssl-cert-file", 1),
     ("--stalled-download-timeout", 1),
-    ("--substitute", 0),
-    ("--substituters", 1),
     ("--sync-before-registering", 0),
     ("--timeout", 1),
-    ("--trusted-public-keys", 1),
     ("--trusted-substituters", 1),
     ("--trusted-users", 1),
     ("--use-case-hack", 0),
@@ -103,7 +97,8 @@ mod tests {
             ("-vvvvv", Some(0)),
             ("-j4", Some(0)),
             ("-j", Some(1)),
-            ("--no-substitute", Some(0)),
+            ("--no-fallback", Some(0)),
+            ("--no-substitute", None),
             ("--no-build-output", Some(0)),
             ("--no-builders", None),
             ("--readonly-mode", None),

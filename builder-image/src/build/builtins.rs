@@ -10,7 +10,6 @@ use std::path::{Path, PathBuf};
 use drover_nix::derivation::DerivationType;
 use drover_nix::{BasicDerivation, DerivationOutput, Method, OutputName, StoreDir, StorePath};
 
-use super::root;
 use crate::builtin::{Job, PREFIX};
 use crate::error::Error;
 use crate::sandbox::plan::Program;
@@ -30,6 +29,19 @@ pub(crate) struct Fetching {
     pub certificates: Option<PathBuf>,
     /// URLs below which files are found by their hashes.
     pub mirrors: Vec<String>,
+}
+
+impl Fetching {
+    /// The file of certificate authorities that are trusted: the one that was named, else this machine's.
+    pub(crate) fn bundle(&self) -> Option<PathBuf> {
+        let environment = ["NIX_SSL_CERT_FILE", "SSL_CERT_FILE"]
+            .into_iter()
+            .filter_map(std::env::var_os)
+            .map(PathBuf::from);
+        let named = self.certificates.clone().into_iter().chain(environment);
+        let usual = [PathBuf::from("/etc/ssl/certs/ca-certificates.crt")];
+        named.chain(usual).find_map(|path| std::fs::canonicalize(path).ok().filter(|path| path.is_file()))
+    }
 }
 
 /// Whether a derivation's builder is part of this program.
@@ -72,7 +84,7 @@ pub(super) fn job(
         mirrors: fetching.mirrors.clone(),
         proxies: PROXY_VARIABLES.iter().filter_map(variable).collect(),
         netrc: file(fetching.netrc.as_deref())?,
-        certificates: file(root::certificates(fetching).as_deref())?,
+        certificates: file(fetching.bundle().as_deref())?,
     })
 }
 

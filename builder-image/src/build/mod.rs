@@ -66,6 +66,7 @@ use self::targets::Paths;
 use crate::error::Error;
 use crate::network;
 use crate::sandbox::rungs::{Ids, Rung};
+use crate::substitute::{self, Substituter};
 
 /// What does not change from build to build.
 #[derive(Clone, Debug)]
@@ -87,6 +88,7 @@ pub(crate) struct Settings {
     pub fetching: Fetching,
     /// Of builds that may fetch.
     pub network: network::Choice,
+    pub substitution: substitute::Settings,
     /// How long a build outlives the last session that wants it, and its end is kept for who asks again.
     pub linger: Duration,
     /// What the paths of content-addressed outputs that refer to themselves are made of.
@@ -98,6 +100,7 @@ pub(crate) struct Settings {
 pub(crate) struct Builder {
     pub store: LocalStore,
     pub settings: Settings,
+    pub substituter: Substituter,
     running: Registry,
     realised: Realised,
     /// Of builds without network access.
@@ -139,8 +142,10 @@ struct Filed {
 impl Builder {
     pub(crate) fn new(store: LocalStore, settings: Settings) -> Self {
         let running = Registry::new(settings.linger);
+        let substituter = Substituter::new(settings.substitution.clone(), &store);
         Self {
             store,
+            substituter,
             settings,
             running,
             realised: Realised::default(),

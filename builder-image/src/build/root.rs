@@ -1,13 +1,12 @@
 //! What every build finds beside its inputs: which devices, which shell, which files of `/etc` (Nix: chroot.cc,
 //! linux-derivation-builder.cc).
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::PoisonError;
 
 use drover_nix::derivation::DerivationType;
 
 use super::Builder;
-use super::builtins::Fetching;
 use super::ids::BuildIds;
 use super::scratch::{self, BUILD_DIR};
 use super::skeleton::{Placed, Skeleton};
@@ -74,7 +73,7 @@ impl Builder {
                     skeleton.bind(&real, file)?;
                 }
             }
-            if let Some(bundle) = certificates(&self.settings.fetching) {
+            if let Some(bundle) = self.settings.fetching.bundle() {
                 skeleton.bind(&bundle, "/etc/ssl/certs/ca-certificates.crt")?;
             }
         }
@@ -91,13 +90,4 @@ impl Builder {
         self.add_extra_paths(&mut skeleton)?;
         Ok(skeleton)
     }
-}
-
-/// The file of certificate authorities that builds which fetch trust: the one that was named, else this machine's.
-pub(super) fn certificates(fetching: &Fetching) -> Option<PathBuf> {
-    let environment =
-        ["NIX_SSL_CERT_FILE", "SSL_CERT_FILE"].into_iter().filter_map(std::env::var_os).map(PathBuf::from);
-    let named = fetching.certificates.clone().into_iter().chain(environment);
-    let usual = [PathBuf::from("/etc/ssl/certs/ca-certificates.crt")];
-    named.chain(usual).find_map(|path| std::fs::canonicalize(path).ok().filter(|path| path.is_file()))
 }

@@ -37,3 +37,7 @@ pub use error::{BoxError, Error};
 pub use path_info::ReceivedPath;
 pub use server::{Backend, serve};
 pub use version::{LATEST, Version};
+
+/// Bytes of NARs a second below which Drover's server gives up fetching one by itself, so that a client which asks it to
+/// fetch knows how long there may be no answer.
+pub const SLOWEST_FETCH: u64 = 128 << 10;

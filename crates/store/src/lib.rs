@@ -9,6 +9,7 @@
 //! touch them when ([`PathLock`], [`TempRoots`]), and the store itself ([`LocalStore`]).
 
 mod batch;
+mod claim;
 mod content;
 mod db;
 mod derivations;
@@ -28,6 +29,7 @@ mod testing;
 mod verify;
 
 pub use batch::Batch;
+pub use claim::Claim;
 pub use error::Error;
 pub use gc::{GcOptions, GcReport};
 pub use import::Added;

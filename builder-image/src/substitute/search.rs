@@ -1,0 +1,114 @@
+//! What has to be fetched: paths that are not valid, what they refer to, and an order in which all of it can become valid.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Mutex;
+use std::sync::PoisonError;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+
+use drover_nix::{NarInfo, StorePath};
+use drover_store::{LocalStore, TempRoots};
+
+use super::complaints::Complaints;
+use super::source::Source;
+use crate::error::Error;
+
+/// Requests for narinfo files that are under way at once. They are small, so latency is all that they cost.
+const LOOKUPS: usize = 16;
+/// Paths that are looked for at most: a cache may name ever more references. A large system has some ten thousand.
+const MAX_PATHS: usize = 1 << 18;
+
+/// Where a path can be had: the source with this index, and what that says.
+pub(super) type Found = (usize, NarInfo);
+
+/// Paths with all that they refer to: each reference is valid already, or before the path.
+#[derive(Default)]
+pub(super) struct Plan(pub(super) Vec<Found>);
+
+/// Asks level by level. Everything that turns up is kept from the collector by `roots` before it is looked for.
+pub(super) fn search(
+    store: &LocalStore,
+    sources: &[Source],
+    wanted: BTreeSet<StorePath>,
+    roots: &TempRoots,
+    complaints: &Complaints<'_>,
+) -> Result<Plan, Error> {
+    let mut found = BTreeMap::new();
+    let mut valid = BTreeSet::new();
+    let mut seen = wanted.clone();
+    let mut level = wanted;
+    while !level.is_empty() && seen.len() <= MAX_PATHS {
+        roots.add_all(&level)?;
+        valid.extend(store.valid_paths(&level)?);
+        let missing: Vec<StorePath> = level.difference(&valid).cloned().collect();
+        let mut next = BTreeSet::new();
+        for (path, answer) in look_up(sources, &missing, complaints) {
+            let new = |reference: &&StorePath| seen.insert((*reference).clone());
+            next.extend(answer.1.info.other_references().filter(new).cloned());
+            found.insert(path, answer);
+        }
+        level = next;
+    }
+    Ok(in_order(found, &valid))
+}
+
+/// By how deep below it references go, the largest first where that is the same. Paths that refer to something which can
+/// neither be had nor is valid, and those that refer to each other, are left out.
+fn in_order(mut found: BTreeMap<StorePath, Found>, valid: &BTreeSet<StorePath>) -> Plan {
+    let mut waits: BTreeMap<StorePath, usize> = BTreeMap::new();
+    let mut referrers: BTreeMap<StorePath, Vec<StorePath>> = BTreeMap::new();
+    let mut level = Vec::new();
+    for (path, (_, narinfo)) in &found {
+        let mut count = 0;
+        for reference in narinfo.info.other_references().filter(|reference| !valid.contains(reference)) {
+            count += 1;
+            referrers.entry(reference.clone()).or_default().push(path.clone());
+        }
+        if count == 0 {
+            level.push(path.clone());
+        }
+        waits.insert(path.clone(), count);
+    }
+    let mut plan = Plan::default();
+    while !level.is_empty() {
+        let mut next = Vec::new();
+        for path in &level {
+            for referrer in referrers.remove(path).unwrap_or_default() {
+                if let Some(count) = waits.get_mut(&referrer) {
+                    *count -= 1;
+                    if *count == 0 {
+                        next.push(referrer);
+                    }
+                }
+            }
+        }
+        let first = plan.0.len();
+        plan.0.extend(level.iter().filter_map(|path| found.remove(path)));
+        plan.0[first..].sort_by_key(|(_, narinfo)| Reverse(narinfo.info.nar_size));
+        level = next;
+    }
+    plan
+}
+
+/// Asks for many paths at once. Those that no source gives are not in the answer.
+fn look_up(sources: &[Source], paths: &[StorePath], complaints: &Complaints<'_>) -> Vec<(StorePath, Found)> {
+    let next = AtomicUsize::new(0);
+    let answers = Mutex::new(Vec::new());
+    let work = || {
+        while let Some(path) = paths.get(next.fetch_add(1, Ordering::Relaxed)) {
+            let mut asked = sources.iter().enumerate();
+            let found = asked.find_map(|(index, source)| Some((index, source.narinfo(path, complaints)?)));
+            if let Some(found) = found {
+                answers.lock().unwrap_or_else(PoisonError::into_inner).push((path.clone(), found));
+            }
+        }
+    };
+    thread::scope(|scope| {
+        for _ in 1..LOOKUPS.min(paths.len()) {
+            scope.spawn(work);
+        }
+        work();
+    });
+    answers.into_inner().unwrap_or_else(PoisonError::into_inner)
+}
