@@ -14,7 +14,7 @@ use drover_store::{Claim, LocalStore};
 
 use super::complaints::Complaints;
 use super::paced::Paced;
-use super::search::Plan;
+use super::search::{Plan, by_preference};
 use super::source::Source;
 use crate::build::cancel::Cancel;
 use crate::error::Error;
@@ -94,7 +94,7 @@ impl Crew<'_> {
             state.busy -= 1;
             let path = &self.plan.0[index].1.info.path;
             match fetched {
-                Ok(Fetched::Unpacked(claim)) => state.waiting.push((index, claim)),
+                Ok(Fetched::Unpacked(claim)) => state.waiting.push((index, *claim)),
                 Ok(Fetched::Valid) => state.end(path, End::Valid),
                 Ok(Fetched::Failed) => state.end(path, End::Failed),
                 Err(error) => {
@@ -131,23 +131,27 @@ impl Crew<'_> {
         }
     }
 
-    /// From the source that the plan names or, if that fails, from another one that says the same of the path's
-    /// references.
+    /// From the source that the plan names or, if that fails or has come into doubt meanwhile, from another one that says
+    /// the same of the path's references.
     fn fetch_one(&self, index: usize) -> Result<Fetched, Error> {
         let (first, planned) = &self.plan.0[index];
         let path = &planned.info.path;
         // Before anything is asked for: whoever has the lock may be fetching it.
         let Some(mut claim) = self.store.claim(path)? else { return Ok(Fetched::Valid) };
-        if !self.sources[*first].rests() && self.unpack(&mut claim, &self.sources[*first], planned)? {
-            return Ok(Fetched::Unpacked(claim));
-        }
-        for (_, source) in self.sources.iter().enumerate().filter(|(index, _)| index != first) {
+        for index in by_preference(self.sources, path, Some(*first)) {
             if self.cancel.is_cancelled() {
                 break;
             }
-            let Some(other) = source.narinfo(path, self.complaints) else { continue };
-            if other.info.references == planned.info.references && self.unpack(&mut claim, source, &other)? {
-                return Ok(Fetched::Unpacked(claim));
+            let source = &self.sources[index];
+            let narinfo = match index == *first && !source.rests() {
+                true => Some(planned.clone()),
+                false => source.narinfo(path, self.complaints),
+            };
+            let same = narinfo.filter(|narinfo| narinfo.info.references == planned.info.references);
+            if let Some(narinfo) = same
+                && self.unpack(&mut claim, source, &narinfo)?
+            {
+                return Ok(Fetched::Unpacked(Box::new(claim)));
             }
         }
         Ok(Fetched::Failed)
@@ -203,7 +207,7 @@ impl Crew<'_> {
             let end = if registered.is_ok() { End::Valid } else { End::Failed };
             paths.iter().for_each(|path| state.end(path, end));
             if let Err(error) = registered {
-                state.error.get_or_insert(error.into());
+                state.error.get_or_insert_with(|| error.into());
             }
         }
     }
@@ -217,7 +221,7 @@ impl Crew<'_> {
 enum Fetched {
     /// Somebody else has made it so.
     Valid,
-    Unpacked(Claim),
+    Unpacked(Box<Claim>),
     Failed,
 }
 

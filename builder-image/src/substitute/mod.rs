@@ -119,7 +119,7 @@ impl Substituter {
                 _ => CacheOptions { public_keys: Vec::new(), require_signatures: false, ..options.clone() },
             };
             match drover_cache::open(url, &options) {
-                Ok(cache) => Some(Source::new(cache)),
+                Ok(cache) => Some(Source::new(cache, url)),
                 Err(error) => {
                     log.note(&format!("nothing is fetched from a cache: {error}"));
                     None

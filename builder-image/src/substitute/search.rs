@@ -91,14 +91,21 @@ fn in_order(mut found: BTreeMap<StorePath, Found>, valid: &BTreeSet<StorePath>) 
     plan
 }
 
+/// The sources in the order in which they are asked for a path; `first` goes before its equals.
+pub(super) fn by_preference(sources: &[Source], path: &StorePath, first: Option<usize>) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..sources.len()).collect();
+    order.sort_by_cached_key(|index| (sources[*index].is_doubtful(path), Some(*index) != first, *index));
+    order
+}
+
 /// Asks for many paths at once. Those that no source gives are not in the answer.
 fn look_up(sources: &[Source], paths: &[StorePath], complaints: &Complaints<'_>) -> Vec<(StorePath, Found)> {
     let next = AtomicUsize::new(0);
     let answers = Mutex::new(Vec::new());
     let work = || {
         while let Some(path) = paths.get(next.fetch_add(1, Ordering::Relaxed)) {
-            let mut asked = sources.iter().enumerate();
-            let found = asked.find_map(|(index, source)| Some((index, source.narinfo(path, complaints)?)));
+            let ask = |index: usize| Some((index, sources[index].narinfo(path, complaints)?));
+            let found = by_preference(sources, path, None).into_iter().find_map(ask);
             if let Some(found) = found {
                 answers.lock().unwrap_or_else(PoisonError::into_inner).push((path.clone(), found));
             }

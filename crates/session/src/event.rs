@@ -13,12 +13,24 @@ pub enum Event {
     ClosureComputed {
         paths: usize,
     },
-    /// All of them are locked on the builder; so many it has, so many have to be sent.
+    /// All of them are locked on the builder; so many it has, so many it lacks.
     Locked {
         valid: usize,
         missing: usize,
         missing_bytes: u64,
     },
+    /// The builder is asked to fetch so many by itself. Until it answers nothing moves on the connection, with
+    /// [`drover_serve::SLOWEST_FETCH`] for as long as that takes.
+    FetchStarted {
+        paths: usize,
+        bytes: u64,
+    },
+    /// So many of these it has now.
+    Fetched {
+        paths: usize,
+        bytes: u64,
+    },
+    /// What is left is sent to it.
     CopyStarted {
         path: StorePath,
         nar_size: u64,

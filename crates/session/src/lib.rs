@@ -5,8 +5,8 @@
 //! builders, decide about attempts and retries, or know Kubernetes. It never has a whole NAR in memory, and what it
 //! believes of an output it has computed from the bytes that it received.
 //!
-//! In the order of the story: a [`Job`] goes in; `closure` finds out what its inputs need, `copy` sends what the
-//! builder lacks, `verdict` reads how the build ended, `collect` receives outputs, `verify` and `content` decide
+//! In the order of the story: a [`Job`] goes in; `closure` finds out what its inputs need, `fetch` has the
+//! builder fetch what it lacks, `copy` sends the rest, `verdict` reads how the build ended, `collect` receives outputs, `verify` and `content` decide
 //! whether they are what they must be, and an [`Outcome`] or a [`Failure`] comes out. On the way an [`Observer`]
 //! hears [`Event`]s. `trust` answers before all that whether a request may have its output paths.
 
@@ -16,6 +16,7 @@ mod content;
 mod copy;
 mod event;
 mod failure;
+mod fetch;
 mod job;
 mod outcome;
 mod run;

@@ -6,7 +6,7 @@ use drover_serve::Client;
 
 use crate::closure::{Closure, look_up_one};
 use crate::{
-    Event, Failure, Job, Observer, Outcome, Output, Timings, Transfer, collect, copy, verdict, verify,
+    Event, Failure, Job, Observer, Outcome, Output, Timings, Transfer, collect, copy, fetch, verdict, verify,
 };
 
 /// Runs one build over one connection to one builder. The builder's stderr, which carries the log, is the caller's to
@@ -35,15 +35,19 @@ pub fn run<R: Read, W: Write>(
 
     // Everything is locked before anything is copied, in one request: what is there now stays there.
     let valid = client
-        .query_valid_paths(&paths, true, true)
+        .query_valid_paths(&paths, true, false)
         .map_err(Failure::builder("locking the inputs on the builder"))?;
-    let missing = closure.to_send(&valid)?;
+    let mut missing = closure.to_send(&valid)?;
     transfer.paths_present = valid.len();
     observer.event(Event::Locked {
         valid: valid.len(),
         missing: missing.len(),
         missing_bytes: missing.iter().map(|(_, narinfo)| narinfo.info.nar_size).sum(),
     });
+    let fetched = fetch::fetch(&missing, &mut client, observer)?;
+    missing.retain(|(_, narinfo)| !fetched.paths.contains(&narinfo.info.path));
+    transfer.paths_fetched = fetched.paths.len();
+    transfer.bytes_fetched = fetched.bytes;
     timings.lock = clock.lap();
 
     transfer.paths_sent = missing.len();

@@ -303,10 +303,11 @@ fn one_build_from_end_to_end() {
     let closure: BTreeSet<StorePath> = [LIBC, TOOL, SOURCE].map(path).into();
     assert_eq!(ran.store.locked, closure);
     let calls: Vec<&str> = ran.store.calls.iter().map(String::as_str).collect();
-    assert_eq!(calls[0], "query-valid-paths lock=true substitute=true");
+    assert_eq!(calls[0], "query-valid-paths lock=true substitute=false");
+    assert_eq!(calls[1], "query-valid-paths lock=false substitute=true");
     let position = |call: &str| calls.iter().position(|item| *item == call).unwrap();
     assert!(position(&format!("add-nar {LIBC}")) < position(&format!("add-nar {TOOL}")));
-    assert_eq!(position(&format!("build-derivation {}", ran.job.drv_path)), 4);
+    assert_eq!(position(&format!("build-derivation {}", ran.job.drv_path)), 5);
 
     assert_eq!(outcome.transfer.paths_total, 3);
     assert_eq!((outcome.transfer.paths_present, outcome.transfer.paths_sent), (0, 3));
@@ -338,6 +339,8 @@ fn one_build_from_end_to_end() {
         "Connected",
         "ClosureComputed",
         "Locked",
+        "FetchStarted",
+        "Fetched",
         "CopyStarted",
         "Copied",
         "CopyStarted",
@@ -369,10 +372,12 @@ fn what_the_builder_has_is_not_sent() {
     world.store.insert(path(LIBC), &[], file_nar(b"libc"));
     let nar = file_nar(format!("contents of {TOOL}").as_bytes());
     let info = info_of(path(TOOL), &[&path(LIBC), &path(TOOL)], &nar);
+    let size = info.nar_size;
     world.store.substitutable.insert(path(TOOL), (info, nar));
     let ran = world.run();
     let transfer = ran.result.as_ref().unwrap().transfer;
-    assert_eq!((transfer.paths_total, transfer.paths_present, transfer.paths_sent), (3, 2, 1));
+    assert_eq!((transfer.paths_total, transfer.paths_present, transfer.paths_sent), (3, 1, 1));
+    assert_eq!((transfer.paths_fetched, transfer.bytes_fetched), (1, size));
     assert!(!ran.store.calls.iter().any(|call| call.ends_with(TOOL) && call.starts_with("add")));
 }
 
@@ -383,7 +388,8 @@ fn an_input_that_only_the_builder_has() {
     // Its own references count too, and those may be in a cache.
     world.store.insert(path(SOURCE), &[&path(LIBC)], file_nar(b"source"));
     let ran = world.run();
-    assert_eq!(ran.result.as_ref().unwrap().transfer.paths_present, 1);
+    let transfer = ran.result.as_ref().unwrap().transfer;
+    assert_eq!((transfer.paths_present, transfer.paths_fetched), (1, 0));
     assert!(ran.store.paths.contains_key(&path(LIBC)));
 }
 

@@ -27,6 +27,8 @@ pub struct Meter(Arc<Inner>);
 struct Inner {
     moved: AtomicU64,
     rests: AtomicBool,
+    /// Milliseconds for which nothing need move beyond what is always allowed.
+    patience: AtomicU64,
     /// What is being stored: how much of it was read so far.
     uploads: Mutex<Vec<Arc<AtomicU64>>>,
 }
@@ -41,6 +43,18 @@ impl Meter {
         self.0.rests.store(rests, Ordering::Relaxed);
     }
 
+    /// Nothing need move for so long, beyond the period; zero again when what was waited for has come.
+    pub fn wait(&self, patience: Duration) {
+        let millis = u64::try_from(patience.as_millis()).unwrap_or(u64::MAX);
+        self.0.patience.store(millis, Ordering::Relaxed);
+        // What was waited for counts as movement: the period begins anew.
+        self.add(FLOOR);
+    }
+
+    fn patience(&self) -> Duration {
+        Duration::from_millis(self.0.patience.load(Ordering::Relaxed))
+    }
+
     /// Bytes so far.
     pub fn total(&self) -> u64 {
         let uploads = self.uploads();
@@ -52,7 +66,8 @@ impl Meter {
     pub async fn stalled(&self, period: Duration) {
         let mut watch = Watch { since: Instant::now(), total: self.total() };
         let pause = (period / LOOKS).clamp(SHORTEST_LOOK, LONGEST_LOOK);
-        while !watch.is_over(Instant::now(), self.0.rests.load(Ordering::Relaxed), self.total(), period) {
+        let rests = || self.0.rests.load(Ordering::Relaxed);
+        while !watch.is_over(Instant::now(), rests(), self.total(), period.saturating_add(self.patience())) {
             tokio::time::sleep(pause).await;
         }
     }
@@ -191,5 +206,19 @@ mod tests {
             () = moves => {}
             () = tokio::time::sleep(20 * PERIOD) => {}
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn silence_that_was_announced_is_no_stall() {
+        let meter = Meter::default();
+        let begun = Instant::now();
+        meter.wait(3 * PERIOD);
+        meter.stalled(PERIOD).await;
+        assert!(begun.elapsed() >= 4 * PERIOD && begun.elapsed() < 4 * PERIOD + 2 * LONGEST_LOOK);
+        let begun = Instant::now();
+        meter.wait(3 * PERIOD);
+        meter.wait(Duration::ZERO);
+        meter.stalled(PERIOD).await;
+        assert!(begun.elapsed() < PERIOD + 2 * LONGEST_LOOK);
     }
 }

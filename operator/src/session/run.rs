@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use drover_api::{BuildRequest, Reason};
+use drover_serve::SLOWEST_FETCH;
 use drover_session::{Event, Job};
 use k8s_openapi::api::core::v1::Pod;
 use kube::Api;
@@ -141,6 +142,9 @@ fn observe(progress: &Progress, meter: &Meter, event: &Event) {
     match event {
         Event::BuildStarted => meter.rest(true),
         Event::Built { .. } => meter.rest(false),
+        // The builder gives up what is slower, so that one which says nothing for longer is gone.
+        Event::FetchStarted { bytes, .. } => meter.wait(Duration::from_secs(bytes / SLOWEST_FETCH)),
+        Event::Fetched { .. } => meter.wait(Duration::ZERO),
         _ => {}
     }
     match event {

@@ -68,6 +68,14 @@ impl Observer for Progress {
                 let size = bytes(missing_bytes);
                 self.say(&format!("{} inputs, {valid} there, {missing} to copy ({size})", valid + missing));
             }
+            Event::FetchStarted { paths, bytes: size } => {
+                self.refresh(&format!("the builder fetches {paths} inputs ({})", bytes(size)));
+            }
+            Event::Fetched { paths, bytes: size } if paths > 0 => {
+                self.missing -= paths.min(self.missing);
+                self.missing_bytes = self.missing_bytes.saturating_sub(size);
+                self.say(&format!("the builder has fetched {paths} inputs ({})", bytes(size)));
+            }
             Event::CopyProgress { bytes, .. } => self.refresh(&self.copying(bytes)),
             Event::Copied { nar_size, .. } => {
                 self.copied += 1;

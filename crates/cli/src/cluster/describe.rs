@@ -55,8 +55,13 @@ fn write(request: &BuildRequest, text: &mut String) -> std::fmt::Result {
     }
     if let Some(transfer) = &status.transfer {
         let (total, present, sent) = (transfer.paths_total, transfer.paths_present, transfer.paths_sent);
+        let (fetched, bytes_fetched) = (transfer.paths_fetched, transfer.bytes_fetched);
         let (bytes_sent, bytes_received) = (transfer.bytes_sent, transfer.bytes_received);
-        writeln!(text, "Inputs:     {total} paths, {present} there, {sent} sent ({bytes_sent} bytes)")?;
+        writeln!(
+            text,
+            "Inputs:     {total} paths, {present} there, {fetched} fetched by the builder ({bytes_fetched} bytes), \
+             {sent} sent ({bytes_sent} bytes)"
+        )?;
         writeln!(text, "Received:   {bytes_received} bytes")?;
     }
     if !status.outputs.is_empty() {
