@@ -90,16 +90,10 @@ impl Files for Memory {
         Ok(self.files.lock().unwrap().contains_key(name))
     }
 
-    fn put(
-        &self,
-        name: &str,
-        _content_type: &str,
-        size: u64,
-        body: &dyn Fn() -> io::Result<Box<dyn Read + Send>>,
-    ) -> Result<(), Error> {
+    fn put(&self, name: &str, _content_type: &str, size: u64, body: &Body<'_>) -> Result<(), Error> {
         self.moment()?;
         let mut bytes = Vec::new();
-        body().unwrap().read_to_end(&mut bytes).unwrap();
+        body(0).unwrap().read_to_end(&mut bytes).unwrap();
         assert_eq!(bytes.len() as u64, size);
         self.files.lock().unwrap().insert(name.to_owned(), bytes);
         self.written.lock().unwrap().push(name.to_owned());
