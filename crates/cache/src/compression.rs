@@ -1,6 +1,8 @@
 //! Decompression by the names that narinfo files and `Content-Encoding` use.
 
 use std::io::{self, BufReader, ErrorKind, Read};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use drover_nix::narinfo::Compression;
 use liblzma::stream::{CONCATENATED, Stream};
@@ -11,8 +13,21 @@ const XZ_MEMORY: u64 = 256 << 20;
 const BUFFER: usize = 64 << 10;
 
 /// Reads the decompressed form of `input`; several streams one after the other are one. None for a compression that is
-/// not supported.
+/// not supported. Errors of what does not decompress have the kind `InvalidData`, those of the input keep theirs.
 pub(crate) fn decoder(
+    compression: Compression,
+    input: Box<dyn Read + Send>,
+) -> Option<io::Result<Box<dyn Read + Send>>> {
+    if compression == Compression::None {
+        return Some(Ok(input));
+    }
+    let failed = Arc::new(AtomicBool::new(false));
+    let input = Box::new(Compressed { inner: input, failed: Arc::clone(&failed) });
+    let decoder = decompressor(compression, input)?;
+    Some(decoder.map(|inner| Box::new(Decompressed { inner, failed }) as Box<dyn Read + Send>))
+}
+
+fn decompressor(
     compression: Compression,
     input: Box<dyn Read + Send>,
 ) -> Option<io::Result<Box<dyn Read + Send>>> {
@@ -43,6 +58,36 @@ pub(crate) fn content_encoding(name: &str) -> Option<Compression> {
         "bzip2" => Compression::Bzip2,
         _ => return None,
     })
+}
+
+/// What is decompressed; remembers whether reading it failed.
+struct Compressed {
+    inner: Box<dyn Read + Send>,
+    failed: Arc<AtomicBool>,
+}
+
+impl Read for Compressed {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.inner.read(buffer).inspect_err(|error| {
+            self.failed.store(error.kind() != ErrorKind::Interrupted, Ordering::Relaxed);
+        })
+    }
+}
+
+/// What comes out. An error that is not the input's is the content's, whatever the decoder calls it.
+struct Decompressed {
+    inner: Box<dyn Read + Send>,
+    failed: Arc<AtomicBool>,
+}
+
+impl Read for Decompressed {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.inner.read(buffer).map_err(|error| match error.kind() {
+            ErrorKind::Interrupted => error,
+            _ if self.failed.load(Ordering::Relaxed) => error,
+            _ => io::Error::new(ErrorKind::InvalidData, format!("it does not decompress: {error}")),
+        })
+    }
 }
 
 /// Fails where a stream is longer than was announced: nobody should decompress a bomb to its end.
@@ -101,6 +146,14 @@ mod tests {
         }
     }
 
+    struct Broken;
+
+    impl Read for Broken {
+        fn read(&mut self, _buffer: &mut [u8]) -> io::Result<usize> {
+            Err(ErrorKind::ConnectionReset.into())
+        }
+    }
+
     fn read(compression: Compression, bytes: &[u8]) -> io::Result<Vec<u8>> {
         let mut output = Vec::new();
         decoder(compression, Box::new(io::Cursor::new(bytes.to_vec()))).unwrap()?.read_to_end(&mut output)?;
@@ -119,11 +172,15 @@ mod tests {
             assert!(read(compression, &two).unwrap() == bytes, "{compression} in two");
             if compression != Compression::None {
                 let whole = compress(compression, &bytes);
-                assert!(read(compression, &whole[..whole.len() - 5]).is_err(), "{compression} cut off");
-                assert!(
-                    read(compression, b"this is not it at all").is_err(),
-                    "{compression} of something else"
-                );
+                for wrong in [&whole[..whole.len() - 5], b"this is not it at all"] {
+                    let error = read(compression, wrong).unwrap_err();
+                    assert_eq!(error.kind(), ErrorKind::InvalidData, "{compression} {error}");
+                }
+                // A connection that breaks says nothing of the content.
+                let broken = io::Cursor::new(whole[..whole.len() / 2].to_vec()).chain(Broken);
+                let decoder = decoder(compression, Box::new(broken)).unwrap().unwrap();
+                let error = io::copy(&mut { decoder }, &mut io::sink()).unwrap_err();
+                assert_ne!(error.kind(), ErrorKind::InvalidData, "{compression} {error}");
             }
         }
         assert!(decoder(Compression::Other("br"), Box::new(io::empty())).is_none());

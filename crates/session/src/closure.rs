@@ -103,7 +103,8 @@ struct Plan {
     known: BTreeMap<StorePath, Known>,
     wanted: BTreeSet<StorePath>,
     missing: BTreeSet<StorePath>,
-    /// The first cache that failed rather than said no; one that cannot be asked before one that is not trusted.
+    /// The first cache that failed rather than said no; one that cannot be asked before one that gave a path wrong or is not
+    /// trusted.
     trouble: Option<drover_cache::Error>,
 }
 
@@ -123,7 +124,12 @@ impl Plan {
     }
 
     fn trouble(&mut self, error: drover_cache::Error) {
-        if matches!(self.trouble, None | Some(drover_cache::Error::Untrusted { .. })) {
+        let rank = |error: &drover_cache::Error| match error {
+            drover_cache::Error::Untrusted { .. } => 1,
+            drover_cache::Error::SetAside { .. } => 2,
+            _ => 3,
+        };
+        if self.trouble.as_ref().map_or(0, rank) < rank(&error) {
             self.trouble = Some(error);
         }
     }
@@ -148,6 +154,13 @@ impl Plan {
                 return Err(Failure {
                     source: Some(error.into()),
                     ..Failure::verdict(Reason::InputMissing, message)
+                });
+            }
+            Some(error @ drover_cache::Error::SetAside { .. }) => {
+                let message = format!("no cache gives the inputs {paths} as they are: {error}");
+                return Err(Failure {
+                    source: Some(error.into()),
+                    ..Failure::verdict(Reason::InputHashMismatch, message)
                 });
             }
             // A cache that cannot be asked may well have them: no verdict from that.

@@ -35,6 +35,12 @@ pub enum Event {
         path: StorePath,
         nar_size: u64,
     },
+    /// A cache did not give what it says that it has, and is not asked for it for a while.
+    CacheSetAside {
+        cache: String,
+        path: StorePath,
+        why: String,
+    },
     /// Now and then within a large path.
     CopyProgress {
         path: StorePath,

@@ -89,8 +89,8 @@ pub fn all_outputs_in_cache(job: &Job) -> Result<Option<Outcome>, Failure> {
     let mut outputs = BTreeMap::new();
     for (name, path) in known {
         let found = match look_up_one(&caches, &path) {
-            // There, but nobody vouches for it: as good as absent.
-            Err(drover_cache::Error::Untrusted { .. }) => None,
+            // There, but nobody vouches for it, or not as it should be: as good as absent.
+            Err(drover_cache::Error::Untrusted { .. } | drover_cache::Error::SetAside { .. }) => None,
             found => {
                 let act = format!("looking for output {name} ({path}) in the caches");
                 found.map_err(Failure::cache(&act))?

@@ -121,6 +121,8 @@ fn may_go_on(failure: &Failure, pod: &PodView, session: &SessionView, now: Times
     lives
         && match failure.reason {
             Reason::ConnectionLost => true,
+            // A cache is to blame that the next session does not ask any more: another one has what it gave wrong.
+            Reason::InputHashMismatch => failure.infrastructure,
             // The build is over and well; what failed is on this side of it.
             Reason::InfrastructureFailure => session.stage >= Stage::Built,
             _ => false,

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use drover_cache::{Cache, Error, SpooledNar, Stored};
+use drover_cache::{Cache, Error, Recalled, SpooledNar, Stored};
 use drover_nix::{NarInfo, PathInfo, StorePath};
 use tokio::time::Instant;
 
@@ -114,6 +114,14 @@ impl Cache for Watched {
         // An answer is progress, though most say no and are short.
         self.meter.add(FLOOR);
         found
+    }
+
+    fn recall(&self, path: &StorePath) -> Recalled {
+        self.cache.recall(path)
+    }
+
+    fn set_aside(&self, path: &StorePath, why: &str) {
+        self.cache.set_aside(path, why);
     }
 
     fn nar(&self, narinfo: &NarInfo) -> Result<Box<dyn Read + Send>, Error> {

@@ -140,6 +140,9 @@ pub async fn talk(
 fn observe(progress: &Progress, meter: &Meter, event: &Event) {
     tracing::debug!(request = %progress.request, ?event, "session");
     match event {
+        Event::CacheSetAside { cache, path, why } => {
+            tracing::warn!(request = %progress.request, cache, %path, why, "a cache is set aside");
+        }
         Event::BuildStarted => meter.rest(true),
         Event::Built { .. } => meter.rest(false),
         // The builder gives up what is slower, so that one which says nothing for longer is gone.

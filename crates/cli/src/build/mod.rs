@@ -35,6 +35,9 @@ use crate::resolve::Resolved;
 
 pub(crate) use setup::{open_caches, own_cache};
 
+/// How often a build is begun because a cache gave an input wrong that another has.
+const MAX_SESSIONS: u32 = 20;
+
 /// What became of one request.
 enum End {
     Done(Box<Outcome>),
@@ -134,13 +137,24 @@ fn build(
         Ok(None) => {}
         Err(failure) => return Ok((End::Failed(failed(failure, vec![])), None)),
     }
-    let mut child = Child::start(&setup.builder, &setup.store, setup.spool.path(), console.clone())
-        .map_err(Fault::Infrastructure)?;
-    let (reader, writer) = child.pipes();
-    let mut observer = progress::Progress::new(item.name(), console.clone());
-    let result = drover_session::run(reader, writer, &job, &mut observer);
-    observer.end();
-    let end = child.finish().map_err(Fault::Infrastructure)?;
+    let mut sessions = 0;
+    let (result, end) = loop {
+        let mut child = Child::start(&setup.builder, &setup.store, setup.spool.path(), console.clone())
+            .map_err(Fault::Infrastructure)?;
+        let (reader, writer) = child.pipes();
+        let mut observer = progress::Progress::new(item.name(), console.clone());
+        let result = drover_session::run(reader, writer, &job, &mut observer);
+        observer.end();
+        let end = child.finish().map_err(Fault::Infrastructure)?;
+        sessions += 1;
+        // A cache is set aside by now, and another has what it gave wrong. What was copied is in the store.
+        let again = |failure: &drover_session::Failure| {
+            failure.reason == drover_session::Reason::InputHashMismatch && failure.infrastructure
+        };
+        if sessions == MAX_SESSIONS || !result.as_ref().is_err_and(again) {
+            break (result, end);
+        }
+    };
     // The log is worth keeping even if the build failed, and no reason to fail if it cannot be kept.
     if let Err(error) = keep_log(&*setup.push, &resolved.drv_path, &end.log_file) {
         console.line(&format!("warning: {error:#}"));

@@ -82,6 +82,10 @@ impl Observer for Progress {
                 self.copied_bytes += nar_size;
                 self.refresh(&self.copying(0));
             }
+            Event::CacheSetAside { cache, path, why } => {
+                self.console
+                    .line(&format!("{}: {cache} gives {path} wrong, and is set aside: {why}", self.name));
+            }
             Event::BuildStarted => self.say("building"),
             Event::OutputStarted { name, nar_size, .. } => {
                 self.say(&format!("receiving output {name} ({})", bytes(nar_size)));

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result, anyhow, bail};
-use drover_cache::{Cache, CacheOptions};
+use drover_cache::{Cache, CacheOptions, Guarded, Memory};
 use drover_nix::signature::SecretKey;
 use drover_nix::{StoreDir, StorePath};
 use tempfile::TempDir;
@@ -66,7 +66,11 @@ pub(crate) fn open_caches(urls: &[String], keys: &[String], dir: &StoreDir) -> R
     let keys = keys.iter().map(|key| key.parse().with_context(|| format!("public key {key}")));
     let public_keys = keys.collect::<Result<_>>().map_err(Fault::Input)?;
     let options = CacheOptions { dir: dir.clone(), public_keys, ..CacheOptions::default() };
-    let open = |url: &String| drover_cache::open(url, &options).with_context(|| format!("--cache {url}"));
+    let open = |url: &String| -> Result<Arc<dyn Cache>> {
+        let cache = drover_cache::open(url, &options).with_context(|| format!("--cache {url}"))?;
+        // One that gives something wrong is not asked for it again.
+        Ok(Arc::new(Guarded::new(cache, Memory::of(url))))
+    };
     urls.iter().map(open).collect::<Result<_>>().map_err(Fault::Input)
 }
 
