@@ -15,7 +15,7 @@ use kube::{Api, ResourceExt as _};
 use serde_json::json;
 
 use crate::error::Error;
-use crate::lookup::{Answer, job_plan, look_up};
+use crate::lookup::{Answer, job_plan, look_up, read_derivation};
 use crate::metrics::BuildLabels;
 use crate::operator::{Operator, call};
 use crate::plan::{Action, Plan, accept};
@@ -65,6 +65,7 @@ pub async fn execute(operator: &Operator, world: &World, plan: &Plan) -> Result<
     let mut answer = Answer::There;
     for action in &plan.actions {
         match action {
+            Action::ReadDerivation => answer = read_derivation(operator, world).await,
             Action::LookUp { attempt } => answer = look_up(operator, world, *attempt).await?,
             action => act(operator, world, action).await?,
         }
@@ -119,10 +120,11 @@ async fn write_status(
 async fn act(operator: &Operator, world: &World, action: &Action) -> Result<(), Error> {
     let uid = world.request.uid().unwrap_or_default();
     match action {
-        // See `execute`: it is the one that may take long.
-        Action::LookUp { .. } => Ok(()),
+        // See `execute`: these are the ones that may take long.
+        Action::ReadDerivation | Action::LookUp { .. } => Ok(()),
         Action::ForgetLookUp => {
             operator.queue.lookups.expire(&uid);
+            operator.queue.resolutions.expire(&uid);
             Ok(())
         }
         Action::AskForSlot { attempt } => {

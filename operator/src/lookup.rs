@@ -1,4 +1,4 @@
-//! Asking the class's caches what they have of a request's outputs and inputs.
+//! Asking the class's caches what they have: the derivation, where the request only names it; its outputs and inputs.
 //!
 //! Caches may be slow, or hang until their time is up. So a look-up is a task of its own: a pass waits for it a moment, and if
 //! the answer comes later, asks for another pass. A class has so many at once and no more, and takes none from another.
@@ -7,8 +7,9 @@ use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use drover_api::ClassCache;
+use drover_api::{ClassCache, convert};
 use drover_nix::{StoreDir, StorePath};
+use drover_session::Unresolved;
 use k8s_openapi::api::core::v1::Secret;
 use kube::runtime::reflector::ObjectRef;
 use kube::{Api, ResourceExt as _};
@@ -18,7 +19,7 @@ use crate::error::Error;
 use crate::operator::{Operator, call};
 use crate::plan::accept;
 use crate::session::job::{self, Caches, JobPlan};
-use crate::world::{Class, Lookup, World};
+use crate::world::{Class, Lookup, Resolution, World};
 
 /// Look-ups that a class has under way at once. Each may ask for several paths at a time.
 const AT_ONCE: usize = 8;
@@ -57,27 +58,85 @@ pub async fn look_up(operator: &Operator, world: &World, attempt: u32) -> Result
         queue.lookups.answer(&uid, ticket, nothing_absent());
         return Ok(Answer::There);
     };
-    let (door, caches) = (operator.doors.of(class), operator.caches.clone());
+    let (caches, about) = (operator.caches.clone(), world.request.name_any());
+    let (asking, of) = (queue.clone(), uid.clone());
+    let ask = move || ask(&plan, &caches, &about, &|path| asking.is_coming(&of, path));
+    let keep = move |lookup: Option<Lookup>| {
+        let lookup = lookup.unwrap_or_else(nothing_absent);
+        if queue.lookups.answer(&uid, ticket, lookup.clone()) {
+            queue.looked_up(&uid, &lookup);
+        }
+    };
+    Ok(behind_the_door(operator, world, class, ask, keep).await)
+}
+
+/// Reads the derivation that the request only names.
+pub async fn read_derivation(operator: &Operator, world: &World) -> Answer {
+    let (uid, queue) = (world.request.uid().unwrap_or_default(), operator.queue.clone());
+    let Some(ticket) = queue.resolutions.ask(&uid) else { return Answer::Coming };
+    let dir = StoreDir::default();
+    let (Ok(Some(drv_path)), Class::Found { name: class, spec, .. }) =
+        (convert::drv_path(&world.request.spec, &dir), &world.class)
+    else {
+        // Nobody asks where there is nothing to read, or nowhere.
+        queue.resolutions.forget(&uid);
+        return Answer::There;
+    };
+    let (caches, of_class) = (operator.caches.clone(), spec.caches.clone());
+    let read = move || read(&drv_path, &of_class, &caches);
+    let keep = move |resolution: Option<Resolution>| {
+        let fault = || Resolution::Unreadable { why: "reading it ended by a fault in the operator".into() };
+        let resolution = resolution.unwrap_or_else(fault);
+        if queue.resolutions.answer(&uid, ticket, resolution.clone()) {
+            queue.resolved(&uid, &resolution);
+        }
+    };
+    behind_the_door(operator, world, class, read, keep).await
+}
+
+/// Asks caches as soon as the class's door lets this one in, and keeps the answer, None if asking has panicked.
+async fn behind_the_door<T: Send + 'static>(
+    operator: &Operator,
+    world: &World,
+    class: &str,
+    ask: impl FnOnce() -> T + Send + 'static,
+    keep: impl FnOnce(Option<T>) + Send + 'static,
+) -> Answer {
+    let (door, queue) = (operator.doors.of(class), operator.queue.clone());
     let request = ObjectRef::from_obj(&world.request);
     let (done, answered) = oneshot::channel();
     tokio::spawn(async move {
         // Never closed. It is given back when this task ends.
         let _permit = door.acquire().await;
-        let (asking, of, about) = (queue.clone(), uid.clone(), request.name.clone());
-        let ask = move || ask(&plan, &caches, &about, &|path| asking.is_coming(&of, path));
         // A thread that panicked has said so already.
-        let lookup = tokio::task::spawn_blocking(ask).await.unwrap_or_else(|_| nothing_absent());
-        if queue.lookups.answer(&uid, ticket, lookup.clone()) {
-            queue.looked_up(&uid, &lookup);
-        }
+        keep(tokio::task::spawn_blocking(ask).await.ok());
         if done.send(()).is_err() {
             queue.look_at(request);
         }
     });
     let patience = if world.live { LONG_PATIENCE } else { PATIENCE };
     match tokio::time::timeout(patience, answered).await {
-        Ok(_) => Ok(Answer::There),
-        Err(_) => Ok(Answer::Coming),
+        Ok(_) => Answer::There,
+        Err(_) => Answer::Coming,
+    }
+}
+
+/// Blocks.
+fn read(drv_path: &StorePath, caches: &[ClassCache], handles: &Caches) -> Resolution {
+    let opened: Result<Vec<_>, Error> = caches.iter().map(|cache| handles.open(cache)).collect();
+    let caches = match opened {
+        Ok(caches) => caches,
+        Err(error) => return Resolution::Unreadable { why: error.to_string() },
+    };
+    match drover_session::resolve(&StoreDir::default(), drv_path, &caches) {
+        Ok(resolved) => Resolution::Found(Arc::new(resolved)),
+        Err(Unresolved::Absent(path)) => Resolution::Absent { path },
+        Err(Unresolved::Failed(failure)) if failure.infrastructure => {
+            Resolution::Unreadable { why: failure.message }
+        }
+        Err(Unresolved::Failed(failure)) => {
+            Resolution::Refused { reason: job::reason(failure.reason), message: failure.message }
+        }
     }
 }
 

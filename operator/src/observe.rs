@@ -67,6 +67,7 @@ pub async fn observe(
     };
     Ok(Some(World {
         class,
+        resolution: operator.queue.resolutions.get(&uid),
         pods,
         lookup,
         others,

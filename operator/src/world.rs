@@ -4,9 +4,12 @@
 //! environment. `observe` fills it in, tests write it down.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::time::Duration;
 
 use drover_api::{BuildRequest, BuilderClassSpec, OutputStatus, Reason, Timings, Transfer};
+use drover_nix::StorePath;
+use drover_session::Resolved;
 use jiff::Timestamp;
 
 use crate::settings::Timeouts;
@@ -16,6 +19,8 @@ use crate::settings::Timeouts;
 pub struct World {
     pub request: BuildRequest,
     pub class: Class,
+    /// What `spec.drvPath` has led to, for a request without a derivation of its own.
+    pub resolution: Resolution,
     /// Every pod that carries the request's uid, whatever its state.
     pub pods: Vec<PodView>,
     /// What the class's caches have of outputs and inputs. Asked once for every attempt, and again while it waits.
@@ -47,6 +52,27 @@ pub enum Class {
     },
 }
 
+/// What is known of a derivation that is named by its `.drv` alone.
+#[derive(Clone, PartialEq, Debug)]
+pub enum Resolution {
+    /// Nobody has read it yet, or what was read was lost with the process.
+    Unknown,
+    /// None of the class's caches has this `.drv`: the one that is named, or a direct input of it.
+    Absent {
+        path: StorePath,
+    },
+    /// A cache could not be asked.
+    Unreadable {
+        why: String,
+    },
+    /// It cannot be built: a verdict.
+    Refused {
+        reason: Reason,
+        message: String,
+    },
+    Found(Arc<Resolved>),
+}
+
 /// What is known of the outputs before a builder is asked.
 #[derive(Clone, PartialEq, Debug)]
 pub enum Lookup {
@@ -72,6 +98,8 @@ pub struct Others {
     pub same_failed: Option<SameFailed>,
     /// Names of requests, this one first, of which each waits for the next and the last for this one.
     pub cycle: Vec<String>,
+    /// A request, not this one, whose derivation is still to be read: it may make anything.
+    pub unread: Option<String>,
 }
 
 /// Another request, which has an input of this one among its outputs.

@@ -30,9 +30,10 @@ pub use convert::{FieldError, Target};
 pub use crd::crds;
 pub use reasons::{Budget, Kind as ReasonKind, Reason, markdown_table as reasons_markdown};
 pub use request::{BuildRequest, BuildRequestSpec, DerivationSpec, OutputSpec, Resources, Retries, Verify};
+pub use schema::MAX_OUTPUTS;
 pub use status::{
-    Attempt, BuildRequestStatus, BuilderStatus, FailureStatus, LOG_TAIL_LINES, MAX_ATTEMPTS, OutputStatus,
-    Phase, Timings, Transfer, format_duration,
+    Attempt, BuildRequestStatus, BuilderStatus, DerivationStatus, FailureStatus, LOG_TAIL_LINES,
+    MAX_ATTEMPTS, OutputStatus, Phase, Timings, Transfer, format_duration,
 };
 
 /// The API group.

@@ -62,7 +62,9 @@ reasons! {
     Accepted Progress "The spec is valid and its class may be used.",
     Suspended Progress "`spec.suspend` is true. Set it to false to go on.",
     WaitingForClass Progress "The class does not exist, or no class is the default. Make one.",
-    WaitingForInput Progress "Another request in the namespace will build an input; the message names it.",
+    WaitingForInput Progress
+        "An input, or the `.drv` that `spec.drvPath` names, is not in the class's caches yet; the message names it, and the \
+         request that will build it if there is one.",
     WaitingForSameBuild Progress "Another request in the namespace is building the same derivation.",
     WaitingForConcurrency Progress "The class's `concurrency` is used up; a builder that ends makes room.",
     WaitingForQuota Progress "A quota or an admission policy refuses the pod; the message is its own.",
@@ -89,7 +91,9 @@ reasons! {
         "An output is not what was declared or what the builder said of it. For a fixed output, correct its hash.",
     OutputRejected Failure "An output breaks the derivation's own rules, such as `allowedReferences`.",
     NotDeterministic Failure "Builds of the same derivation differ; the message names the outputs.",
-    InputMissing Failure "An input is in no cache and no request builds it; the message names it. Copy it to a cache.",
+    InputMissing Failure
+        "An input, or the `.drv` of the request, is in no cache and no request builds it; the message names it. Copy it to a \
+         cache.",
     InputHashMismatch Failure "A cache delivered an input that is not what it announced. Repair the cache.",
     Cancelled Failure "`spec.cancel` was set.",
     Unplaceable Failure "No pod of this class can ever run; the message says why.",

@@ -25,7 +25,8 @@ use crate::schema::{self, immutable};
     doc = "One derivation to be built by an ephemeral Nix builder.",
     selectable = ".spec.derivation.system",
     selectable = ".spec.class",
-    printcolumn(name = "System", type_ = "string", json_path = ".spec.derivation.system"),
+    // The request's own, or what was found at its drvPath: one of `spec` and `status` has it, and no other part.
+    printcolumn(name = "System", type_ = "string", json_path = ".*.derivation.system"),
     printcolumn(
         name = "Status",
         type_ = "string",

@@ -19,7 +19,7 @@ pub(crate) const MAX_ENV: usize = 4096;
 /// Longest argument or value. An API server takes no object above 1.5 MiB anyway.
 pub(crate) const MAX_TEXT: usize = 1 << 20;
 /// Most outputs of one derivation. Small, because the rule over their names is priced by it.
-pub(crate) const MAX_OUTPUTS: usize = 16;
+pub const MAX_OUTPUTS: usize = 16;
 
 /// A store path as a string.
 pub(crate) fn store_path(_: &mut SchemaGenerator) -> Schema {

@@ -46,6 +46,10 @@ pub struct BuildRequestStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub drv_path: Option<String>,
 
+    /// What `spec.drvPath` was found to be, of a request that has no `spec.derivation`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub derivation: Option<DerivationStatus>,
+
     /// Number of the attempt that runs or ran last, from 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub attempt: Option<u32>,
@@ -88,6 +92,18 @@ pub struct BuildRequestStatus {
     /// Why it failed. There if and only if Succeeded is False.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub failure: Option<FailureStatus>,
+}
+
+/// A derivation that was read from the class's caches, as far as others ask about it.
+#[derive(JsonSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq, Eq)]
+#[serde(rename_all = "camelCase")]
+pub struct DerivationStatus {
+    /// What it is built for, such as `x86_64-linux`.
+    pub system: String,
+    /// Full store paths by output name, of those that are known before the build.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schemars(extend("maxProperties" = crate::schema::MAX_OUTPUTS))]
+    pub outputs: BTreeMap<String, String>,
 }
 
 /// A request's life in four words.

@@ -8,7 +8,8 @@
 //! In the order of the story: a [`Job`] goes in; `closure` finds out what its inputs need, `fetch` has the
 //! builder fetch what it lacks, `copy` sends the rest, `verdict` reads how the build ended, `collect` receives outputs, `verify` and `content` decide
 //! whether they are what they must be, and an [`Outcome`] or a [`Failure`] comes out. On the way an [`Observer`]
-//! hears [`Event`]s. `trust` answers before all that whether a request may have its output paths.
+//! hears [`Event`]s. `trust` answers before all that whether a request may have its output paths, and
+//! `resolve` finds the derivation of one that names its `.drv` only.
 
 mod closure;
 mod collect;
@@ -19,6 +20,7 @@ mod failure;
 mod fetch;
 mod job;
 mod outcome;
+mod resolve;
 mod run;
 #[cfg(test)]
 mod tests;
@@ -31,4 +33,5 @@ pub use event::{Event, Observer};
 pub use failure::{Failure, Reason};
 pub use job::{Job, Trust, drv_path_of};
 pub use outcome::{Outcome, Output, Timings, Transfer};
+pub use resolve::{Resolved, Unresolved, resolve};
 pub use run::{all_outputs_in_cache, run};

@@ -3,13 +3,13 @@
 use std::collections::BTreeSet;
 
 use drover_api::convert::{self, Target};
-use drover_api::{BuilderClassSpec, FieldError, Placement, Reason, Resources};
+use drover_api::{BuilderClassSpec, FieldError, MAX_OUTPUTS, Placement, Reason, Resources};
 use drover_nix::derivation::STRUCTURED_ATTRS;
 use drover_nix::{BasicDerivation, StoreDir, StorePath};
 use kube::ResourceExt as _;
 
 use crate::quantity::nanos;
-use crate::world::{Class, World};
+use crate::world::{Class, Resolution, World};
 
 /// A request that makes sense, and the class that takes it.
 #[derive(Clone, Debug)]
@@ -28,6 +28,8 @@ pub enum Refusal {
     Wait { reason: Reason, message: String },
     /// Nobody can: the request is immutable.
     Never { reason: Reason, message: String },
+    /// What is to be built has not been read: see [`World::resolution`].
+    Unread,
 }
 
 /// Checks spec against class. Everything that the schema checks too is checked again.
@@ -37,21 +39,8 @@ pub fn accept(world: &World) -> Result<Accepted<'_>, Refusal> {
     let dir = StoreDir::default();
     let invalid =
         |error: FieldError| Refusal::Never { reason: Reason::InvalidDerivation, message: error.to_string() };
-    let derivation = match convert::target(spec, &dir).map_err(invalid)? {
-        Target::Derivation(derivation) => derivation,
-        Target::DrvPath(_) => {
-            let message = "spec.drvPath: without spec.derivation it is not supported yet; send the derivation \
-                           itself as well, as `drover request` prints it";
-            return never(Reason::InvalidDerivation, message.into());
-        }
-    };
-    let drv_path = match convert::drv_path(spec, &dir).map_err(invalid)? {
-        Some(given) => given,
-        None => match drover_session::drv_path_of(&dir, &derivation) {
-            Ok(path) => path,
-            Err(error) => return never(Reason::InvalidDerivation, format!("spec.derivation: {error}")),
-        },
-    };
+    let target = convert::target(spec, &dir).map_err(invalid)?;
+    let given = convert::drv_path(spec, &dir).map_err(invalid)?;
     let (class_name, class, allowed) = match &world.class {
         Class::Found { name, spec, allowed } => (name, spec, *allowed),
         Class::Absent => {
@@ -69,6 +58,16 @@ pub fn accept(world: &World) -> Result<Accepted<'_>, Refusal> {
         let message = format!("BuilderClass {class_name} is not for namespace {namespace}");
         return never(Reason::ClassNotAllowed, message);
     }
+    let (derivation, drv_path) = match target {
+        Target::Derivation(derivation) => {
+            let computed = || drover_session::drv_path_of(&dir, &derivation);
+            match given.map_or_else(computed, Ok) {
+                Ok(path) => (derivation, path),
+                Err(error) => return never(Reason::InvalidDerivation, format!("spec.derivation: {error}")),
+            }
+        }
+        Target::DrvPath(path) => found(world, &path)?,
+    };
     let system = derivation.system.to_string();
     if !class.has_system(&system) {
         let offered = class.systems.join(", ");
@@ -85,6 +84,24 @@ pub fn accept(world: &World) -> Result<Accepted<'_>, Refusal> {
         return never(Reason::WrongSystem, message);
     }
     Ok(Accepted { derivation, drv_path, class_name, class })
+}
+
+/// What was found at a `drvPath` that is all that the request says: derivation, and the `.drv` that it goes by.
+fn found(world: &World, drv_path: &StorePath) -> Result<(BasicDerivation, StorePath), Refusal> {
+    let never = |reason, message| Err(Refusal::Never { reason, message });
+    match &world.resolution {
+        Resolution::Unknown | Resolution::Absent { .. } | Resolution::Unreadable { .. } => {
+            Err(Refusal::Unread)
+        }
+        Resolution::Refused { reason, message } => never(*reason, message.clone()),
+        Resolution::Found(resolved) if resolved.derivation.outputs.len() > MAX_OUTPUTS => {
+            let outputs = resolved.derivation.outputs.len();
+            let message =
+                format!("spec.drvPath: {drv_path} has {outputs} outputs; a request takes {MAX_OUTPUTS}");
+            never(Reason::InvalidDerivation, message)
+        }
+        Resolution::Found(resolved) => Ok((resolved.derivation.clone(), resolved.drv_path.clone())),
+    }
 }
 
 /// What is checked before an attempt begins, and does not end one that runs if the class changes meanwhile.

@@ -98,8 +98,7 @@ fn note_accepted(draft: &mut Draft, accepted: &Accepted<'_>) {
 
 fn wait(world: &World, mut draft: Draft, hold: Hold, now: Timestamp) -> Plan {
     draft.progress(Phase::Pending, hold.reason, &hold.message);
-    let look = (age(world, now) / 10).clamp(SHORTEST_LOOK, LONGEST_LOOK);
-    let look = retry::spread(world, 0, look).min(hold.within.unwrap_or(Duration::MAX));
+    let look = look(world, now).min(hold.within.unwrap_or(Duration::MAX));
     // Leave to begin is for those who can.
     let mut actions = hold_back(world);
     actions.push(Action::ForgetLookUp);
@@ -134,6 +133,12 @@ fn inputs(world: &World, absent: &BTreeSet<String>, now: Timestamp) -> Option<Ho
     }
     // Nobody is there who would build it; whoever applies many requests at once may not have come to that one yet.
     let path = absent.first()?;
+    if let Some(request) = &others.unread {
+        let message = format!(
+            "input {path} is in none of the class's caches, and what request {request} builds is not known yet"
+        );
+        return Some(Hold { reason: Reason::WaitingForInput, message, within: None });
+    }
     match world.timeouts.input_grace.saturating_sub(age(world, now)) {
         left if left.is_zero() => {
             let message = format!("input {path} is in none of the class's caches, and no request builds it");
@@ -162,8 +167,13 @@ fn same_failed(world: &World) -> Option<Hold> {
     Some(Hold { reason: *reason, message, within: None })
 }
 
+/// When a request that waits looks again.
+pub(super) fn look(world: &World, now: Timestamp) -> Duration {
+    retry::spread(world, 0, (age(world, now) / 10).clamp(SHORTEST_LOOK, LONGEST_LOOK))
+}
+
 /// How long ago the request was made.
-fn age(world: &World, now: Timestamp) -> Duration {
+pub(super) fn age(world: &World, now: Timestamp) -> Duration {
     let created = world.request.metadata.creation_timestamp.as_ref().map(|time| time.0);
     created.and_then(|created| Duration::try_from(now.duration_since(created)).ok()).unwrap_or_default()
 }

@@ -11,7 +11,8 @@
 //! A failure, of an attempt or of the request, is never said from a world that watches alone have shown: such a plan does
 //! nothing and asks for a live one ([`Requeue::Live`]).
 //!
-//! In the order of a request's life: [`accept`] checks what was asked for, `begin` says what an attempt waits for before it
+//! In the order of a request's life: [`accept`] checks what was asked for, `unread` has it read where the request only names
+//! it, `begin` says what an attempt waits for before it
 //! begins, `attempt` leads it from pod to verdict, `blame` reads from a pod why it ended, `retry` says whether there is
 //! another one.
 
@@ -22,6 +23,7 @@ mod blame;
 mod retry;
 #[cfg(test)]
 mod tests;
+mod unread;
 
 use std::time::Duration;
 
@@ -52,9 +54,11 @@ pub struct Plan {
 /// Something to be done. Each can be repeated, and each may meet what an earlier one did.
 #[derive(Clone, PartialEq, Debug)]
 pub enum Action {
+    /// Read the derivation that the request only names from the class's caches; the answer is in the next world.
+    ReadDerivation,
     /// Ask the class's caches for the outputs and, if they lack some, for the inputs; the answer is in the next world.
     LookUp { attempt: u32 },
-    /// Forget that answer, so that it is asked again.
+    /// Forget what caches have answered, so that they are asked again. A derivation that was found stays: it is what it is.
     ForgetLookUp,
     /// Ask the queue for leave to begin this attempt; the answer is in the next world.
     AskForSlot { attempt: u32 },
@@ -104,6 +108,7 @@ fn decide(world: &World, now: Timestamp) -> Plan {
         return settled(world, succeeded, now);
     }
     let mut draft = Draft::new(request, now);
+    unread::note(world, &mut draft);
     if request.spec.cancel == Some(true) {
         draft.fail(Reason::Cancelled, "spec.cancel was set", &tail(world));
         return end(world, draft, now);
@@ -168,6 +173,7 @@ fn refused(world: &World, mut draft: Draft, refusal: Refusal, now: Timestamp) ->
             draft.fail(reason, &message, &tail(world));
             end(world, draft, now)
         }
+        Refusal::Unread => unread::wait(world, draft, now),
     }
 }
 

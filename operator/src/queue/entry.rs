@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use drover_api::convert::{self, Target};
 use drover_api::{BuildRequest, BuildRequestSpec, Reason, Resources, conditions};
-use drover_nix::StoreDir;
+use drover_nix::{BasicDerivation, StoreDir};
 use jiff::Timestamp;
 use kube::{Resource as _, ResourceExt as _};
 
@@ -19,13 +19,16 @@ pub(super) struct Fixed {
     pub namespace: Arc<str>,
     pub name: Arc<str>,
     pub created: Timestamp,
-    /// What is built: the path that the derivation's file would have. None if it makes no sense, which a plan says.
+    /// What is built: the path that the derivation's file would have. None if it makes no sense, which a plan says, or has
+    /// not been read.
     pub build: Option<Arc<str>>,
     pub limits: Limits,
     /// Full paths, those that are known before the build.
     pub outputs: Vec<Arc<str>>,
     /// Direct inputs, full paths.
     pub inputs: Vec<Arc<str>>,
+    /// Nobody knows what it makes: it only names a derivation that has not been read.
+    pub is_unread: bool,
 }
 
 /// Limits that a build may break: a verdict holds for another request only where they are equal.
@@ -48,6 +51,8 @@ pub(super) struct Now {
     pub priority: i32,
     /// Suspended or cancelled: it begins nothing.
     pub is_held: bool,
+    /// It waits for its class, or for the file of its derivation: it may never be read.
+    pub is_stuck: bool,
     /// The class that it got, or names.
     pub class: Option<Arc<str>>,
     pub state: State,
@@ -71,23 +76,42 @@ pub(super) struct End {
 impl Fixed {
     pub(super) fn of(request: &BuildRequest) -> Self {
         let dir = StoreDir::default();
-        let derivation = match convert::target(&request.spec, &dir) {
-            Ok(Target::Derivation(derivation)) => Some(derivation),
-            Ok(Target::DrvPath(_)) | Err(_) => None,
-        };
-        let full = |path| Arc::from(dir.full(path));
-        let known = derivation.as_ref().and_then(|derivation| derivation.output_paths(&dir).ok());
-        let build =
-            derivation.as_ref().and_then(|derivation| drover_session::drv_path_of(&dir, derivation).ok());
-        Self {
+        let mut fixed = Self {
             namespace: request.namespace().unwrap_or_default().into(),
             name: request.name_any().into(),
             created: request.creation_timestamp().map(|time| time.0).unwrap_or_default(),
-            build: build.as_ref().map(full),
+            build: None,
             limits: Limits::of(&request.spec),
-            outputs: known.iter().flatten().filter_map(|(_, path)| path.as_ref().map(full)).collect(),
-            inputs: derivation.iter().flat_map(|derivation| &derivation.input_srcs).map(full).collect(),
+            outputs: vec![],
+            inputs: vec![],
+            is_unread: false,
+        };
+        match convert::target(&request.spec, &dir) {
+            Ok(Target::Derivation(derivation)) => fixed.learn(&derivation),
+            // An operator has said before what it makes. What it needs is known when it is read again.
+            Ok(Target::DrvPath(_)) => {
+                match request.status.as_ref().and_then(|status| status.derivation.as_ref()) {
+                    Some(known) => {
+                        fixed.outputs = known.outputs.values().map(|path| path.as_str().into()).collect();
+                    }
+                    None => fixed.is_unread = true,
+                }
+            }
+            Err(_) => {}
         }
+        fixed
+    }
+
+    /// Takes in what is built.
+    pub(super) fn learn(&mut self, derivation: &BasicDerivation) {
+        let dir = StoreDir::default();
+        let full = |path| Arc::from(dir.full(path));
+        let known = derivation.output_paths(&dir).ok();
+        let build = drover_session::drv_path_of(&dir, derivation).ok();
+        self.build = build.as_ref().map(full);
+        self.outputs = known.iter().flatten().filter_map(|(_, path)| path.as_ref().map(full)).collect();
+        self.inputs = derivation.input_srcs.iter().map(full).collect();
+        self.is_unread = false;
     }
 }
 
@@ -109,10 +133,12 @@ impl Now {
     pub(super) fn of(request: &BuildRequest) -> Self {
         let (spec, status) = (&request.spec, request.status.as_ref());
         let class = status.and_then(|status| status.class.as_deref()).or(spec.class.as_deref());
+        let accepted = status.and_then(|status| conditions::find(&status.conditions, conditions::ACCEPTED));
         Self {
             version: request.meta().resource_version.as_deref().and_then(|version| version.parse().ok()),
             priority: spec.priority.unwrap_or(0),
             is_held: spec.suspend == Some(true) || spec.cancel == Some(true),
+            is_stuck: accepted.is_some_and(|accepted| accepted.status != conditions::Status::True.as_str()),
             class: class.map(Arc::from),
             state: State::of(request),
         }

@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use drover_api::{BuildRequest, Concurrency};
+use drover_nix::BasicDerivation;
 use jiff::Timestamp;
 use kube::runtime::reflector::ObjectRef;
 use kube::{Resource as _, ResourceExt as _};
@@ -53,6 +54,8 @@ pub(super) struct Namespace {
     pub paths: Paths,
     /// Verdicts on builds, by what was built: when, and whose.
     failures: HashMap<Arc<str>, BTreeSet<(Timestamp, Id)>>,
+    /// Unsettled requests of which nobody knows what they make.
+    unread: BTreeSet<Id>,
     requests: usize,
 }
 
@@ -109,6 +112,7 @@ impl Index {
         namespace.paths.remove_outputs(id, &fixed.outputs);
         namespace.paths.remove_inputs(id, &fixed.inputs);
         namespace.forget_failure(id, &entry);
+        namespace.unread.remove(&id);
         namespace.requests -= 1;
         if namespace.requests == 0 {
             self.namespaces.remove(&fixed.namespace);
@@ -135,10 +139,13 @@ impl Index {
                 producers.insert(path.to_string(), other.other());
             }
         }
+        let mut unread = namespace.unread.iter().filter(|other| **other != id);
+        let unread = unread.find_map(|other| self.entries.get(other).filter(|other| !other.now.is_stuck));
         Others {
             producers,
             same_failed: class.and_then(|class| self.same_failed(id, entry, class)),
             cycle: self.cycle(id, entry),
+            unread: unread.map(|other| other.fixed.name.to_string()),
         }
     }
 
@@ -214,6 +221,33 @@ impl Index {
         }
     }
 
+    /// What a request builds that only names its derivation. Whoever needs what it makes can say so now.
+    pub fn resolved(&mut self, uid: &str, derivation: &BasicDerivation) {
+        let Some(id) = self.ids.get(uid).copied() else { return };
+        let Some(entry) = self.entries.get_mut(&id).filter(|entry| entry.fixed.build.is_none()) else {
+            return;
+        };
+        let (outputs, inputs) = (entry.fixed.outputs.clone(), entry.fixed.inputs.clone());
+        entry.fixed.learn(derivation);
+        let is_settled = entry.is_settled();
+        let fixed = &mut entry.fixed;
+        if is_settled {
+            fixed.inputs.clear();
+        }
+        if let Some(namespace) = self.namespaces.get_mut(&fixed.namespace) {
+            namespace.unread.remove(&id);
+            namespace.paths.remove_outputs(id, &outputs);
+            namespace.paths.remove_inputs(id, &inputs);
+            namespace.paths.add(id, &mut fixed.outputs, &mut fixed.inputs);
+        }
+        let (in_namespace, outputs, build) =
+            (fixed.namespace.clone(), fixed.outputs.clone(), fixed.build.clone());
+        if let Some(build) = build {
+            self.slots.builds(id, build);
+        }
+        self.tell_consumers(&in_namespace, &outputs, |_| News::Look);
+    }
+
     /// Whether some request of the namespace, not this one, may still make the path.
     pub fn is_coming(&self, uid: &str, path: &str) -> bool {
         let Some((id, entry)) = self.find(uid) else { return false };
@@ -277,6 +311,9 @@ impl Index {
         let mut fixed = Fixed::of(request);
         let namespace = self.namespaces.entry(fixed.namespace.clone()).or_default();
         namespace.requests += 1;
+        if fixed.is_unread && !matches!(now.state, State::Settled(_)) {
+            namespace.unread.insert(id);
+        }
         namespace.paths.add(id, &mut fixed.outputs, &mut fixed.inputs);
         // Whoever waits for what this one makes can say so now.
         let (in_namespace, outputs) = (fixed.namespace.clone(), fixed.outputs.clone());
@@ -332,6 +369,7 @@ impl Index {
         let inputs = std::mem::take(&mut entry.fixed.inputs);
         if let Some(namespace) = self.namespaces.get_mut(&fixed.namespace) {
             namespace.paths.remove_inputs(id, &inputs);
+            namespace.unread.remove(&id);
         }
         let freed = self.leave(id);
         if let (OtherState::Failed { reason, message }, Some(build)) = (&end.state, &fixed.build)

@@ -25,7 +25,7 @@ enum Answer {
 
 /// One question to the caches.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Ticket(u64);
+pub struct Ticket(pub(super) u64);
 
 impl Lookups {
     /// The answer for this attempt; `Unknown` if there is none yet.

@@ -6,13 +6,14 @@
 //! process and follows again from the first list, which has to be complete before anybody is granted anything.
 //!
 //! Everything under `index` is pure: `entry` is what is kept of a request, `paths` who makes and needs what, `cycle` who waits
-//! in circles, `slots` who runs. [`lookups`] keeps what caches have answered.
+//! in circles, `slots` who runs. [`lookups`] and [`resolutions`] keep what caches have answered.
 
 mod cycle;
 mod entry;
 pub mod index;
 pub mod lookups;
 mod paths;
+pub mod resolutions;
 mod slots;
 #[cfg(test)]
 mod tests;
@@ -26,9 +27,10 @@ use kube::runtime::reflector::ObjectRef;
 use kube::runtime::watcher::Event;
 
 use crate::session::Trigger;
-use crate::world::{Lookup, Others, Slot};
+use crate::world::{Lookup, Others, Resolution, Slot};
 use index::{Index, News};
 use lookups::Lookups;
+use resolutions::Resolutions;
 
 /// One of these a process.
 pub struct Queue {
@@ -36,11 +38,18 @@ pub struct Queue {
     trigger: Trigger,
     /// What caches have answered for requests.
     pub lookups: Lookups,
+    /// What they have given of derivations that requests only name.
+    pub resolutions: Resolutions,
 }
 
 impl Queue {
     pub fn new(trigger: Trigger) -> Self {
-        Self { index: Mutex::default(), trigger, lookups: Lookups::default() }
+        Self {
+            index: Mutex::default(),
+            trigger,
+            lookups: Lookups::default(),
+            resolutions: Resolutions::default(),
+        }
     }
 
     /// What the watch of requests shows. To be told before anybody looks at the request because of it.
@@ -80,6 +89,7 @@ impl Queue {
 
     pub fn gone(&self, uid: &str) {
         self.lookups.forget(uid);
+        self.resolutions.forget(uid);
         self.with(|index| index.gone(uid));
     }
 
@@ -114,6 +124,13 @@ impl Queue {
         self.with(|index| index.waits(uid, absent));
     }
 
+    /// What was read of a derivation that the request only names.
+    pub fn resolved(&self, uid: &str, resolution: &Resolution) {
+        if let Resolution::Found(found) = resolution {
+            self.with(|index| index.resolved(uid, &found.derivation));
+        }
+    }
+
     /// Whether another request of the namespace may still make this path.
     pub fn is_coming(&self, uid: &str, path: &str) -> bool {
         self.lock().is_coming(uid, path)
@@ -129,7 +146,9 @@ impl Queue {
     fn forget_if_settled(&self, request: &BuildRequest) {
         let status = request.status.as_ref();
         if status.is_some_and(|status| conditions::verdict(&status.conditions).is_some()) {
-            self.lookups.forget(&request.uid().unwrap_or_default());
+            let uid = request.uid().unwrap_or_default();
+            self.lookups.forget(&uid);
+            self.resolutions.forget(&uid);
         }
     }
 

@@ -136,6 +136,22 @@ impl Slots {
         }
     }
 
+    /// Says what a request builds that was taken in before that was known. Those that wait for their turn to build the same wait
+    /// for this one now.
+    pub(super) fn builds(&mut self, id: Id, build: Arc<str>) {
+        let Some((claim, Place::Running)) = self.claims.get_mut(&id) else { return };
+        let before = std::mem::replace(&mut claim.build, build);
+        let claim = claim.clone();
+        let Some(share) = share(&mut self.classes, &claim) else { return };
+        if let Some(same) = share.builds.get_mut(&before) {
+            same.running.remove(&id);
+            if same.running.is_empty() && same.line.is_empty() {
+                share.builds.remove(&before);
+            }
+        }
+        self.joins(id, &claim);
+    }
+
     /// Takes a request out of line, or ends its turn. Those that were behind it are out of line as well, since what they
     /// wait for may be there now: they are returned, and have to ask again.
     pub(super) fn leave(&mut self, id: Id) -> Vec<Id> {
@@ -201,12 +217,18 @@ impl Slots {
         let Some((claim, place)) = self.claims.get_mut(&id) else { return };
         *place = Place::Running;
         let claim = claim.clone();
-        let class = self.classes.entry(claim.class).or_default();
+        let class = self.classes.entry(claim.class.clone()).or_default();
         class.running += 1;
-        let share = class.shares.entry(claim.namespace).or_default();
+        let share = class.shares.entry(claim.namespace.clone()).or_default();
         share.running += 1;
         share.waiting.remove(&claim.rank);
-        let same = share.builds.entry(claim.build).or_default();
+        self.joins(id, &claim);
+    }
+
+    /// Counts a request that runs to those that build the same.
+    fn joins(&mut self, id: Id, claim: &Claim) {
+        let Some(share) = share(&mut self.classes, claim) else { return };
+        let same = share.builds.entry(claim.build.clone()).or_default();
         same.line.remove(&id);
         same.running.insert(id);
         for other in &same.line {

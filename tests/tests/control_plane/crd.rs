@@ -210,6 +210,17 @@ fn columns_and_selectors(plane: &ControlPlane) -> Result<()> {
     assert_eq!(wide[0], ["NAME", "SYSTEM", "STATUS", "ATTEMPT", "DURATION", "AGE", "POD", "NODE", "MESSAGE"]);
     assert_eq!(wide[1][..5], ["hello", "x86_64-linux", "BuildFailed", "2", "1m32s"]);
     assert_eq!(wide[1][6..], ["hello-1", "n1", "exit code 7"]);
+    // One that only names its derivation: what was found of it.
+    plane.apply(
+        "{apiVersion: drover.build/v1alpha1, kind: BuildRequest, metadata: {name: named}, spec: {drvPath: \
+         /nix/store/i00sflxqsj37lfmf95m8mn0grv615hpj-a.drv}}",
+    )?;
+    let status =
+        r#"{"status": {"derivation": {"system": "riscv64-linux", "outputs": {"out": "/nix/store/x"}}}}"#;
+    plane.kubectl(&["patch", "breq", "named", "--subresource=status", "--type=merge", "--patch", status])?;
+    let named = plane.kubectl(&["get", "breq", "named", "--no-headers"])?;
+    assert_eq!(cells(&named)[..2], ["named", "riscv64-linux"], "{named}");
+    plane.kubectl(&["delete", "breq", "named"])?;
     let plain = plane.kubectl(&["get", "breq"])?;
     assert!(!plain.contains("POD") && plain.lines().all(|line| line.len() <= 80), "{plain}");
 

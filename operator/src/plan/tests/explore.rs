@@ -238,6 +238,8 @@ fn requests_that_wait() {
         };
         let mut events = vec![Event::Wait, Event::Crash];
         events.extend(to.iter().map(|input| Event::Env(Env { input: *input, ..sim.env })));
+        let has_unread = !sim.env.has_unread;
+        events.push(Event::Env(Env { has_unread, ..sim.env }));
         let has_cycle = sim.env.has_cycle || sim.env.input == Input::Going;
         events.push(Event::Env(Env { has_cycle, ..sim.env }));
         events
@@ -269,4 +271,35 @@ fn requests_that_wait() {
         [change, Event::Suspend(true), Event::Suspend(false)].into_iter().chain(LIFE).collect()
     };
     explore("class", start(0, 0), classes).ends_with(&["Built", "StartTimedOut", "Unplaceable"]);
+}
+
+/// A request that only names its derivation: what caches have of that, before an attempt and while one runs.
+#[test]
+fn derivations_that_are_read() {
+    let files = |to: &'static [File]| {
+        move |sim: &Sim| {
+            let changes = to.iter().map(|file| Event::Env(Env { file: *file, ..sim.env }));
+            changes.chain([Event::Crash]).chain(LIFE).collect::<Vec<_>>()
+        }
+    };
+    let mut named = start(0, 0);
+    named.request.spec.derivation = None;
+    named.before.0.spec.derivation = None;
+    named.env.file = File::Absent;
+    let comes_and_goes = files(&[File::There, File::Absent, File::Unreachable]);
+    explore("files", named.clone(), comes_and_goes).ends_with(&[
+        "Built",
+        "InputMissing",
+        "StartTimedOut",
+        "Unplaceable",
+    ]);
+    named.lags = true;
+    let is_wrong = files(&[File::There, File::Wrong]);
+    explore("forgeries", named, is_wrong).ends_with(&[
+        "Built",
+        "InputMissing",
+        "PathNotProven",
+        "StartTimedOut",
+        "Unplaceable",
+    ]);
 }

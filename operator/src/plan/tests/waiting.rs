@@ -1,9 +1,11 @@
 //! What an attempt waits for before it begins, and what ends a request that never had one.
 
+use drover_api::BuildRequestSpec;
 use jiff::SignedDuration;
 
 use super::sim::*;
 use super::*;
+use crate::world::{Class, Resolution};
 
 /// A new request in such surroundings, after its first look.
 fn with(env: Env) -> Sim {
@@ -154,6 +156,104 @@ fn suspended_requests_start_nothing() {
     says_once(&mut sim, "Suspended", "spec.suspend is true");
     sim.settle();
     assert_eq!(sim.verdicts, [true]);
+}
+
+/// One that only names its derivation.
+fn named(env: Env) -> Sim {
+    let mut sim = Sim::new(BuildRequestSpec { derivation: None, ..spec() }, class());
+    sim.env = env;
+    sim.reconcile();
+    sim
+}
+
+#[test]
+fn a_derivation_that_is_only_named_is_read_first() {
+    let mut sim = named(Env::GOOD);
+    assert_eq!(sim.pods_created, 1);
+    let status = sim.status().derivation.clone().unwrap();
+    assert_eq!((status.system.as_str(), status.outputs.len()), ("x86_64-linux", 1));
+    assert_eq!(sim.status().drv_path.as_deref(), Some(DRV));
+    assert!(status.outputs["out"].ends_with("-hello"), "{status:?}");
+    sim.settle();
+    assert_eq!(sim.verdicts, [true]);
+}
+
+#[test]
+fn a_derivation_that_is_nowhere_has_its_time() {
+    let mut sim = named(Env { file: File::Absent, ..Env::GOOD });
+    assert_eq!(sim.reason(), "WaitingForInput");
+    assert!(sim.message().contains(DRV), "{}", sim.message());
+    let mut came = sim.clone();
+    came.env.file = File::There;
+    came.reconcile();
+    assert_eq!(came.pods_created, 1, "it is there: no more waiting");
+    later(&mut sim, 100);
+    sim.check_settled();
+    assert_eq!((sim.reason(), sim.pods_created), ("InputMissing", 0));
+    assert!(sim.message().contains("nix copy --derivation"), "{}", sim.message());
+}
+
+#[test]
+fn a_derivation_below_that_is_nowhere_proves_nothing() {
+    let below = "/nix/store/bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb-below.drv";
+    let mut sim = named(Env { file: File::Absent, ..Env::GOOD });
+    sim.now = sim.now.saturating_add(SignedDuration::from_secs(100)).unwrap();
+    let mut world = sim.world(true);
+    world.resolution = Resolution::Absent { path: below[11..].parse().unwrap() };
+    let failure = |world: &World| plan(world, sim.now).status.unwrap().failure.unwrap();
+    let verified = failure(&world);
+    assert_eq!(verified.reason, "PathNotProven");
+    assert!(verified.message.contains(below) && verified.message.contains(DRV), "{}", verified.message);
+    let Class::Found { spec, .. } = &mut world.class else { unreachable!() };
+    spec.trust = drover_api::Trust::Claimed;
+    assert_eq!(failure(&world).reason, "InputMissing");
+}
+
+#[test]
+fn caches_that_cannot_be_asked_for_a_derivation_are_asked_again() {
+    let mut sim = named(Env { file: File::Unreachable, ..Env::GOOD });
+    says_once(&mut sim, "WaitingForInput", "no route");
+    sim.env.file = File::There;
+    sim.settle();
+    assert_eq!(sim.verdicts, [true]);
+}
+
+/// The operator that knew the derivation is gone, and the caches as well.
+#[test]
+fn an_attempt_is_not_given_up_for_its_derivation() {
+    for file in [File::Unreachable, File::Absent] {
+        let mut sim = named(Env::GOOD);
+        sim.happen(Event::Schedule);
+        sim.reconcile();
+        sim.happen(Event::Crash);
+        sim.env.file = file;
+        for _ in 0..20 {
+            later(&mut sim, 36);
+        }
+        assert_eq!((sim.reason(), sim.pods.len()), ("WaitingForInput", 1), "{file:?}");
+        assert!(conditions::is_true(&sim.status().conditions, conditions::ACCEPTED));
+        assert!(sim.session.is_none());
+        sim.settle();
+        assert_eq!((sim.verdicts.as_slice(), sim.pods_created), ([true].as_slice(), 1), "{file:?}");
+    }
+}
+
+#[test]
+fn a_suspended_derivation_that_is_nowhere_stays_suspended() {
+    let mut sim = Sim::new(BuildRequestSpec { derivation: None, ..spec() }, class());
+    sim.request.spec.suspend = Some(true);
+    sim.env.file = File::Absent;
+    sim.reconcile();
+    says_once(&mut sim, "Suspended", "spec.suspend is true");
+}
+
+#[test]
+fn what_is_not_known_yet_may_make_an_input() {
+    let mut sim = with(Env { input: Input::Orphan, has_unread: true, ..Env::GOOD });
+    says_once(&mut sim, "WaitingForInput", "what request dark builds is not known yet");
+    sim.env.has_unread = false;
+    later(&mut sim, 36);
+    assert_eq!(sim.reason(), "InputMissing");
 }
 
 /// Thousands may wait: the longer one has, the less often it asks the caches.

@@ -1,6 +1,10 @@
 //! One story a test.
 
-use drover_api::{BuildRequest, Concurrency, Reason};
+use std::collections::BTreeMap;
+
+use drover_api::convert::{Target, target};
+use drover_api::{BuildRequest, BuildRequestStatus, Concurrency, DerivationStatus, Reason, conditions};
+use drover_nix::{BasicDerivation, StoreDir};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
 use super::super::index::{Index, News};
@@ -315,4 +319,105 @@ fn a_status_that_lost_its_verdict_begins_anew() {
     assert_eq!(both.ask("a/1", ONE), Slot::Granted);
     both.apply(request("a", "y", "y", &[]));
     assert_eq!(both.state_of_input("a/1", "y"), Some(("y".into(), OtherState::Going)));
+}
+
+/// A request that only names its derivation.
+fn named(namespace: &str, name: &str) -> BuildRequest {
+    let mut named = request(namespace, name, name, &[]);
+    named.spec.derivation = None;
+    named.spec.drv_path = Some(format!("/nix/store/aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa-{name}.drv"));
+    named
+}
+
+/// What was read for it.
+fn derivation(build: &str, inputs: &[&str]) -> BasicDerivation {
+    let spec = request("any", "any", build, inputs).spec;
+    let Ok(Target::Derivation(derivation)) = target(&spec, &StoreDir::default()) else {
+        panic!("it makes no sense")
+    };
+    derivation
+}
+
+#[test]
+fn what_is_only_named_may_make_anything_until_it_was_read() {
+    let mut both = Both::default();
+    both.apply(request("a", "app", "app", &["lib"]));
+    both.looks("a/app", &["lib"]);
+    both.apply(named("a", "lib"));
+    both.apply(named("b", "tool"));
+    let unread = |both: &Both, uid: &str| both.index.others(uid, Some("c")).unread;
+    assert_eq!(unread(&both, "a/app").as_deref(), Some("lib"));
+    assert_eq!(unread(&both, "a/lib"), None, "itself, and another namespace's");
+    assert_eq!(both.state_of_input("a/app", "lib"), None);
+    both.index.resolved("a/lib", &derivation("lib", &["base"]));
+    assert_eq!(both.news(), [("a/app".into(), News::Look)]);
+    assert_eq!(both.state_of_input("a/app", "lib"), Some(("lib".into(), OtherState::Going)));
+    assert_eq!(unread(&both, "a/app"), None);
+    // It has inputs of its own as well.
+    both.looks("a/lib", &["base"]);
+    both.apply(request("a", "base", "base", &[]));
+    assert_eq!(both.news(), [("a/lib".into(), News::Look)]);
+    // Once more changes nothing.
+    both.index.resolved("a/lib", &derivation("lib", &["base"]));
+    assert_eq!(both.news(), []);
+    both.index.gone("a/lib");
+    assert_eq!(both.state_of_input("a/app", "lib"), None);
+}
+
+#[test]
+fn what_may_never_be_read_is_not_waited_for() {
+    let mut both = Both::default();
+    both.apply(request("a", "app", "app", &["lib"]));
+    both.apply(named("a", "lib"));
+    let unread = |both: &Both| both.index.others("a/app", Some("c")).unread;
+    assert!(unread(&both).is_some());
+    // Its file is nowhere, or it has no class.
+    let waits = both.server.change("a/lib", |request| {
+        let status = request.status.get_or_insert_default();
+        let (unknown, why) = (conditions::Status::Unknown, Reason::WaitingForInput);
+        conditions::set(&mut status.conditions, conditions::ACCEPTED, unknown, why, "", None, time(200));
+    });
+    both.index.seen(&waits);
+    assert_eq!(unread(&both), None);
+    both.apply(named("a", "other"));
+    assert_eq!(unread(&both).as_deref(), Some("other"));
+    both.settle("a/other", Some(Reason::PathNotProven));
+    assert_eq!(unread(&both), None);
+}
+
+#[test]
+fn a_restart_knows_what_was_read_before() {
+    let mut both = Both::default();
+    let mut status = BuildRequestStatus::default();
+    let outputs = BTreeMap::from([("out".to_owned(), path("lib"))]);
+    status.derivation = Some(DerivationStatus { system: "x86_64-linux".into(), outputs });
+    let lib = BuildRequest { status: Some(status), ..named("a", "lib") };
+    both.apply(lib);
+    both.apply(request("a", "app", "app", &["lib"]));
+    both.apply(request("a", "same", "lib", &[]));
+    assert_eq!(both.state_of_input("a/app", "lib"), Some(("lib".into(), OtherState::Going)));
+    assert_eq!(both.index.others("a/app", Some("c")).unread, None);
+    // It runs; what it builds is known again when it is read again.
+    both.begin("a/lib");
+    both.news();
+    both.ask("a/same", NO_LIMIT);
+    both.index.release("a/same");
+    both.index.resolved("a/lib", &derivation("lib", &[]));
+    assert_eq!(both.ask("a/same", NO_LIMIT), Slot::WaitForSame { request: "lib".into() });
+    both.settle("a/lib", Some(Reason::BuildFailed));
+    assert_eq!(both.ask("a/same", ONE), Slot::Granted, "its place is free");
+}
+
+#[test]
+fn those_in_line_for_the_same_wait_for_one_that_turns_out_to_run() {
+    let mut both = Both::default();
+    both.apply(named("a", "lib"));
+    both.begin("a/lib");
+    both.apply(request("a", "same", "lib", &[]));
+    assert!(matches!(both.ask("a/same", ONE), Slot::WaitForConcurrency { .. }));
+    both.index.resolved("a/lib", &derivation("lib", &[]));
+    assert_eq!(both.index.slot("a/same", 1), Slot::WaitForSame { request: "lib".into() });
+    both.settle("a/lib", None);
+    assert_eq!(both.news(), look_up(&["a/same"]));
+    assert_eq!(both.ask("a/same", ONE), Slot::Granted);
 }

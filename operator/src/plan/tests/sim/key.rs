@@ -6,8 +6,8 @@ use drover_api::conditions;
 use drover_api::{BuildRequest, Reason};
 use jiff::Timestamp;
 
-use super::{Input, OLDEST, STEP, Sim};
-use crate::world::{Lookup, PodView, SessionEnd, Stage};
+use super::{File, Input, OLDEST, STEP, Sim};
+use crate::world::{Lookup, PodView, Resolution, SessionEnd, Stage};
 
 impl Sim {
     /// All that decides what can come next: times as ages, and only those that something still depends on.
@@ -15,8 +15,8 @@ impl Sim {
         let mut key = self.key_of(&self.request, &self.pods);
         let age = |time: Timestamp| self.age(time, STEP);
         let created = self.request.metadata.creation_timestamp.as_ref();
-        let created =
-            created.filter(|_| self.env.input != Input::Cached).map(|time| self.age(time.0, OLDEST));
+        let waits = self.env.input != Input::Cached || self.env.file != File::There;
+        let created = created.filter(|_| waits).map(|time| self.age(time.0, OLDEST));
         let session = self.session.as_ref().map(|session| {
             let ours = self.pods.iter().any(|pod| pod.uid == session.pod_uid);
             let end = match &session.end {
@@ -31,10 +31,17 @@ impl Sim {
             Lookup::Missing { absent } => (attempt, absent.len()),
             _ => (attempt, 9),
         });
+        let read = match &self.resolution {
+            Resolution::Unknown => '0',
+            Resolution::Absent { .. } => 'a',
+            Resolution::Unreadable { .. } => 'u',
+            Resolution::Refused { .. } => 'r',
+            Resolution::Found(_) => 'f',
+        };
         let refusal = self.refusal.as_ref().map(|refusal| (refusal.attempt, refusal.kind, age(refusal.at)));
         let _ = write!(
             key,
-            ">{created:?}{session:?}{lookup:?}{refusal:?}{:?}{:?}{:?}{}",
+            ">{created:?}{session:?}{lookup:?}{refusal:?}{read}{:?}{:?}{:?}{}",
             self.env, self.asked, self.granted, self.wants_live
         );
         if self.lags {

@@ -9,21 +9,25 @@ mod key;
 mod rules;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use drover_api::conditions;
+use drover_api::convert::{self, Target};
 use drover_api::{
     BuildRequest, BuildRequestSpec, BuildRequestStatus, BuilderClassSpec, DerivationSpec, OutputSpec,
     OutputStatus, Reason,
 };
+use drover_nix::StoreDir;
+use drover_session::Resolved;
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
 use crate::plan::{Action, Plan, Requeue, plan};
 use crate::settings::Timeouts;
 use crate::world::{
-    Class, Lookup, Other, OtherState, Others, PodRefusal, PodView, RefusalKind, SameFailed, SessionView,
-    Slot, Stage, World,
+    Class, Lookup, Other, OtherState, Others, PodRefusal, PodView, RefusalKind, Resolution, SameFailed,
+    SessionView, Slot, Stage, World,
 };
 
 /// What time passes by, in seconds. More than the pod's lag, and the times below are whole numbers of it, so that few steps reach
@@ -40,6 +44,9 @@ pub(in crate::plan::tests) const TIMEOUTS: Timeouts = Timeouts {
 const OLDEST: i64 = 60;
 
 pub(in crate::plan::tests) const INPUT: &str = "/nix/store/aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa-input";
+
+/// The derivation's.
+pub(in crate::plan::tests) const DRV: &str = "/nix/store/aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa-hello.drv";
 
 /// What happens outside of the operator.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -80,6 +87,10 @@ pub(in crate::plan::tests) struct Env {
     pub admission: Admission,
     pub has_class: bool,
     pub has_cycle: bool,
+    /// Of a request that only names its derivation.
+    pub file: File,
+    /// Nobody knows yet what some other request builds.
+    pub has_unread: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -92,6 +103,17 @@ pub(in crate::plan::tests) enum Input {
     Lost,
     /// No cache has it, and nobody builds it.
     Orphan,
+}
+
+/// What caches have of the derivation's own file.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub(in crate::plan::tests) enum File {
+    There,
+    Absent,
+    /// They cannot be asked.
+    Unreachable,
+    /// Something else lies there.
+    Wrong,
 }
 
 /// Another request for the same derivation.
@@ -119,6 +141,8 @@ impl Env {
         admission: Admission::Open,
         has_class: true,
         has_cycle: false,
+        file: File::There,
+        has_unread: false,
     };
 }
 
@@ -135,6 +159,9 @@ pub(in crate::plan::tests) struct Sim {
     /// Stages that sessions stop at.
     pub stages: &'static [Stage],
     pub lookup: Option<(u32, Lookup)>,
+    pub resolution: Resolution,
+    /// Whether it was read by a pass with a live world.
+    read_live: bool,
     /// The attempt that has asked the queue, and the one that has leave.
     asked: Option<u32>,
     granted: Option<u32>,
@@ -142,7 +169,7 @@ pub(in crate::plan::tests) struct Sim {
     wants_live: bool,
     version: u32,
     /// Request and pods as they were before the last write: what watches that lag show.
-    before: (BuildRequest, Vec<PodView>),
+    pub before: (BuildRequest, Vec<PodView>),
     pub pods_created: u32,
     pub verdicts: Vec<bool>,
     pub writes: usize,
@@ -187,9 +214,21 @@ pub(in crate::plan::tests) fn spec() -> BuildRequestSpec {
     BuildRequestSpec {
         derivation: Some(derivation()),
         // Given, so that it is not computed in each of a hundred thousand plans.
-        drv_path: Some("/nix/store/aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa-hello.drv".into()),
+        drv_path: Some(DRV.into()),
         ..BuildRequestSpec::default()
     }
+}
+
+/// What there is at that name. Computed once: there may be a hundred thousand plans.
+fn found() -> Arc<Resolved> {
+    static FOUND: OnceLock<Arc<Resolved>> = OnceLock::new();
+    let find = || {
+        let Ok(Target::Derivation(derivation)) = convert::target(&spec(), &StoreDir::default()) else {
+            unreachable!("the spec is good")
+        };
+        Arc::new(Resolved { drv_path: DRV[11..].parse().unwrap(), derivation })
+    };
+    FOUND.get_or_init(find).clone()
 }
 
 pub(in crate::plan::tests) fn class() -> Class {
@@ -217,6 +256,8 @@ impl Sim {
             lags: false,
             stages: &STAGES,
             lookup: None,
+            resolution: Resolution::Unknown,
+            read_live: false,
             asked: None,
             granted: None,
             refusal: None,
@@ -272,6 +313,7 @@ impl Sim {
         World {
             request: request.clone(),
             class: if self.env.has_class { self.class.clone() } else { Class::Absent },
+            resolution: self.resolution.clone(),
             pods: pods.to_vec(),
             lookup: lookup.map_or(Lookup::Unknown, |(_, lookup)| lookup.clone()),
             others: self.others(),
@@ -307,7 +349,8 @@ impl Sim {
             message: "exit code 1".into(),
         });
         let cycle = if self.env.has_cycle { vec!["hello".into(), "maker".into()] } else { vec![] };
-        Others { producers: other.into_iter().collect(), same_failed, cycle }
+        let unread = self.env.has_unread.then(|| "dark".to_owned());
+        Others { producers: other.into_iter().collect(), same_failed, cycle, unread }
     }
 
     /// One pass, of which only the first `cut` effects happen; what is less than all of them is a crash.
@@ -364,13 +407,13 @@ impl Sim {
                 self.crash();
                 return plan;
             }
-            self.act(action);
+            self.act(action, world.live);
             effects += 1;
         }
         plan
     }
 
-    fn act(&mut self, action: &Action) {
+    fn act(&mut self, action: &Action, live: bool) {
         match action {
             Action::LookUp { attempt } => {
                 let absent = if self.env.input == Input::Cached { vec![] } else { vec![INPUT.to_owned()] };
@@ -381,7 +424,25 @@ impl Sim {
                 };
                 self.lookup = Some((*attempt, lookup));
             }
-            Action::ForgetLookUp => self.lookup = None,
+            Action::ReadDerivation => {
+                assert!(self.request.spec.derivation.is_none(), "it has one");
+                self.read_live = live;
+                self.resolution = match self.env.file {
+                    File::There => Resolution::Found(found()),
+                    File::Absent => Resolution::Absent { path: DRV[11..].parse().unwrap() },
+                    File::Unreachable => Resolution::Unreadable { why: "no route".into() },
+                    File::Wrong => Resolution::Refused {
+                        reason: Reason::PathNotProven,
+                        message: "its content belongs elsewhere".into(),
+                    },
+                };
+            }
+            Action::ForgetLookUp => {
+                self.lookup = None;
+                if !matches!(self.resolution, Resolution::Found(_)) {
+                    self.resolution = Resolution::Unknown;
+                }
+            }
             Action::AskForSlot { attempt } => {
                 self.asked = Some(*attempt);
                 self.promote();
@@ -469,6 +530,7 @@ impl Sim {
     fn crash(&mut self) {
         self.session = None;
         self.lookup = None;
+        self.resolution = Resolution::Unknown;
         self.refusal = None;
         self.wants_live = false;
         (self.asked, self.granted) = (None, None);

@@ -7,7 +7,7 @@ use drover_api::conditions::verdict;
 
 use super::{Input, Sim};
 use crate::plan::{Requeue, plan};
-use crate::world::World;
+use crate::world::{Resolution, World};
 
 impl Sim {
     pub(super) fn write(&mut self, status: &BuildRequestStatus, world: &World) {
@@ -75,7 +75,11 @@ impl Sim {
     fn check_words(&self, status: &BuildRequestStatus) {
         let said = status.failure.as_ref().map(|failure| failure.reason.as_str());
         let is_true = match said {
-            Some("InputMissing") => matches!(self.env.input, Input::Orphan | Input::Lost),
+            Some("InputMissing") => {
+                (self.read_live && matches!(self.resolution, Resolution::Absent { .. }))
+                    || (!self.env.has_unread && matches!(self.env.input, Input::Orphan | Input::Lost))
+            }
+            Some("PathNotProven") => self.read_live && matches!(self.resolution, Resolution::Refused { .. }),
             Some("DependencyFailed") => self.env.input == Input::Failed,
             Some("DependencyCycle") => self.env.has_cycle,
             Some("Cancelled") => self.request.spec.cancel == Some(true),
