@@ -30,6 +30,7 @@ pub mod quantity;
 pub mod queue;
 pub mod ready;
 pub mod refusal;
+pub mod secrets;
 pub mod seed;
 pub mod session;
 pub mod settings;

@@ -7,17 +7,18 @@ use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use drover_api::{ClassCache, convert};
+use drover_api::convert;
+use drover_cache::Cache;
 use drover_nix::{StoreDir, StorePath};
 use drover_session::Unresolved;
-use k8s_openapi::api::core::v1::Secret;
+use kube::ResourceExt as _;
 use kube::runtime::reflector::ObjectRef;
-use kube::{Api, ResourceExt as _};
 use tokio::sync::{Semaphore, oneshot};
 
 use crate::error::Error;
-use crate::operator::{Operator, call};
+use crate::operator::Operator;
 use crate::plan::accept;
+use crate::secrets;
 use crate::session::job::{self, Caches, JobPlan};
 use crate::world::{Class, Lookup, Resolution, World};
 
@@ -83,13 +84,23 @@ pub async fn read_derivation(operator: &Operator, world: &World) -> Answer {
         return Answer::There;
     };
     let (caches, of_class) = (operator.caches.clone(), spec.caches.clone());
-    let read = move || read(&drv_path, &of_class, &caches);
     let keep = move |resolution: Option<Resolution>| {
         let fault = || Resolution::Unreadable { why: "reading it ended by a fault in the operator".into() };
         let resolution = resolution.unwrap_or_else(fault);
         if queue.resolutions.answer(&uid, ticket, resolution.clone()) {
             queue.resolved(&uid, &resolution);
         }
+    };
+    let credentials = match secrets::credentials(operator, &of_class).await {
+        Ok(credentials) => credentials,
+        Err(error) => {
+            keep(Some(Resolution::Unreadable { why: error.to_string() }));
+            return Answer::There;
+        }
+    };
+    let read = move || match caches.open_all(&of_class, &credentials) {
+        Ok(caches) => read(&drv_path, &caches),
+        Err(error) => Resolution::Unreadable { why: error.to_string() },
     };
     behind_the_door(operator, world, class, read, keep).await
 }
@@ -122,13 +133,8 @@ async fn behind_the_door<T: Send + 'static>(
 }
 
 /// Blocks.
-fn read(drv_path: &StorePath, caches: &[ClassCache], handles: &Caches) -> Resolution {
-    let opened: Result<Vec<_>, Error> = caches.iter().map(|cache| handles.open(cache)).collect();
-    let caches = match opened {
-        Ok(caches) => caches,
-        Err(error) => return Resolution::Unreadable { why: error.to_string() },
-    };
-    match drover_session::resolve(&StoreDir::default(), drv_path, &caches) {
+fn read(drv_path: &StorePath, caches: &[Arc<dyn Cache>]) -> Resolution {
+    match drover_session::resolve(&StoreDir::default(), drv_path, caches) {
         Ok(resolved) => Resolution::Found(Arc::new(resolved)),
         Err(Unresolved::Absent(path)) => Resolution::Absent { path },
         Err(Unresolved::Failed(failure)) if failure.infrastructure => {
@@ -186,30 +192,17 @@ fn nothing_absent() -> Lookup {
 pub async fn job_plan(operator: &Operator, world: &World) -> Result<Option<JobPlan>, Error> {
     let (Ok(accepted), Class::Found { spec, .. }) = (accept(world), &world.class) else { return Ok(None) };
     let signing_key = match spec.push_cache() {
-        Some(cache) => signing_key(operator, cache).await?,
+        Some(cache) => secrets::signing_key(operator, cache).await?,
         None => None,
     };
+    let credentials = secrets::credentials(operator, &spec.caches).await?;
     let work_dir = operator.settings.work_dir.clone();
-    Ok(Some(JobPlan::new(accepted, &world.request.spec, signing_key, work_dir)))
-}
-
-/// The text of the class's secret key, from the operator's own namespace.
-async fn signing_key(operator: &Operator, cache: &ClassCache) -> Result<Option<String>, Error> {
-    let Some(reference) = &cache.signing_key_secret_ref else { return Ok(None) };
-    let fail = |why: String| Error::Secret { name: reference.name.clone(), why };
-    let api: Api<Secret> = Api::namespaced(operator.client.clone(), &operator.settings.namespace);
-    let secret = call("read the class's signing key", api.get_opt(&reference.name)).await?;
-    let secret =
-        secret.ok_or_else(|| fail(format!("it is not in namespace {}", operator.settings.namespace)))?;
-    let key = reference.key.as_deref().unwrap_or("key");
-    let bytes =
-        secret.data.unwrap_or_default().remove(key).ok_or_else(|| fail(format!("it has no entry {key}")))?;
-    let text = String::from_utf8(bytes.0).map_err(|_| fail(format!("its entry {key} is not text")))?;
-    Ok(Some(text.trim().to_owned()))
+    Ok(Some(JobPlan::new(accepted, &world.request.spec, signing_key, credentials, work_dir)))
 }
 
 #[cfg(test)]
 mod tests {
+    use drover_api::ClassCache;
     use drover_nix::{BasicDerivation, DerivationOutput};
 
     use super::*;
@@ -235,6 +228,7 @@ mod tests {
             derivation,
             options: Default::default(),
             caches: vec![ClassCache { url: url.into(), ..ClassCache::default() }],
+            credentials: vec![],
             signing_key: None,
             trust: Default::default(),
             max_output_bytes: None,

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, bail};
+use drover_nix::netrc::Netrc;
 use reqwest::blocking::{Client, Response};
 use reqwest::header::{LOCATION, RETRY_AFTER};
 use reqwest::redirect::Policy;
@@ -14,7 +15,6 @@ use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject as _;
 
 use super::Job;
-use super::netrc::Netrc;
 
 const MAX_REDIRECTS: usize = 10;
 /// Nix: `connect-timeout` and `stalled-download-timeout`.

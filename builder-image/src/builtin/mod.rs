@@ -10,7 +10,6 @@ mod buildenv;
 mod compression;
 mod fetchurl;
 mod http;
-mod netrc;
 mod unpack_channel;
 
 use std::collections::BTreeMap;

@@ -21,6 +21,9 @@ pub enum Error {
     /// An S3 service refused, and said why. Its sentence is not ours.
     #[error("cannot {act} {url}: the S3 service says {code} ({status}): {why}")]
     S3 { act: &'static str, url: String, status: u16, code: String, why: String, transient: bool },
+    /// The server wants to know who asks, or does not let these credentials in.
+    #[error("cannot {act} {url}: the server says {status}: {}", denied(*shown))]
+    Denied { act: &'static str, url: String, status: u16, shown: bool },
     /// A system call on a file.
     #[error("cannot {act}: {source}")]
     Io { act: String, source: io::Error },
@@ -79,6 +82,7 @@ impl Error {
             Self::Request { .. } => "request",
             Self::Status { .. } => "status",
             Self::S3 { .. } => "s3",
+            Self::Denied { .. } => "denied",
             Self::Io { .. } => "io",
             Self::Read { .. } => "read",
             Self::TooLarge { .. } => "too-large",
@@ -108,11 +112,18 @@ impl Error {
 
 fn hint(status: u16) -> &'static str {
     match status {
-        401 | 407 => "; give credentials for this cache",
+        407 => "; the proxy wants credentials",
         405 | 409 | 501 => "; a cache that is pushed to must take PUT",
         413 => "; raise the server's limit for bodies",
         507 => "; its disk is full",
         _ => "",
+    }
+}
+
+fn denied(shown: bool) -> &'static str {
+    match shown {
+        true => "it does not accept the credentials that are given for this cache, or not for this",
+        false => "it wants credentials, and none are given for this cache",
     }
 }
 

@@ -66,6 +66,14 @@ pub(crate) struct State {
     /// Method, path and `Range` of each request so far.
     pub(crate) requests: Vec<String>,
     pub(crate) ranges: bool,
+    /// Status and `Location` of what is elsewhere, by path, or by method and path.
+    pub(crate) redirects: BTreeMap<String, (u16, String)>,
+    /// The `Authorization` that everybody must show.
+    pub(crate) wanted: Option<String>,
+    /// `Authorization` of each request so far.
+    pub(crate) shown: Vec<Option<String>>,
+    /// Connections so far.
+    pub(crate) connections: usize,
 }
 
 impl Server {
@@ -78,6 +86,7 @@ impl Server {
         thread::spawn(move || {
             for stream in listener.incoming().flatten() {
                 let shared = shared.clone();
+                shared.lock().unwrap().connections += 1;
                 thread::spawn(move || while serve(&stream, &shared).is_some() {});
             }
         });
@@ -124,6 +133,9 @@ fn serve(stream: &TcpStream, state: &Mutex<State>) -> Option<()> {
         Some(range) => format!("{method} {path} {range}"),
         None => format!("{method} {path}"),
     });
+    let shown = header("authorization");
+    let refused = state.wanted.is_some() && state.wanted != shown;
+    state.shown.push(shown);
     let fits = |fault: &Fault| match fault {
         Fault::Status(_) | Fault::Hangup => true,
         Fault::Truncate(at) | Fault::Stall(at) => {
@@ -132,9 +144,17 @@ fn serve(stream: &TcpStream, state: &Mutex<State>) -> Option<()> {
     };
     let fault = if state.faults.front().is_some_and(fits) { state.faults.pop_front() } else { None };
     let mut extra = state.headers.get(&path).cloned().unwrap_or_default();
+    let by_method = format!("{method} {path}");
+    let elsewhere = state.redirects.get(&by_method).or_else(|| state.redirects.get(&path)).cloned();
     let (status, content) = match (fault.clone(), method.as_str()) {
+        _ if refused => (401, Vec::new()),
         (Some(Fault::Hangup), _) => return None,
         (Some(Fault::Status(status)), _) => (status, Vec::new()),
+        _ if elsewhere.is_some() => {
+            let (status, location) = elsewhere?;
+            extra += &format!("location: {location}\r\n");
+            (status, Vec::new())
+        }
         (_, "PUT") => {
             state.files.insert(path, body);
             (201, Vec::new())

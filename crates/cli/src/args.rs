@@ -63,6 +63,10 @@ pub(crate) struct Build {
     #[arg(long = "trusted-public-key", value_name = "KEY")]
     pub(crate) public_keys: Vec<String>,
 
+    /// Users and passwords of caches, by host [default: /etc/nix/netrc, if it can be read]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) netrc_file: Option<PathBuf>,
+
     /// Root of the store to build in [default: $XDG_STATE_HOME/drover/store]
     #[arg(long, value_name = "ROOT")]
     pub(crate) store: Option<PathBuf>,

@@ -24,7 +24,7 @@ pub(crate) fn run(args: &args::Plan) -> Outcome {
     if urls.is_empty() {
         urls.push(own_cache().map_err(Fault::Input)?);
     }
-    let caches = open_caches(&urls, &[], &dir)?;
+    let caches = open_caches(&urls, &[], None, &dir)?;
 
     let mut made = BTreeSet::new();
     let mut text = String::new();

@@ -27,6 +27,9 @@ pub enum Error {
     /// A narinfo file; `field` names the line that is wrong or missing.
     #[error("invalid narinfo: field {field}: {why}")]
     NarInfo { field: &'static str, why: String },
+    /// A netrc file. Nothing of what is in it is repeated.
+    #[error("invalid netrc file: {why}")]
+    Netrc { why: String },
     /// An output name such as `out`.
     #[error("invalid output name {name:?}: {why}")]
     OutputName { name: BString, why: &'static str },
@@ -52,6 +55,7 @@ impl Error {
             Self::Nar { .. } => "nar",
             Self::NarIo { .. } => "nar-io",
             Self::NarInfo { .. } => "narinfo",
+            Self::Netrc { .. } => "netrc",
             Self::Signature { .. } => "signature",
             Self::StorePath { .. } => "store-path",
             Self::Unresolved { .. } => "unresolved",

@@ -7,7 +7,7 @@
 //! In the order of its story: how bytes are named ([`base32`], [`hash`], [`store_path`], [`content_address`]), what is
 //! hashed for that ([`content_hash`], [`hash_modulo`], [`git`]), what is built ([`derivation`], [`json`]), what travels
 //! ([`nar`], [`references`], [`rewrite`]), in which [`order`], and what is said about it ([`path_info`], [`signature`],
-//! [`narinfo`]).
+//! [`narinfo`]), and who may ask ([`netrc`]).
 
 pub mod base32;
 pub mod content_address;
@@ -20,6 +20,7 @@ pub mod hash_modulo;
 pub mod json;
 pub mod nar;
 pub mod narinfo;
+pub mod netrc;
 pub mod order;
 pub mod path_info;
 pub mod references;

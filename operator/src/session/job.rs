@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use drover_api::{BuildRequestSpec, ClassCache, OutputStatus, Reason, Timings, Transfer, Trust};
-use drover_cache::{Cache, CacheOptions, Guarded, Memory};
+use drover_cache::{Cache, CacheOptions, Credentials, Guarded, Memory};
 use drover_nix::derivation::proof::Proven;
 use drover_nix::signature::{PublicKey, SecretKey};
 use drover_nix::{BasicDerivation, StoreDir, StorePath};
@@ -28,6 +28,8 @@ pub struct JobPlan {
     pub drv_path: StorePath,
     pub options: BuildOptions,
     pub caches: Vec<ClassCache>,
+    /// What each of them wants to see, in their order; nothing if there are fewer.
+    pub credentials: Vec<Credentials>,
     /// Text of the class's secret key.
     pub signing_key: Option<String>,
     pub trust: Trust,
@@ -40,6 +42,7 @@ impl JobPlan {
         accepted: Accepted<'_>,
         spec: &BuildRequestSpec,
         signing_key: Option<String>,
+        credentials: Vec<Credentials>,
         spool_dir: PathBuf,
     ) -> Self {
         let class = accepted.class;
@@ -53,6 +56,7 @@ impl JobPlan {
                 ..BuildOptions::default()
             },
             caches: class.caches.clone(),
+            credentials,
             signing_key,
             trust: class.trust,
             max_output_bytes: spec.max_output_bytes,
@@ -63,15 +67,10 @@ impl JobPlan {
     /// Opens what the plan names. Blocks.
     pub fn open(&self, handles: &Caches) -> Result<Job, Error> {
         let dir = StoreDir::default();
-        let mut caches = Vec::new();
-        let mut push = None;
-        for cache in &self.caches {
-            let handle = handles.open(cache)?;
-            if cache.push {
-                push = Some(handle.clone());
-            }
-            caches.push(handle);
-        }
+        let caches = handles.open_all(&self.caches, &self.credentials)?;
+        // The last of them that says so.
+        let push =
+            self.caches.iter().rposition(|cache| cache.push).and_then(|index| caches.get(index)).cloned();
         let signing_key = match &self.signing_key {
             Some(text) => Some(Arc::new(SecretKey::parse(text).map_err(|error| Error::Secret {
                 name: "of the class's signing key".into(),
@@ -102,19 +101,36 @@ impl JobPlan {
 /// remember for all of them what the cache had and where it was wrong.
 #[derive(Default)]
 pub struct Caches {
-    open: Mutex<HashMap<String, Arc<dyn Cache>>>,
+    open: Mutex<HashMap<Key, Handle>>,
     /// Derivations that were proven from what caches have; true whichever cache it was.
     proven: Arc<Mutex<Proven>>,
 }
 
+/// URL, public keys, and the Secret with the credentials. When what is in it changes, a new handle takes the old one's place.
+type Key = (String, Vec<String>, Option<String>);
+type Handle = (Credentials, Arc<dyn Cache>);
+
 impl Caches {
+    /// The handles of a class's caches, in their order. Credentials are in the same order; those at the end may lack.
+    pub fn open_all(
+        &self,
+        caches: &[ClassCache],
+        credentials: &[Credentials],
+    ) -> Result<Vec<Arc<dyn Cache>>, Error> {
+        let credentials = credentials.iter().chain(std::iter::repeat(&Credentials::None));
+        caches.iter().zip(credentials).map(|(cache, credentials)| self.open(cache, credentials)).collect()
+    }
+
     /// Blocks: on the network if the cache is remote.
-    pub fn open(&self, cache: &ClassCache) -> Result<Arc<dyn Cache>, Error> {
+    pub fn open(&self, cache: &ClassCache, credentials: &Credentials) -> Result<Arc<dyn Cache>, Error> {
         let fail = |why: String| Error::Cache { url: cache.url.clone(), why };
-        let key = format!("{} {}", cache.url, cache.public_keys.join(" "));
+        let secret = cache.credentials_secret_ref.as_ref().map(|secret| secret.name.clone());
+        let key = (cache.url.clone(), cache.public_keys.clone(), secret);
         // A panic while the lock is held leaves a map that is still whole. It is not held while the cache is asked.
         let lock = || self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(handle) = lock().get(&key) {
+        if let Some((of, handle)) = lock().get(&key)
+            && of == credentials
+        {
             return Ok(handle.clone());
         }
         let public_keys = cache
@@ -127,11 +143,20 @@ impl Caches {
             // A class without keys believes its cache unsigned.
             require_signatures: !public_keys.is_empty(),
             public_keys,
+            credentials: credentials.clone(),
             ..CacheOptions::default()
         };
         let handle = drover_cache::open(&cache.url, &options).map_err(|error| fail(error.to_string()))?;
         let handle: Arc<dyn Cache> = Arc::new(Guarded::new(handle, Memory::of(&cache.url)));
-        Ok(lock().entry(key).or_insert(handle).clone())
+        // Who came first shares its handle. The lock is free again when another one ends.
+        let mut open = lock();
+        let old = match open.get(&key) {
+            Some((of, first)) if of == credentials => return Ok(first.clone()),
+            _ => open.insert(key, (credentials.clone(), handle.clone())),
+        };
+        drop(open);
+        drop(old);
+        Ok(handle)
     }
 }
 
@@ -194,6 +219,32 @@ pub fn reason(reason: drover_session::Reason) -> Reason {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn handles_are_shared_as_long_as_credentials_stay() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = ClassCache { url: format!("file://{}", dir.path().display()), ..ClassCache::default() };
+        let caches = Caches::default();
+        let with = |token: &str| {
+            caches.open(&cache, &Credentials::Bearer(drover_cache::Secret::new(token))).unwrap()
+        };
+        let first = with("1");
+        assert!(Arc::ptr_eq(&first, &with("1")));
+        let second = with("2");
+        assert!(!Arc::ptr_eq(&first, &second) && Arc::ptr_eq(&second, &with("2")));
+        assert_eq!(caches.open.lock().unwrap().len(), 1);
+        // What one build finds wrong, another one hears of.
+        let path = "f8g8x4m83da3b2f79iv84q2r3qlc58lr-lib".parse().unwrap();
+        second.set_aside(&path, "its hash is another");
+        assert_eq!(with("2").narinfo(&path).unwrap_err().category(), "set-aside");
+        // Another class, which names no Secret, does not use a handle that shows one.
+        assert!(!Arc::ptr_eq(&second, &caches.open(&cache, &Credentials::None).unwrap()));
+        let other = ClassCache {
+            credentials_secret_ref: Some(drover_api::SecretKeyRef { name: "other".into(), key: None }),
+            ..cache.clone()
+        };
+        assert!(!Arc::ptr_eq(&second, &caches.open(&other, &Credentials::None).unwrap()));
+    }
 
     #[test]
     fn every_reason_of_a_session_is_a_final_reason_of_the_api() {

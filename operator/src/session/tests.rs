@@ -70,6 +70,7 @@ fn begin(stall: Duration) -> (Session, Far) {
             push: true,
             ..ClassCache::default()
         }],
+        credentials: Vec::new(),
         signing_key: None,
         trust: Trust::Verified,
         max_output_bytes: None,

@@ -89,6 +89,7 @@ impl World {
                     push: true,
                     ..ClassCache::default()
                 }],
+                credentials: Vec::new(),
                 signing_key: Some(SIGNING_KEY.into()),
                 trust: Trust::Verified,
                 max_output_bytes: None,

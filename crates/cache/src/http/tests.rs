@@ -5,11 +5,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use drover_nix::signature::SecretKey;
-use drover_nix::{StorePath, narinfo::Compression};
+use drover_nix::{NarInfo, StorePath, narinfo::Compression};
 
 use super::*;
-use crate::testing::{Fault, Server, info_of, nar_of_file, spool, store_path};
-use crate::{Cache, Stored, VerifiedNar};
+use crate::testing::{Fault, Server, State, info_of, nar_of_file, spool, store_path};
+use crate::{Cache, Credentials, Secret, Stored, VerifiedNar};
 
 fn options() -> CacheOptions {
     CacheOptions { attempts: 3, stall_timeout: Duration::from_secs(20), ..CacheOptions::default() }
@@ -240,6 +240,124 @@ fn logs() {
     let mut log = String::new();
     cache.log(&drv).unwrap().unwrap().read_to_string(&mut log).unwrap();
     assert_eq!(log, "line 1\nline 2\n");
+}
+
+#[test]
+fn who_asks() {
+    let server = Server::start();
+    let port = server.url.rsplit(':').next().unwrap().to_owned();
+    let path = store_path("x");
+    let basic = Credentials::Basic { user: "me".into(), password: Secret::new("pass:w\u{f6}rd") };
+    let netrc = |text: &str| Credentials::Netrc(Secret::new(text));
+    let in_url = format!("http://me:p%3Ass@127.0.0.1:{port}");
+    for (url, credentials, wanted) in [
+        (&server.url, basic.clone(), "Basic bWU6cGFzczp3w7ZyZA=="),
+        (&server.url, Credentials::Bearer(Secret::new("t0ken")), "Bearer t0ken"),
+        (
+            &server.url,
+            netrc("machine other login no password no\nmachine 127.0.0.1 login me password p"),
+            "Basic bWU6cA==",
+        ),
+        (&in_url, Credentials::None, "Basic bWU6cDpzcw=="),
+        (&in_url, netrc("default login no password no"), "Basic bWU6cDpzcw=="),
+    ] {
+        *server.lock() = State { wanted: Some(wanted.into()), ranges: true, ..State::default() };
+        let options = CacheOptions { credentials, ..options() };
+        let cache = open(url, &options).unwrap();
+        let put = put(&cache, "x", &noise(100_000));
+        server.lock().faults.push_back(Fault::Truncate(50_000));
+        assert!(get(&cache, &put).unwrap() == nar_of_file(&noise(100_000)), "{wanted}");
+        let shown = std::mem::take(&mut server.lock().shown);
+        assert!(shown.iter().all(|shown| shown.as_deref() == Some(wanted)), "{wanted}: {shown:?}");
+    }
+    // Nothing is shown, or not the right thing: said once, with what to do and without what was shown.
+    for (credentials, says) in [
+        (Credentials::None, "none are given"),
+        (netrc("machine other login no password hush"), "none are given"),
+        (Credentials::Bearer(Secret::new("hush")), "does not accept"),
+    ] {
+        server.requests();
+        let error = open(&server.url, &CacheOptions { credentials, ..options() })
+            .unwrap()
+            .narinfo(&path)
+            .unwrap_err();
+        assert_eq!((error.category(), error.is_transient()), ("denied", false));
+        assert!(error.to_string().contains(says) && !format!("{error:?}").contains("hush"), "{error}");
+        assert_eq!(server.requests().len(), 1);
+    }
+    // From who was shown credentials, "forbidden" does not mean "absent".
+    server.lock().wanted = None;
+    for (credentials, absent) in [(Credentials::None, true), (basic, false)] {
+        server.lock().faults.push_back(Fault::Status(403));
+        let cache = open(&server.url, &CacheOptions { credentials, ..options() }).unwrap();
+        server.lock().files.insert("nix-cache-info".into(), b"StoreDir: /nix/store\n".to_vec());
+        match cache.files().open("nix-cache-info") {
+            Ok(None) => assert!(absent),
+            Err(error) => assert!(!absent && error.category() == "denied", "{error}"),
+            Ok(Some(_)) => panic!("403 is an answer"),
+        }
+    }
+}
+
+#[test]
+fn credentials_that_cannot_be_used() {
+    let with = |url: &str, credentials| match open(url, &CacheOptions { credentials, ..options() }) {
+        Ok(_) => panic!("{url} was opened"),
+        Err(error) => error.to_string(),
+    };
+    let (secret, url) = (|| Secret::new("hu\nsh"), "http://h.example");
+    let keys =
+        Credentials::Aws { access_key_id: "id".into(), secret_access_key: secret(), session_token: None };
+    for (url, credentials, says) in [
+        (url, Credentials::Bearer(secret()), "line's end"),
+        (url, Credentials::Basic { user: "a:b".into(), password: secret() }, "colon"),
+        (url, Credentials::Netrc(secret()), "netrc"),
+        (url, keys, "s3://"),
+        ("http://me:hush@h.example", Credentials::Bearer(Secret::new("x")), "as well"),
+        ("http://%ff:hush@h.example", Credentials::None, "UTF-8"),
+    ] {
+        let said = with(url, credentials);
+        assert!(said.contains(says) && !said.contains("hu") && !said.contains("me:"), "{said}");
+    }
+}
+
+/// Another port is another origin.
+#[test]
+fn credentials_go_nowhere_else() {
+    let (own, other) = (Server::start(), Server::start());
+    let credentials = Credentials::Bearer(Secret::new("t0ken"));
+    let cache = open(&own.url, &CacheOptions { credentials, ..options() }).unwrap();
+    let path = put(&cache, "x", &noise(100_000));
+    let narinfo = cache.narinfo(&path).unwrap().unwrap();
+    let nar = own.lock().files[&narinfo.url].clone();
+    // Over there by three steps, of which the second would be the one where a client finds its headers again.
+    own.lock().redirects.insert(narinfo.url.clone(), (302, format!("{}/one", other.url)));
+    other.lock().redirects.insert("one".into(), (307, "/two".into()));
+    other.lock().files.insert("two".into(), nar);
+    other.lock().faults.push_back(Fault::Truncate(50_000));
+    own.lock().shown.clear();
+    assert!(get(&cache, &path).unwrap() == nar_of_file(&noise(100_000)));
+    assert!(own.lock().shown.iter().all(Option::is_some));
+    let shown = std::mem::take(&mut other.lock().shown);
+    assert!(shown.len() >= 4 && shown.iter().all(Option::is_none), "{shown:?}");
+    // A narinfo file that names another place.
+    let text =
+        NarInfo { url: format!("http://a:b@{}/two", &other.url[7..]), ..narinfo }.print(&options().dir);
+    own.lock().files.insert(format!("{}.narinfo", path.hash_part()), text.into_bytes());
+    assert!(get(&cache, &path).unwrap() == nar_of_file(&noise(100_000)));
+    // An upload, which keeps its method. Where it is told to ask elsewhere how it went, that is no success.
+    let nar = nar_of_file(b"y");
+    let info = info_of("y", &nar);
+    let name = format!("{}.narinfo", info.path.hash_part());
+    own.lock().redirects.insert(format!("PUT {name}"), (307, format!("{}/three", other.url)));
+    cache.put(&info, &spool(&nar)).unwrap();
+    assert!(other.lock().files["three"].starts_with(b"StorePath"));
+    other.lock().redirects.insert("PUT three".into(), (303, "/two".into()));
+    let error = cache.put(&info, &spool(&nar)).unwrap_err();
+    assert!(matches!(error, Error::Status { status: 303, .. }), "{error}");
+    other.lock().redirects.insert("PUT three".into(), (308, "/three".into()));
+    assert!(cache.put(&info, &spool(&nar)).unwrap_err().to_string().contains("more than"));
+    assert!(other.lock().shown.iter().all(Option::is_none));
 }
 
 #[test]

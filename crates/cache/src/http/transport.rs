@@ -8,12 +8,13 @@ use std::thread;
 use std::time::Duration;
 
 use reqwest::blocking::{Client, RequestBuilder, Response};
-use reqwest::header::{CONTENT_ENCODING, RETRY_AFTER};
-use reqwest::{Url, redirect};
+use reqwest::header::{CONTENT_ENCODING, HeaderMap, LOCATION, RETRY_AFTER};
+use reqwest::{Method, StatusCode, Url, redirect};
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject as _;
 
-use super::body::Resuming;
+use super::authorization::take_user;
+use super::body::{Rest, Resuming};
 use crate::{CacheOptions, Error, compression};
 
 /// The first pause; each further one is twice as long.
@@ -30,6 +31,19 @@ const CONNECTION_WINDOW: u32 = 128 << 20;
 pub(crate) type Request<'a> = dyn Fn() -> io::Result<RequestBuilder> + 'a;
 /// The same, to be made again by whoever reads a body.
 pub(crate) type Again = Box<dyn Fn() -> io::Result<RequestBuilder> + Send>;
+/// Makes the request for this place, to which another one may have led.
+pub(crate) type RequestAt<'a> = dyn Fn(&Url) -> io::Result<RequestBuilder> + 'a;
+pub(crate) type AgainAt = Box<dyn Fn(&Url) -> io::Result<RequestBuilder> + Send>;
+
+/// Steps from the place that was asked first.
+const MAX_REDIRECTS: usize = 10;
+/// Answers that lead elsewhere, where the same is to be asked.
+const REDIRECTS: [StatusCode; 4] = [
+    StatusCode::MOVED_PERMANENTLY,
+    StatusCode::FOUND,
+    StatusCode::TEMPORARY_REDIRECT,
+    StatusCode::PERMANENT_REDIRECT,
+];
 
 pub(crate) struct Transport {
     pub(crate) client: Client,
@@ -89,6 +103,31 @@ impl Transport {
         }
     }
 
+    /// The same, wherever that leads. Followed here, for the client would show to a second place of another host what is
+    /// for the first one only, and make a GET of an upload.
+    pub(crate) fn follow(
+        &self,
+        act: &'static str,
+        method: &Method,
+        url: &Url,
+        request: &RequestAt<'_>,
+    ) -> Result<Response, Error> {
+        let mut at = url.clone();
+        for _ in 0..=MAX_REDIRECTS {
+            let response = self.send(act, &at, &|| request(&at))?;
+            let status = response.status();
+            // "See what became of it there" is no answer to an upload.
+            let leads =
+                REDIRECTS.contains(&status) || status == StatusCode::SEE_OTHER && *method != Method::PUT;
+            match location(&at, &response).filter(|_| leads) {
+                Some(next) => at = next,
+                None => return Ok(response),
+            }
+        }
+        let source = io::Error::other(format!("it leads to more than {MAX_REDIRECTS} other places"));
+        Err(Error::Read { url: redacted(url.as_str()), source })
+    }
+
     /// The body of an answer to a GET, its `Content-Encoding` undone. `again` makes the request anew where it breaks off.
     pub(crate) fn body(
         self: &Arc<Self>,
@@ -96,13 +135,36 @@ impl Transport {
         response: Response,
         again: Again,
     ) -> Result<Box<dyn Read + Send>, Error> {
+        let (transport, from) = (Arc::clone(self), url.clone());
+        let rest = move |range: &HeaderMap| {
+            transport.send("fetch the rest of", &from, &|| Ok(again()?.headers(range.clone())))
+        };
+        self.resuming(url, response, Box::new(rest))
+    }
+
+    /// The same for what was [followed](Self::follow).
+    pub(crate) fn body_from(
+        self: &Arc<Self>,
+        url: &Url,
+        response: Response,
+        again: AgainAt,
+    ) -> Result<Box<dyn Read + Send>, Error> {
+        let (transport, from) = (Arc::clone(self), url.clone());
+        let rest = move |range: &HeaderMap| {
+            let get = |at: &Url| Ok(again(at)?.headers(range.clone()));
+            transport.follow("fetch the rest of", &Method::GET, &from, &get)
+        };
+        self.resuming(url, response, Box::new(rest))
+    }
+
+    fn resuming(&self, url: &Url, response: Response, rest: Rest) -> Result<Box<dyn Read + Send>, Error> {
         let encoding = response.headers().get(CONTENT_ENCODING).map(|value| value.to_str().unwrap_or("?"));
         let shown = || redacted(url.as_str());
         let encoding = compression::content_encoding(encoding.unwrap_or("")).ok_or_else(|| Error::Read {
             url: shown(),
             source: io::Error::other(format!("its Content-Encoding {encoding:?} is not supported")),
         })?;
-        let body = Resuming::new(Arc::clone(self), url.clone(), response, again);
+        let body = Resuming::new(response, self.attempts(), rest);
         match compression::decoder(encoding, Box::new(body)) {
             Some(decoder) => decoder.map_err(|source| Error::Read { url: shown(), source }),
             None => Err(Error::Compression { url: shown(), compression: encoding }),
@@ -137,6 +199,15 @@ pub(crate) fn redacted(url: &str) -> String {
         }
         Err(_) => url.split(['?', '@']).next().unwrap_or_default().to_owned(),
     }
+}
+
+/// Where an answer leads, by http or https.
+fn location(from: &Url, response: &Response) -> Option<Url> {
+    let to = response.headers().get(LOCATION)?.to_str().ok()?;
+    let mut to = from.join(to).ok().filter(|to| matches!(to.scheme(), "http" | "https"))?;
+    // Nobody is told by a server who to be.
+    let _ = take_user(&mut to);
+    Some(to)
 }
 
 fn is_passing(error: &reqwest::Error) -> bool {

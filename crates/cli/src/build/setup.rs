@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result, anyhow, bail};
-use drover_cache::{Cache, CacheOptions, Guarded, Memory};
+use drover_cache::{Cache, CacheOptions, Credentials, Guarded, Memory, Secret};
 use drover_nix::signature::SecretKey;
 use drover_nix::{StoreDir, StorePath};
 use tempfile::TempDir;
@@ -15,6 +15,8 @@ use crate::exit::Fault;
 use crate::order;
 
 const BUILDER: &str = "drover-builder";
+/// Nix: the default of `netrc-file`.
+const NETRC: &str = "/etc/nix/netrc";
 
 type Caches = Vec<Arc<dyn Cache>>;
 
@@ -61,17 +63,40 @@ impl Setup {
     }
 }
 
-/// Opens the caches that `urls` name.
-pub(crate) fn open_caches(urls: &[String], keys: &[String], dir: &StoreDir) -> Result<Caches, Fault> {
+/// Opens the caches that `urls` name. Without `netrc`, Nix's own is used if there is one.
+pub(crate) fn open_caches(
+    urls: &[String],
+    keys: &[String],
+    netrc: Option<&Path>,
+    dir: &StoreDir,
+) -> Result<Caches, Fault> {
     let keys = keys.iter().map(|key| key.parse().with_context(|| format!("public key {key}")));
     let public_keys = keys.collect::<Result<_>>().map_err(Fault::Input)?;
-    let options = CacheOptions { dir: dir.clone(), public_keys, ..CacheOptions::default() };
-    let open = |url: &String| -> Result<Arc<dyn Cache>> {
+    let credentials = credentials(netrc).map_err(Fault::Input)?;
+    let mut options = CacheOptions { dir: dir.clone(), public_keys, ..CacheOptions::default() };
+    let mut open = |url: &String| -> Result<Arc<dyn Cache>> {
+        // A netrc file is of no use to any other, and an S3 service says so.
+        let over_http = url.starts_with("http://") || url.starts_with("https://");
+        options.credentials = if over_http { credentials.clone() } else { Credentials::None };
         let cache = drover_cache::open(url, &options).with_context(|| format!("--cache {url}"))?;
         // One that gives something wrong is not asked for it again.
         Ok(Arc::new(Guarded::new(cache, Memory::of(url))))
     };
-    urls.iter().map(open).collect::<Result<_>>().map_err(Fault::Input)
+    urls.iter().map(&mut open).collect::<Result<_>>().map_err(Fault::Input)
+}
+
+fn credentials(netrc: Option<&Path>) -> Result<Credentials> {
+    let text = match netrc {
+        Some(path) => {
+            std::fs::read_to_string(path).with_context(|| format!("--netrc-file {}", path.display()))?
+        }
+        // It may well be for root only; a cache that wants credentials says so.
+        None => match std::fs::read_to_string(NETRC) {
+            Ok(text) => text,
+            Err(_) => return Ok(Credentials::None),
+        },
+    };
+    Ok(Credentials::Netrc(Secret::new(text)))
 }
 
 /// The URL of drover's own cache.
@@ -114,7 +139,7 @@ fn caches(
     if !keys.is_empty() {
         keys.extend(signing_key.map(|key| key.public().to_string()));
     }
-    let opened = open_caches(&urls, &keys, dir)?;
+    let opened = open_caches(&urls, &keys, args.netrc_file.as_deref(), dir)?;
     let index = urls.iter().position(|url| *url == push).unwrap_or_default();
     let push = opened.get(index).cloned().ok_or_else(|| Fault::Input(anyhow!("there is no cache")))?;
     Ok((opened, push))

@@ -1,11 +1,15 @@
-//! netrc files: which user and password a host wants (curl: docs/CURLOPT_NETRC_FILE; the format is ftp's).
+//! netrc files, in which Nix looks for what a host wants to see (Nix: netrc-file; curl: docs/CURLOPT_NETRC_FILE; the
+//! format is ftp's).
 
-use anyhow::{Result, bail};
+use crate::Error;
 
-#[derive(Default)]
-pub(super) struct Netrc(Vec<Machine>);
+/// Most bytes of a netrc file that are read: curl's limit (lib/netrc.c).
+pub const MAX_LEN: usize = 128 << 10;
 
 /// No Debug: what is printed ends up in a log.
+#[derive(Default)]
+pub struct Netrc(Vec<Machine>);
+
 #[derive(Default)]
 struct Machine {
     /// None is `default`: any host.
@@ -15,8 +19,12 @@ struct Machine {
 }
 
 impl Netrc {
-    pub(super) fn parse(text: &[u8]) -> Result<Self> {
-        let Ok(text) = std::str::from_utf8(text) else { bail!("the netrc file is not UTF-8") };
+    /// Parses a whole file. Errors say what is wrong without repeating any of it.
+    pub fn parse(text: &[u8]) -> Result<Self, Error> {
+        if text.len() > MAX_LEN {
+            return Err(fail(format!("it has {} bytes; {MAX_LEN} are allowed", text.len())));
+        }
+        let text = std::str::from_utf8(text).map_err(|_| fail("it is not UTF-8"))?;
         let mut machines = Vec::<Machine>::new();
         let mut rest = text;
         while let Some(word) = next_word(&mut rest)? {
@@ -32,31 +40,33 @@ impl Netrc {
                 // Commands for ftp, up to an empty line.
                 ("macdef", _) => rest = rest.split_once("\n\n").map_or("", |(_, rest)| rest),
                 // Not what it is: it may be a password in the wrong place.
-                _ => bail!("the netrc file has a word where 'machine', 'login' or the like is expected"),
+                _ => return Err(fail("a word stands where 'machine', 'login' or the like is expected")),
             }
         }
         Ok(Self(machines))
     }
 
-    /// User and password for a host: of its first entry, else of `default`.
-    pub(super) fn find(&self, host: &str) -> Option<(&str, &str)> {
+    /// User and password for a host: of its first entry, else of `default`. None if that names neither.
+    pub fn find(&self, host: &str) -> Option<(&str, &str)> {
         let named =
             |machine: &&Machine| machine.host.as_deref().is_some_and(|name| name.eq_ignore_ascii_case(host));
         let machine =
             self.0.iter().find(named).or_else(|| self.0.iter().find(|machine| machine.host.is_none()))?;
-        Some((&machine.login, &machine.password))
+        (!machine.login.is_empty() || !machine.password.is_empty())
+            .then_some((machine.login.as_str(), machine.password.as_str()))
     }
 }
 
-fn value(rest: &mut &str, what: &str) -> Result<String> {
-    match next_word(rest)? {
-        Some(value) => Ok(value),
-        None => bail!("the netrc file ends after '{what}'"),
-    }
+fn fail(why: impl Into<String>) -> Error {
+    Error::Netrc { why: why.into() }
+}
+
+fn value(rest: &mut &str, what: &str) -> Result<String, Error> {
+    next_word(rest)?.ok_or_else(|| fail(format!("it ends after '{what}'")))
 }
 
 /// The next word: up to white space, or in quotes with backslashes. Comments are skipped.
-fn next_word(rest: &mut &str) -> Result<Option<String>> {
+fn next_word(rest: &mut &str) -> Result<Option<String>, Error> {
     loop {
         *rest = rest.trim_start();
         if !rest.starts_with('#') {
@@ -91,7 +101,7 @@ fn next_word(rest: &mut &str) -> Result<Option<String>> {
             other => word.push(other),
         }
     }
-    bail!("the netrc file has a quote without an end")
+    Err(fail("a quote has no end"))
 }
 
 #[cfg(test)]
@@ -109,6 +119,7 @@ mod tests {
         assert_eq!(netrc.find("trap"), Some(("d", "e")));
         assert_eq!(Netrc::parse(b"machine a login u").unwrap().find("b"), None);
         assert_eq!(Netrc::parse(b"").unwrap().find("b"), None);
+        assert_eq!(Netrc::parse(b"machine b default login d").unwrap().find("b"), None);
     }
 
     #[test]
@@ -117,7 +128,10 @@ mod tests {
             ["machine", "login secret", "machine a secret", "machine a password \"secret", "machine a login"]
         {
             let error = Netrc::parse(text.as_bytes()).err().unwrap().to_string();
-            assert!(!error.contains("secret"), "{error}");
+            assert!(error.contains("netrc") && !error.contains("secret"), "{error}");
         }
+        assert!(Netrc::parse(b"machine \xff").is_err());
+        let long = format!("machine a password {}", "x".repeat(MAX_LEN));
+        assert!(Netrc::parse(long.as_bytes()).is_err());
     }
 }
