@@ -5,6 +5,7 @@
 //! URLs in narinfo files.
 
 mod credentials;
+mod lent;
 mod location;
 mod multipart;
 mod refusal;
@@ -24,6 +25,8 @@ use reqwest::blocking::{self, RequestBuilder, Response};
 use reqwest::header::CONTENT_LENGTH;
 use reqwest::{Method, StatusCode, Url, redirect};
 
+use self::credentials::Found;
+use self::lent::Lender;
 use self::location::Location;
 use self::refusal::Refusal;
 use self::sign::{Keys, Unsigned};
@@ -41,9 +44,15 @@ pub(crate) struct S3(Arc<Bucket>);
 
 struct Bucket {
     location: Location,
-    /// None: requests are anonymous.
-    keys: Option<Keys>,
+    keys: Keyring,
     transport: Arc<Transport>,
+}
+
+enum Keyring {
+    /// Requests are anonymous.
+    Nobody,
+    Own(Keys),
+    Lent(Lender),
 }
 
 /// What a request is about, before it is signed.
@@ -78,11 +87,16 @@ fn connect(url: &str, options: &CacheOptions) -> Result<S3, Error> {
     let location = Location::parse(url)?;
     let fail = |why| Error::Url { url: location.shown(None), why };
     let environment = |name: &str| std::env::var(name).ok();
-    let keys =
-        credentials::find(&options.credentials, location.profile.as_deref(), &environment).map_err(fail)?;
+    let (given, profile) = (&options.credentials, location.profile.as_deref());
+    let found = credentials::find(given, profile, &location.region, &environment).map_err(fail)?;
     let https = location.base.scheme() == "https";
-    let transport = Transport::new(options, https, redirect::Policy::none()).map_err(fail)?;
-    let bucket = Bucket { location, keys, transport: Arc::new(transport) };
+    let transport = Arc::new(Transport::new(options, https, redirect::Policy::none()).map_err(fail)?);
+    let keys = match found {
+        Found::Nobody => Keyring::Nobody,
+        Found::Keys(keys) => Keyring::Own(keys),
+        Found::Lent(place) => Keyring::Lent(Lender::new(place, Arc::clone(&transport))),
+    };
+    let bucket = Bucket { location, keys, transport };
     Ok(S3(Arc::new(bucket)))
 }
 
@@ -97,7 +111,9 @@ pub fn presign(
 ) -> Result<String, Error> {
     let S3(bucket) = connect(url, options)?;
     let fail = |why: &str| Error::Url { url: bucket.location.shown(None), why: why.to_owned() };
-    let Some(keys) = &bucket.keys else { return Err(fail("only who has keys can let others use them")) };
+    let Some(keys) = bucket.keys.get()? else {
+        return Err(fail("only who has keys can let others use them"));
+    };
     if valid < Duration::from_secs(1) || valid > MAX_VALID {
         return Err(fail("S3 lets others in for a second at least, and a week at most"));
     }
@@ -107,7 +123,7 @@ pub fn presign(
     };
     let object = bucket.location.object(name);
     let unsigned = Unsigned { method, url: &object, headers: Vec::new() };
-    Ok(unsigned.presign(keys, &bucket.location.region, valid, Timestamp::now()).into())
+    Ok(unsigned.presign(&keys, &bucket.location.region, valid, Timestamp::now()).into())
 }
 
 impl Files for S3 {
@@ -122,10 +138,8 @@ impl Files for S3 {
             Ok(response) if response.status() == StatusCode::OK => {
                 let (bucket, target) = (Arc::clone(&self.0), url.clone());
                 let again = move || {
-                    Ok(bucket.request(
-                        Call { act: "fetch", method: &Method::GET, url: &target, headers: &[] },
-                        Sha256::of(b""),
-                    ))
+                    let call = Call { act: "fetch", method: &Method::GET, url: &target, headers: &[] };
+                    bucket.request(call, Sha256::of(b""))
                 };
                 self.0.transport.body(&url, response, Box::new(again)).map(Some)
             }
@@ -164,17 +178,17 @@ impl Files for S3 {
 
 impl Bucket {
     /// The request, signed as of now.
-    fn request(&self, call: Call<'_>, payload: Sha256) -> RequestBuilder {
-        let headers = match &self.keys {
+    fn request(&self, call: Call<'_>, payload: Sha256) -> io::Result<RequestBuilder> {
+        let headers = match self.keys.get().map_err(io::Error::other)? {
             None => call.headers.to_vec(),
             Some(keys) => {
                 let unsigned =
                     Unsigned { method: call.method.clone(), url: call.url, headers: call.headers.to_vec() };
-                unsigned.sign(keys, &self.location.region, payload, Timestamp::now())
+                unsigned.sign(&keys, &self.location.region, payload, Timestamp::now())
             }
         };
         let request = self.transport.client.request(call.method.clone(), call.url.clone());
-        headers.into_iter().fold(request, |request, (name, value)| request.header(name, value))
+        Ok(headers.into_iter().fold(request, |request, (name, value)| request.header(name, value)))
     }
 
     /// Sends until there is an answer that counts. S3 says with statuses that stand for ever, too, that something may
@@ -187,9 +201,9 @@ impl Bucket {
         let mut attempt = 1;
         loop {
             let response = self.transport.send(call.act, call.url, &|| {
-                let Some(payload) = payload else { return Ok(self.request(call, Sha256::of(b""))) };
+                let Some(payload) = payload else { return self.request(call, Sha256::of(b"")) };
                 let body = (payload.body)(payload.offset)?.take(payload.len);
-                let request = self.request(call, payload.hash);
+                let request = self.request(call, payload.hash)?;
                 let request = request.timeout(self.transport.upload_timeout(payload.len));
                 Ok(request.body(blocking::Body::sized(body, payload.len)))
             })?;
@@ -227,6 +241,16 @@ impl Bucket {
             }
             Err(refusal) if refusal.is_missing() => Ok(None),
             Err(refusal) => Err(refusal.into_error("look for", url.as_str())),
+        }
+    }
+}
+
+impl Keyring {
+    fn get(&self) -> Result<Option<Keys>, Error> {
+        match self {
+            Self::Nobody => Ok(None),
+            Self::Own(keys) => Ok(Some(keys.clone())),
+            Self::Lent(lender) => lender.keys().map(Some),
         }
     }
 }

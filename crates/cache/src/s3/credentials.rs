@@ -1,10 +1,12 @@
 //! Whose keys requests to S3 are signed with: those given, else what the environment says, as AWS's own programs read it
-//! (AWS SDKs and Tools Reference Guide, "Standardized credential providers"), else nobody's, for buckets that are public.
+//! and in the order of Nix (AWS SDKs and Tools Reference Guide, "Standardized credential providers"; Nix: aws-creds.cc):
+//! variables, profiles, keys that are lent. Else nobody's, for buckets that are public.
 
 use std::fs;
 use std::io;
 use std::path::PathBuf;
 
+use super::lent::Place;
 use super::sign::Keys;
 use crate::{Credentials, Secret};
 
@@ -14,17 +16,26 @@ const MAX_FILE: u64 = 1 << 20;
 /// Variables of the environment.
 pub(crate) type Environment<'a> = dyn Fn(&str) -> Option<String> + 'a;
 
-/// The keys for a bucket, None for anonymous requests. The error is a sentence without secrets.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) enum Found {
+    /// Requests are anonymous.
+    Nobody,
+    Keys(Keys),
+    Lent(Place),
+}
+
+/// Whose keys are for a bucket in `region`. The error is a sentence without secrets.
 pub(crate) fn find(
     given: &Credentials,
     profile: Option<&str>,
+    region: &str,
     environment: &Environment<'_>,
-) -> Result<Option<Keys>, String> {
+) -> Result<Found, String> {
     let get = |name: &str| environment(name).filter(|value| !value.is_empty());
     match given {
         Credentials::None => {}
         Credentials::Aws { access_key_id, secret_access_key, session_token } => {
-            return Ok(Some(Keys {
+            return Ok(Found::Keys(Keys {
                 id: access_key_id.clone(),
                 secret: secret_access_key.clone(),
                 token: session_token.clone(),
@@ -35,7 +46,7 @@ pub(crate) fn find(
     match (get("AWS_ACCESS_KEY_ID"), get("AWS_SECRET_ACCESS_KEY")) {
         (Some(id), Some(secret)) => {
             let token = get("AWS_SESSION_TOKEN").map(Secret::new);
-            return Ok(Some(Keys { id, secret: Secret::new(secret), token }));
+            return Ok(Found::Keys(Keys { id, secret: Secret::new(secret), token }));
         }
         (None, None) => {}
         _ => {
@@ -44,7 +55,12 @@ pub(crate) fn find(
             );
         }
     }
-    from_profile(profile, &get)
+    match (from_profile(profile, &get), Place::find(region, &get)) {
+        (Ok(Some(keys)), _) => Ok(Found::Keys(keys)),
+        (_, Some(place)) => Ok(Found::Lent(place)),
+        (Ok(None), None) => Ok(Found::Nobody),
+        (Err(why), None) => Err(why),
+    }
 }
 
 fn from_profile(wanted: Option<&str>, get: &Environment<'_>) -> Result<Option<Keys>, String> {
@@ -117,18 +133,21 @@ mod tests {
 
     const FILE: &str = "# mine\n[default]\naws_access_key_id = D\naws_secret_access_key=hush1\nregion = x\n\n[ work ]\naws_access_key_id=W\naws_secret_access_key = hush2 \naws_session_token = lent\n[half]\naws_access_key_id = H\n";
 
-    fn ask(
-        given: &Credentials,
-        profile: Option<&str>,
-        variables: &[(&str, &str)],
-    ) -> Result<Option<Keys>, String> {
+    fn ask(given: &Credentials, profile: Option<&str>, variables: &[(&str, &str)]) -> Result<Found, String> {
         let get =
             |name: &str| variables.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned());
-        find(given, profile, &get)
+        find(given, profile, "eu-west-2", &get)
     }
 
-    fn id(found: Result<Option<Keys>, String>) -> Option<String> {
-        found.unwrap().map(|keys| keys.id)
+    fn keys(found: Result<Found, String>) -> Option<Keys> {
+        match found.unwrap() {
+            Found::Keys(keys) => Some(keys),
+            _ => None,
+        }
+    }
+
+    fn id(found: Result<Found, String>) -> Option<String> {
+        keys(found).map(|keys| keys.id)
     }
 
     #[test]
@@ -147,11 +166,18 @@ mod tests {
         assert_eq!(id(ask(&Credentials::None, Some("work"), &environment)).as_deref(), Some("E"));
         assert_eq!(id(ask(&Credentials::None, None, &[file])).as_deref(), Some("D"));
         assert_eq!(id(ask(&Credentials::None, None, &[file, ("AWS_PROFILE", "work")])).as_deref(), Some("W"));
-        let work = ask(&Credentials::None, Some("work"), &[file]).unwrap().unwrap();
+        let work = keys(ask(&Credentials::None, Some("work"), &[file])).unwrap();
         assert_eq!((work.secret.expose(), work.token.unwrap().expose()), ("hush2", "lent"));
+        // Lent ones are asked for where there are none.
+        let pod = [("AWS_WEB_IDENTITY_TOKEN_FILE", "/t"), ("AWS_ROLE_ARN", "arn:r")];
+        assert!(matches!(ask(&Credentials::None, None, &pod), Ok(Found::Lent(_))));
+        assert_eq!(id(ask(&Credentials::None, None, &[&pod[..], &[file]].concat())).as_deref(), Some("D"));
         // Where there is nothing, and nothing was asked for, requests are anonymous.
-        assert_eq!(ask(&Credentials::None, None, &[]), Ok(None));
-        assert_eq!(ask(&Credentials::None, None, &[("HOME", dir.path().to_str().unwrap())]), Ok(None));
+        assert_eq!(ask(&Credentials::None, None, &[]), Ok(Found::Nobody));
+        assert_eq!(
+            ask(&Credentials::None, None, &[("HOME", dir.path().to_str().unwrap())]),
+            Ok(Found::Nobody)
+        );
         fs::create_dir(dir.path().join(".aws")).unwrap();
         let config = "[profile work]\naws_access_key_id = C\naws_secret_access_key = hush\n";
         fs::write(dir.path().join(".aws/config"), config).unwrap();

@@ -142,11 +142,11 @@ fn requests_are_signed_and_say_what_they_carry() {
     assert!(puts.iter().all(|head| head.contains("x-amz-storage-class: GLACIER_IR")));
     assert!(puts[2].contains("content-type: text/x-nix-narinfo"), "{}", puts[2]);
     // Nobody's requests have no signature.
-    let keys = None;
+    let keys = Keyring::Nobody;
     let Bucket { location, transport, .. } = &*cache.files().0;
     let public = Bucket { location: location.clone(), keys, transport: Arc::clone(transport) };
     let call = Call { act: "", method: &Method::GET, url: &location.object("x"), headers: &[] };
-    assert!(public.request(call, Sha256::of(b"")).build().unwrap().headers().is_empty());
+    assert!(public.request(call, Sha256::of(b"")).unwrap().build().unwrap().headers().is_empty());
 }
 
 #[test]
@@ -188,6 +188,16 @@ fn what_is_not_there_and_what_is_wrong() {
     script.lock().unwrap().extend([(400, "RequestTimeout"); 3]);
     let error = cache.narinfo(&path).unwrap_err();
     assert!(error.is_transient() && service.asked().len() == 3, "{error}");
+}
+
+#[test]
+fn nobody_else_gets_to_see_what_signs_a_request() {
+    let other = Service::start(|_| fine(""));
+    let place: &'static str = format!("location: {}/b/x\r\n", other.endpoint).leak();
+    let service = Service::start(move |_| Some((307, place, "<Code>TemporaryRedirect</Code>".into())));
+    let error = service.open("").narinfo(&store_path("x")).unwrap_err();
+    assert!(error.to_string().contains("check region= and endpoint="), "{error}");
+    assert_eq!(other.asked(), Vec::<String>::new());
 }
 
 /// Answers an upload in parts; `odd` may answer in its place.
@@ -301,4 +311,58 @@ fn urls_for_others() {
         of("s3://b?scheme=http", &options(), 0).is_err()
             && of("s3://b?scheme=http", &options(), 8 * 24 * 3600).is_err()
     );
+}
+
+#[test]
+fn lent_keys_are_renewed_before_they_end() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("token");
+    std::fs::write(&file, "first/token\n").unwrap();
+    let (asked, until) = (Arc::new(Mutex::new(Vec::new())), Arc::new(Mutex::new(Some(60))));
+    let (log, ends) = (Arc::clone(&asked), Arc::clone(&until));
+    let service = Service::start(move |asked| {
+        log.lock().unwrap().push(String::from_utf8(asked.body.clone()).unwrap());
+        let Some(seconds) = *ends.lock().unwrap() else { return says(403, "AccessDenied") };
+        let until = Timestamp::now() + Duration::from_secs(seconds);
+        let id = format!("<AccessKeyId>id{}</AccessKeyId>", log.lock().unwrap().len());
+        let rest = "<SecretAccessKey>hush</SecretAccessKey><SessionToken>lent</SessionToken>";
+        Some((200, "", format!("<R>{id}{rest}<Expiration>{until}</Expiration></R>")))
+    });
+    let transport = Arc::new(Transport::new(&options(), false, redirect::Policy::none()).unwrap());
+    let place = lent::Place::WebIdentity {
+        endpoint: service.endpoint,
+        role: "arn:r".into(),
+        session: "drover".into(),
+        token_file: file.display().to_string(),
+    };
+    let lender = Lender::new(place, Arc::clone(&transport));
+    // A minute is less than what they are renewed before; for want of others they are used all the same.
+    assert_eq!(lender.keys().unwrap().id, "id1");
+    *until.lock().unwrap() = None;
+    assert_eq!(lender.keys().unwrap().id, "id1");
+    *until.lock().unwrap() = Some(3600);
+    std::fs::write(&file, "second").unwrap();
+    assert_eq!(lender.keys().unwrap().id, "id3");
+    assert_eq!(lender.keys().unwrap().id, "id3");
+    let asked = asked.lock().unwrap();
+    assert_eq!(asked.len(), 3);
+    assert!(
+        asked[0].contains("RoleArn=arn%3Ar") && asked[0].ends_with("WebIdentityToken=first%2Ftoken"),
+        "{asked:?}"
+    );
+    assert!(asked[2].ends_with("WebIdentityToken=second"), "{asked:?}");
+
+    let agent = Service::start(|asked| {
+        let shown = asked.head.contains("authorization: second");
+        let json =
+            r#"{"AccessKeyId":"a","SecretAccessKey":"hush","Token":"t","Expiration":"2999-01-01T00:00:00Z"}"#;
+        if shown { Some((200, "", json.into())) } else { says(401, "") }
+    });
+    let of = |token| {
+        Lender::new(lent::Place::Container { url: agent.endpoint.clone(), token }, Arc::clone(&transport))
+    };
+    let token = lent::Token::File(file.display().to_string());
+    assert_eq!(of(Some(token)).keys().unwrap().id, "a");
+    let error = of(None).keys().unwrap_err().to_string();
+    assert!(error.contains("get keys from") && error.contains("401"), "{error}");
 }
