@@ -71,6 +71,7 @@ impl Layer {
                 rootfs::nginx()?;
                 rootfs::sshd()?;
                 rootfs::passt()?;
+                go::versitygw()?;
                 Nix::ALL.into_iter().try_for_each(|nix| rootfs::check_version(nix, &rootfs::nix(nix)?))
             }
             Self::Fuzz => {

@@ -186,6 +186,7 @@ fn print_parts() -> Result<ExitCode> {
     println!("node        {}", parts::rootfs::node()?.display());
     println!("kubernetes  {}", parts::go::kubernetes()?.display());
     println!("helm        {}", parts::go::helm()?.display());
+    println!("versitygw   {}", parts::go::versitygw()?.display());
     Ok(ExitCode::SUCCESS)
 }
 

@@ -24,16 +24,16 @@ in make { name = "user"; args = [ "-c" "echo ${lib} > $out" ]; }
 "#;
 
 /// A store that real Nix filled, at this machine's path and as the peer's own `/nix`.
-struct Filled {
-    peer: Peer,
-    dir: tempfile::TempDir,
+pub(crate) struct Filled {
+    pub(crate) peer: Peer,
+    pub(crate) dir: tempfile::TempDir,
     /// `user`, and its derivation.
-    out: StorePath,
-    drv: StorePath,
+    pub(crate) out: StorePath,
+    pub(crate) drv: StorePath,
 }
 
 impl Filled {
-    fn new(nix: Nix) -> Result<Self> {
+    pub(crate) fn new(nix: Nix) -> Result<Self> {
         let dir = tempfile::tempdir()?;
         let store = dir.path().join("nix");
         std::fs::create_dir(&store)?;
@@ -44,11 +44,11 @@ impl Filled {
         Ok(Self { out: parse(&out)?, drv: parse(&drv)?, peer, dir })
     }
 
-    fn root(&self) -> String {
+    pub(crate) fn root(&self) -> String {
         self.dir.path().to_string_lossy().into_owned()
     }
 
-    fn nix(&self, args: &[&str]) -> Result<String> {
+    pub(crate) fn nix(&self, args: &[&str]) -> Result<String> {
         self.peer.run("nix", &[&["--extra-experimental-features", "nix-command"], args].concat())
     }
 }
@@ -59,16 +59,16 @@ impl Drop for Filled {
     }
 }
 
-fn full(path: &StorePath) -> String {
+pub(crate) fn full(path: &StorePath) -> String {
     StoreDir::default().full(path)
 }
 
-fn open(url: &str, options: &CacheOptions) -> Result<Arc<dyn Cache>> {
+pub(crate) fn open(url: &str, options: &CacheOptions) -> Result<Arc<dyn Cache>> {
     Ok(drover_cache::open(url, options)?)
 }
 
 /// NARs of a closure, each verified.
-fn read_all(cache: &Arc<dyn Cache>, root: &StorePath) -> Result<BTreeMap<StorePath, Vec<u8>>> {
+pub(crate) fn read_all(cache: &Arc<dyn Cache>, root: &StorePath) -> Result<BTreeMap<StorePath, Vec<u8>>> {
     let found = closure(std::slice::from_ref(cache), [root.clone()])?;
     ensure!(found.missing.is_empty(), "{:?}", found.missing);
     found

@@ -24,6 +24,7 @@ mod peer_sshd;
 mod peer_uris;
 mod remote_builds;
 mod requests_ca;
+mod s3;
 mod serve;
 mod session;
 mod ssh_bench;

