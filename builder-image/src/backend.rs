@@ -15,6 +15,7 @@ use drover_store::{Batch, TempRoots};
 use crate::build::cancel::Cancel;
 use crate::build::goals::{Goal, Made};
 use crate::build::log::Log;
+use crate::build::trust::Origin;
 use crate::build::{Builder, Request};
 use crate::error::Error;
 
@@ -81,7 +82,15 @@ impl Session {
     ) -> Result<BuildResult, BoxError> {
         let (roots, log, cancel) = (self.roots()?, &self.log, &self.cancel);
         self.building.store(true, Ordering::SeqCst);
-        let result = self.builder.build(&Request { drv_path, drv, options, roots, log, cancel });
+        let result = self.builder.build(&Request {
+            drv_path,
+            drv,
+            origin: Origin::Client,
+            options,
+            roots,
+            log,
+            cancel,
+        });
         self.building.store(false, Ordering::SeqCst);
         Ok(result)
     }

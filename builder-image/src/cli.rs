@@ -2,10 +2,12 @@
 
 use std::path::PathBuf;
 
+use drover_nix::StorePath;
 use drover_nix::hash_modulo::SelfReferenceHash;
 use drover_store::GcOptions;
 
 use crate::build::extra_paths::ExtraPath;
+use crate::build::trust::Trust;
 use crate::network::Choice;
 use crate::nix_options;
 use crate::sandbox::rungs::Rung;
@@ -54,6 +56,11 @@ Options:
                             what the path of a content-addressed output that refers to itself is made of: as Nix 2.35
                             does it (the default), or as Nix 2.17 to 2.34, where other content can be given the same
                             path. Also the environment variable DROVER_SELF_REFERENCE_HASH
+  --trust verified|claimed  whether the paths of input-addressed outputs have to follow from the derivation that a client
+                            sends (default: claimed, since clients of Nix send what cannot be proven from itself)
+  --proven-derivation PATH  with --trust verified, a derivation whose paths were proven otherwise: where its .drv would be
+                            if it had no derivations as inputs; can be given several times
+  --only-derivation PATH    builds nothing but this, named in the same way; can be given several times
   --max-sessions NUMBER     how many sessions `listen` serves at once (default: 64)
   --login-grace SECONDS     how long a connection to `listen` may take to log in (default: 20)
 Options of gc:
@@ -114,6 +121,7 @@ pub(crate) struct Cli {
     pub extra_platforms: Option<Vec<String>>,
     pub system_features: Option<Vec<String>>,
     pub self_references: Option<SelfReferenceHash>,
+    pub trust: Trust,
 }
 
 /// Parses the words behind the program's name. The error is one line.
@@ -146,6 +154,7 @@ pub(crate) fn parse(words: impl IntoIterator<Item = String>) -> Result<Cli, Stri
         extra_platforms: None,
         system_features: None,
         self_references: None,
+        trust: Trust::default(),
     };
     while let Some(word) = words.next() {
         // Both `--name value` and `--name=value`.
@@ -230,6 +239,15 @@ pub(crate) fn parse(words: impl IntoIterator<Item = String>) -> Result<Cli, Stri
             "--login-grace" => login_grace_seconds = number(&name, &value()?)?,
             "--system" => cli.system = Some(value()?),
             "--extra-platforms" => cli.extra_platforms = Some(list(&value()?)),
+            "--trust" => {
+                cli.trust.verified = match value()?.as_str() {
+                    "verified" => true,
+                    "claimed" => false,
+                    other => return Err(format!("{name}: {other:?} is neither verified nor claimed")),
+                };
+            }
+            "--proven-derivation" => drop(cli.trust.proven.insert(derivation(&name, &value()?)?)),
+            "--only-derivation" => drop(cli.trust.only.insert(derivation(&name, &value()?)?)),
             "--self-reference-hash" => {
                 let value = value()?;
                 cli.self_references =
@@ -289,6 +307,16 @@ fn size(name: &str, text: &str) -> Result<u64, String> {
     number.checked_mul(1 << shift).ok_or_else(|| format!("{name}: {text:?} is more than there can be"))
 }
 
+/// The path of a `.drv`, whatever the store's directory.
+fn derivation(name: &str, text: &str) -> Result<StorePath, String> {
+    let base = text.rsplit('/').next().unwrap_or(text);
+    match base.parse::<StorePath>() {
+        Ok(path) if path.is_derivation() => Ok(path),
+        Ok(_) => Err(format!("{name}: {text:?} does not end in `.drv`")),
+        Err(error) => Err(format!("{name}: {error}")),
+    }
+}
+
 fn boolean(name: &str, text: &str) -> Result<bool, String> {
     match text {
         "true" | "yes" | "1" => Ok(true),
@@ -335,6 +363,21 @@ mod tests {
     fn saying_the_sandbox_is_asked_for() {
         assert!(!parse("serve --write").unwrap().say_sandbox);
         assert!(parse("serve --say-sandbox --write").unwrap().say_sandbox);
+    }
+
+    #[test]
+    fn whose_word_counts() {
+        assert!(!parse("serve --write").unwrap().trust.verified);
+        let drv = "q4mzjdlh5px6977h7v5fdsk1p33yg583-x.drv";
+        let line =
+            format!("serve --trust verified --proven-derivation /nix/store/{drv} --only-derivation={drv}");
+        let trust = parse(&line).unwrap().trust;
+        assert!(trust.verified);
+        let named = [drv.parse().unwrap()].into();
+        assert_eq!((&trust.proven, &trust.only), (&named, &named));
+        for wrong in ["--trust yes", "--only-derivation x", &format!("--proven-derivation {}", &drv[..34])] {
+            assert!(parse(&format!("serve {wrong}")).is_err(), "{wrong}");
+        }
     }
 
     #[test]

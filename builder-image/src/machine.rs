@@ -84,6 +84,7 @@ pub(crate) fn settings(cli: &Cli) -> anyhow::Result<Settings> {
         substitution,
         linger,
         self_references,
+        trust: cli.trust.clone(),
     })
 }
 

@@ -218,6 +218,7 @@ async fn create_pod(
         system: &accepted.derivation.system.to_string(),
         features: &crate::plan::required_features(&accepted.derivation),
         fetches: accepted.derivation.kind().is_ok_and(|kind| !kind.is_sandboxed()),
+        derivation: &accepted.derivation,
         authorized_key: &key.public_line(),
         settings: &operator.settings,
     }

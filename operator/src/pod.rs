@@ -6,8 +6,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use drover_api::{
-    BuildRequest, BuilderClassSpec, EgressMode, FEATURES_OF_ALL, Placement, Resources, SandboxFloor,
+    BuildRequest, BuilderClassSpec, EgressMode, FEATURES_OF_ALL, Placement, Resources, SandboxFloor, Trust,
 };
+use drover_nix::derivation::{modulo, proof};
+use drover_nix::{BasicDerivation, StoreDir};
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use kube::ResourceExt as _;
@@ -80,6 +82,8 @@ pub struct PodPlan<'a> {
     pub features: &'a BTreeSet<String>,
     /// What it builds may fetch: it is a fixed-output or an impure derivation.
     pub fetches: bool,
+    /// What it builds, and nothing else.
+    pub derivation: &'a BasicDerivation,
     /// Public half of the attempt's client key.
     pub authorized_key: &'a str,
     pub settings: &'a Settings,
@@ -94,7 +98,7 @@ impl PodPlan<'_> {
             })?;
             merge(&mut pod, template, "");
         }
-        self.insist(&mut pod);
+        self.insist(&mut pod, self.trust()?);
         serde_json::from_value(pod).map_err(|error| Error::Pod {
             why: format!("merging template of class {} gives no pod: {error}", self.class_name),
         })
@@ -160,7 +164,7 @@ impl PodPlan<'_> {
     }
 
     /// What a template may not change.
-    fn insist(&self, pod: &mut Value) {
+    fn insist(&self, pod: &mut Value, trust: Vec<String>) {
         let request = self.request;
         let uid = request.uid().unwrap_or_default();
         let request_namespace = request.namespace().unwrap_or_default();
@@ -220,6 +224,9 @@ impl PodPlan<'_> {
                 "--linger",
                 self.settings.timeouts.linger.as_secs().to_string(),
             ]);
+            if let Some(args) = container["args"].as_array_mut() {
+                args.extend(trust.iter().map(|word| word.as_str().into()));
+            }
             if let Some(memory) = self.memory {
                 let resources = &mut container["resources"];
                 let of = if resources["limits"]["memory"].is_null() { "requests" } else { "limits" };
@@ -235,6 +242,22 @@ impl PodPlan<'_> {
                 args.extend(["--extra-platforms".into(), I686.into()]);
             }
         }
+    }
+
+    /// What the builder looks at again before it builds: that it is this derivation, and that its paths are proven. What
+    /// it cannot prove from the derivation alone the session proves before it sends it.
+    fn trust(&self) -> Result<Vec<String>, Error> {
+        let dir = StoreDir::default();
+        let own = modulo::basic_drv_path(&dir, self.derivation)
+            .map_err(|error| Error::Pod { why: format!("the derivation has no name of its own: {error}") })?;
+        let own = dir.full(&own);
+        let verified = self.class.trust == Trust::Verified;
+        let word = if verified { "verified" } else { "claimed" };
+        let mut words = vec!["--trust", word, "--only-derivation", &own];
+        if verified && proof::prove_alone(&dir, self.derivation).is_err() {
+            words.extend(["--proven-derivation", &own]);
+        }
+        Ok(words.into_iter().map(str::to_owned).collect())
     }
 
     fn may_connect(&self) -> bool {

@@ -17,6 +17,7 @@ use drover_store::TempRoots;
 use super::cancel::Cancel;
 use super::log::Log;
 use super::targets::Paths;
+use super::trust::Origin;
 use super::{Builder, Request};
 use crate::error::Error;
 
@@ -142,6 +143,7 @@ impl Builder {
         let result = self.build(&Request {
             drv_path: &built_as,
             drv: &resolved,
+            origin: Origin::Store,
             options: goal.options,
             roots: goal.roots,
             log: goal.log,

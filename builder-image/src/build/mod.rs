@@ -1,8 +1,8 @@
 //! One derivation, built: from a request that names store paths to valid outputs or a reason why not.
 //!
 //! In the order of its story: what has to be built first ([`goals`]), who else in this process builds it ([`shared`])
-//! or has built it ([`kept`]), who wants it ([`cancel`]), what was made of it before ([`realised`]), whether it can be
-//! built here ([`accept`]), the one attempt ([`attempt`]): where its outputs go ([`targets`]), locks ([`locks`]), ids
+//! or has built it ([`kept`]), who wants it ([`cancel`]), what was made of it before ([`realised`]), whether its paths are
+//! its own ([`trust`]), whether it can be built here ([`accept`]), the one attempt ([`attempt`]): where its outputs go ([`targets`]), locks ([`locks`]), ids
 //! ([`ids`]), directories ([`scratch`], [`root`], [`extra_paths`], [`skeleton`]), what the builder sees ([`attrs`],
 //! [`json`], [`graph`], [`env`], [`builtins`]), the sandbox ([`confine`], [`bare`], `crate::sandbox`) and its network
 //! ([`connect`]), the watch over it ([`supervise`], [`log`]); how it ended ([`evidence`], [`verdict`]) and what becomes
@@ -36,6 +36,7 @@ mod shared;
 mod skeleton;
 pub(crate) mod supervise;
 mod targets;
+pub(crate) mod trust;
 mod verdict;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -63,6 +64,7 @@ use self::realised::{Key, Realised};
 use self::shared::{Asker, Entry, Identity, Joined, Own, Registry};
 use self::skeleton::Placed;
 use self::targets::Paths;
+use self::trust::{Origin, Trust};
 use crate::error::Error;
 use crate::network;
 use crate::sandbox::rungs::{Ids, Rung};
@@ -93,6 +95,7 @@ pub(crate) struct Settings {
     pub linger: Duration,
     /// What the paths of content-addressed outputs that refer to themselves are made of.
     pub self_references: SelfReferenceHash,
+    pub trust: Trust,
 }
 
 /// Builds into one store.
@@ -114,6 +117,7 @@ pub(crate) struct Builder {
 pub(crate) struct Request<'a> {
     pub drv_path: &'a StorePath,
     pub drv: &'a BasicDerivation,
+    pub origin: Origin,
     pub options: &'a BuildOptions,
     /// Keeps outputs from the collector while the session lasts, which is as long as its build.
     pub roots: &'a TempRoots,
@@ -176,6 +180,7 @@ impl Builder {
             // Such a derivation is not accepted, which says why.
             self.accept(request.drv_path, drv, &Attributes::parse(drv)?)?;
         }
+        self.settings.trust.check(dir, request.origin, request.drv_path, drv)?;
         request.roots.add_all(known.values().flatten().chain([request.drv_path]))?;
         let key = match kind {
             DerivationType::CaFloating => Some(Key::of(dir, request.drv_path, drv)?),

@@ -26,6 +26,10 @@ pub(crate) fn failure(derivation: &BasicDerivation, result: &BuildResult) -> Opt
         (_, Some(Cause::DiskFull)) => (Reason::DiskFull, true),
         (_, Some(Cause::Killed)) => (Reason::BuilderLost, true),
         (BuildStatus::PermanentFailure | BuildStatus::CachedFailure, _) => (Reason::BuildFailed, false),
+        // The builder's own look at what the operator has proven.
+        (BuildStatus::InputRejected, _) if says(&["output paths are not proven"]) => {
+            (Reason::PathNotProven, false)
+        }
         (BuildStatus::InputRejected, _) if says(&["system", "platform", "features"]) => {
             (Reason::WrongSystem, false)
         }

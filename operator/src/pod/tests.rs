@@ -1,3 +1,5 @@
+use drover_nix::{DerivationOutput, OutputName};
+
 use super::*;
 
 fn settings() -> Settings {
@@ -35,6 +37,31 @@ fn pod_with(
     features: &[&str],
     memory: Option<&Quantity>,
 ) -> Value {
+    pod_of(request, class, features, memory, &derivation())
+}
+
+/// With a path that follows from the rest.
+fn derivation() -> BasicDerivation {
+    let mut drv = BasicDerivation {
+        name: "hello".into(),
+        outputs: [(OutputName::out(), DerivationOutput::Deferred)].into(),
+        input_srcs: [].into(),
+        system: "x86_64-linux".into(),
+        builder: "/bin/sh".into(),
+        args: vec![],
+        env: [("out".into(), "".into())].into(),
+    };
+    modulo::fill_output_paths(&StoreDir::default(), &mut drv).unwrap();
+    drv
+}
+
+fn pod_of(
+    request: &BuildRequest,
+    class: &BuilderClassSpec,
+    features: &[&str],
+    memory: Option<&Quantity>,
+    derivation: &BasicDerivation,
+) -> Value {
     let plan = PodPlan {
         request,
         class,
@@ -44,6 +71,7 @@ fn pod_with(
         system: "x86_64-linux",
         features: &features.iter().map(|f| (*f).to_owned()).collect(),
         fetches: features.contains(&"fetches"),
+        derivation,
         authorized_key: "ssh-ed25519 AAAA",
         settings: &settings(),
     };
@@ -257,4 +285,27 @@ fn the_deadline_leaves_time_to_copy() {
     request.spec.timeout_seconds = Some(60);
     let pod = pod(&request, &class(""), &[]);
     assert_eq!(pod["spec"]["activeDeadlineSeconds"], 60 + COPY_SECONDS);
+}
+
+#[test]
+fn the_builder_looks_at_trust_again() {
+    let dir = StoreDir::default();
+    let words = |trust: &str, derivation: &BasicDerivation| -> Vec<String> {
+        let pod = pod_of(&request(), &class(trust), &[], None, derivation);
+        let args = pod["spec"]["containers"][0]["args"].as_array().unwrap();
+        let words = args.iter().map(|word| word.as_str().unwrap().to_owned());
+        words.skip_while(|word| word != "--trust").take(6).collect()
+    };
+    let own = |derivation: &BasicDerivation| dir.full(&modulo::basic_drv_path(&dir, derivation).unwrap());
+    let alone = derivation();
+    let of_alone = own(&alone);
+    assert_eq!(words("", &alone), ["--trust", "verified", "--only-derivation", &of_alone]);
+    assert_eq!(words("trust: Claimed", &alone), ["--trust", "claimed", "--only-derivation", &of_alone]);
+    // Proven from its closure, if at all: by the session.
+    let mut below = derivation();
+    below.args.push("changed".into());
+    let of_below = own(&below);
+    let proven = ["--trust", "verified", "--only-derivation", &of_below, "--proven-derivation", &of_below];
+    assert_eq!(words("trust: Verified", &below), proven);
+    assert_eq!(words("trust: Claimed", &below)[..4], ["--trust", "claimed", "--only-derivation", &of_below]);
 }

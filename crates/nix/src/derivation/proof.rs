@@ -50,6 +50,9 @@ pub enum ProofError<E> {
     /// An output path is not the one that the derivation leads to.
     #[error("output {output} of {drv} claims {claimed}, but its path is {computed}")]
     Path { drv: String, output: OutputName, claimed: String, computed: String },
+    /// The variable that tells a builder where an output goes says something else.
+    #[error("env.{output} of {drv} is {value}, but the output's path is {computed}")]
+    Variable { drv: String, output: OutputName, value: String, computed: String },
     /// The path depends on content that is not known yet.
     #[error("output {output} of {drv} cannot be proven: its path depends on outputs that are not built yet")]
     Deferred { drv: String, output: OutputName },
@@ -78,7 +81,7 @@ pub fn prove_alone(
     }
     let computed = modulo::basic_output_paths(dir, drv).map_err(invalid)?;
     let claimed = drv.output_paths(dir).map_err(invalid)?;
-    compare(dir, &drv.name, &claimed, &computed)
+    compare(dir, &drv.name, drv, &claimed, &computed)
 }
 
 impl Proven {
@@ -235,16 +238,19 @@ impl Proven {
                 let output = outputs.into_keys().next().unwrap_or_else(OutputName::out);
                 return Err(ProofError::Deferred { drv: path.to_string(), output });
             };
-            compare(dir, path.as_str(), &outputs, &computed)?;
+            compare(dir, path.as_str(), &drv.basic, &outputs, &computed)?;
         }
         let hash = modulo::input_hash(dir, drv, &mut input).map_err(invalid)?;
         Ok(Entry { drv: drv.clone(), hash, outputs })
     }
 }
 
+/// Output paths, and the variables by which a builder finds them: their values are no part of what paths are made of, so
+/// that a builder could be led to put one output in another's place (Nix: derivations.cc, checkInvariants).
 fn compare<E>(
     dir: &StoreDir,
     drv: &str,
+    basic: &BasicDerivation,
     claimed: &BTreeMap<OutputName, Option<StorePath>>,
     computed: &BTreeMap<OutputName, StorePath>,
 ) -> Result<(), ProofError<E>> {
@@ -255,6 +261,15 @@ fn compare<E>(
                 drv: drv.to_owned(),
                 output: output.clone(),
                 claimed: claimed.map_or_else(|| "no path".to_owned(), |path| dir.full(path)),
+                computed: dir.full(computed),
+            });
+        }
+        let variable = basic.env(output.as_str());
+        if variable.is_none_or(|value| *value != dir.full(computed).as_bytes()) {
+            return Err(ProofError::Variable {
+                drv: drv.to_owned(),
+                output: output.clone(),
+                value: variable.map_or_else(|| "missing".to_owned(), |value| format!("{value:?}")),
                 computed: dir.full(computed),
             });
         }
@@ -446,8 +461,18 @@ mod tests {
         drv.env.insert("out".into(), dir.full(&path).into());
         drv.outputs.insert(OutputName::out(), DerivationOutput::InputAddressed(path));
         prove_alone(&dir, &drv).unwrap();
-        drv.args.push("changed".into());
-        assert!(matches!(prove_alone(&dir, &drv), Err(ProofError::Path { .. })));
+        let mut changed = drv.clone();
+        changed.args.push("changed".into());
+        assert!(matches!(prove_alone(&dir, &changed), Err(ProofError::Path { .. })));
+        // What the paths are made of leaves these values out.
+        let mut led_astray = drv.clone();
+        led_astray.env.insert("out".into(), "/nix/store/i00sflxqsj37lfmf95m8mn0grv615hpj-alone".into());
+        let computed = modulo::basic_output_paths(&dir, &led_astray).unwrap();
+        assert_eq!(computed, modulo::basic_output_paths(&dir, &drv).unwrap());
+        match prove_alone(&dir, &led_astray) {
+            Err(ProofError::Variable { output, .. }) => assert_eq!(output, OutputName::out()),
+            other => panic!("{other:?}"),
+        }
     }
 
     #[test]

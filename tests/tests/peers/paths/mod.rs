@@ -1,5 +1,6 @@
 //! Output paths and `.drv` files against a corpus that real Nix instantiates, and lies about them.
 
+mod builder;
 mod generator;
 mod lies;
 
