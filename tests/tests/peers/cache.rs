@@ -8,7 +8,7 @@ use std::sync::Arc;
 use anyhow::{Context as _, Result, ensure};
 use drover_cache::{Cache, CacheOptions, NarSpool, Stored, VerifiedNar, closure, read_drv};
 use drover_nix::signature::SecretKey;
-use drover_nix::{StoreDir, StorePath};
+use drover_nix::{NarInfo, PathInfo, Sha256, StoreDir, StorePath, nar};
 use drover_tests::{HttpCache, Nix, Peer};
 
 /// Two paths of which one refers to the other and to itself, and a source below both.
@@ -82,6 +82,64 @@ pub(crate) fn read_all(cache: &Arc<dyn Cache>, root: &StorePath) -> Result<BTree
         .collect()
 }
 
+/// What the narinfo files had in them that were compared.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+struct Kinds {
+    no_references: bool,
+    references: bool,
+    deriver: bool,
+    no_deriver: bool,
+    two_signatures: bool,
+    text: bool,
+    fixed: bool,
+    fixed_recursive: bool,
+}
+
+impl Kinds {
+    fn all() -> Self {
+        let yes = true;
+        Self {
+            no_references: yes,
+            references: yes,
+            deriver: yes,
+            no_deriver: yes,
+            two_signatures: yes,
+            text: yes,
+            fixed: yes,
+            fixed_recursive: yes,
+        }
+    }
+
+    /// Each narinfo file in a cache that real Nix wrote: printed from what was parsed, it is the same to the byte.
+    fn see(&mut self, cache: &Path) -> Result<()> {
+        let dir = StoreDir::default();
+        for entry in std::fs::read_dir(cache)? {
+            let path = entry?.path();
+            if path.extension().is_none_or(|extension| extension != "narinfo") {
+                continue;
+            }
+            let text = std::fs::read_to_string(&path)?;
+            let parsed = NarInfo::parse(&dir, text.as_bytes())?;
+            ensure!(
+                parsed.print(&dir) == text,
+                "Nix wrote\n{text}\nand this program\n{}",
+                parsed.print(&dir)
+            );
+            let (info, ca) = (&parsed.info, parsed.info.ca.as_ref().map(ToString::to_string));
+            let address = |prefix: &str| ca.as_ref().is_some_and(|ca| ca.starts_with(prefix));
+            self.no_references |= info.references.is_empty();
+            self.references |= info.references.len() > 1;
+            self.deriver |= info.deriver.is_some();
+            self.no_deriver |= info.deriver.is_none();
+            self.two_signatures |= info.signatures.len() == 2;
+            self.text |= address("text:sha256:");
+            self.fixed |= address("fixed:sha1:");
+            self.fixed_recursive |= address("fixed:r:sha256:");
+        }
+        Ok(())
+    }
+}
+
 #[test]
 fn drover_reads_what_nix_copies_in_every_compression() -> Result<()> {
     for nix in Nix::ALL {
@@ -94,11 +152,27 @@ fn drover_reads_what_nix_copies_in_every_compression() -> Result<()> {
         filled.peer.run("nix-store", &generate)?;
         let public = std::fs::read_to_string(key("public"))?.parse()?;
         let options = CacheOptions { public_keys: vec![public], ..CacheOptions::default() };
-        for compression in ["xz", "zstd", "bzip2", "gzip", "none"] {
+        // Signed by two, and things that are not: a file by its hash, a tree by its hash.
+        let second = key("second");
+        filled
+            .peer
+            .run("nix-store", &["--generate-binary-cache-key", "second-1", &second, &key("unused")])?;
+        filled.nix(&["store", "sign", "-k", &second, "--recursive", &full(&filled.out)])?;
+        let add =
+            |args: &[&str]| Ok::<_, anyhow::Error>(filled.peer.run("nix-store", args)?.trim().to_owned());
+        let fixed = [
+            add(&["--add", &key("public")])?,
+            add(&["--add-fixed", "sha1", &key("public")])?,
+            add(&["--add-fixed", "--recursive", "sha512", &key("public")])?,
+        ];
+        let mut kinds = Kinds::default();
+        for compression in ["xz&parallel-compression=true", "zstd", "bzip2", "gzip", "none"] {
             let dir = tempfile::tempdir()?;
             let http = HttpCache::start(dir.path())?;
             let url = format!("{}?compression={compression}&secret-key={}", http.url(), key("secret"));
-            filled.nix(&["copy", "--to", &url, &full(&filled.out)])?;
+            let copied: Vec<&str> = fixed.iter().map(String::as_str).collect();
+            filled.nix(&[&["copy", "--to", &url, &full(&filled.out)][..], &copied].concat())?;
+            kinds.see(dir.path()).with_context(|| format!("{nix:?} {compression}"))?;
             let over_http = open(http.url(), &options)?;
             let read = read_all(&over_http, &filled.out).with_context(|| format!("{nix:?} {compression}"))?;
             ensure!(read == expected, "{nix:?} {compression}");
@@ -114,6 +188,8 @@ fn drover_reads_what_nix_copies_in_every_compression() -> Result<()> {
             filled.nix(&["copy", "--to", http.url(), &full(&filled.drv)])?;
         }
         filled.nix(&["copy", "--to", http.url(), &full(&filled.out)])?;
+        kinds.see(dir.path())?;
+        ensure!(kinds == Kinds::all(), "{nix:?} wrote too little to compare: {kinds:?}");
         let cache = open(http.url(), &options)?;
         let drv =
             read_drv(&*cache, &StoreDir::default(), &filled.drv)?.context("the .drv file was copied")?;
@@ -177,6 +253,83 @@ fn nix_reads_what_drover_stores() -> Result<()> {
         let log = with("", "nix", &["log", "--store", http.url(), &full(&filled.out)])?;
         let said = String::from_utf8_lossy(&log.stderr);
         ensure!(String::from_utf8_lossy(&log.stdout).contains("the log"), "{nix:?}: {said}");
+    }
+    Ok(())
+}
+
+/// A path that no build made, with contents that do not compress.
+fn put(cache: &Arc<dyn Cache>, name: &str, size: usize) -> Result<(StorePath, Vec<u8>)> {
+    let mut state = Sha256::of(name.as_bytes());
+    let mut contents = Vec::with_capacity(size + 32);
+    while contents.len() < size {
+        contents.extend_from_slice(&state.0);
+        state = Sha256::of(&state.0);
+    }
+    let mut writer = nar::Writer::new(Vec::new());
+    writer.file_bytes(false, &contents)?;
+    let nar = writer.finish()?;
+    let mut spool = NarSpool::new(Path::new("/tmp"), [])?;
+    io::copy(&mut &nar[..], &mut spool)?;
+    let spooled = spool.finish()?;
+    let path = StoreDir::default().make_path("test", Sha256::of(name.as_bytes()), name)?;
+    let info = PathInfo {
+        path: path.clone(),
+        nar_hash: spooled.nar_hash,
+        nar_size: spooled.nar_size,
+        references: Default::default(),
+        deriver: None,
+        signatures: Vec::new(),
+        ca: None,
+    };
+    cache.put(&info, &spooled)?;
+    Ok((path, nar))
+}
+
+/// Threads ask for hundreds of narinfo files at once, of a real server.
+#[test]
+fn connections_are_kept_and_shared() -> Result<()> {
+    const PATHS: usize = 200;
+    let dir = tempfile::tempdir()?;
+    let files = open(&format!("file://{}", dir.path().display()), &CacheOptions::default())?;
+    let paths: Vec<StorePath> =
+        (0..PATHS).map(|number| Ok(put(&files, &format!("p{number}"), 100)?.0)).collect::<Result<_>>()?;
+    // One connection a thread at most by HTTP/1.1; by HTTP/2, all are on one.
+    for (http, protocol, most) in
+        [(HttpCache::start(dir.path())?, "HTTP/1.1", 16), (HttpCache::start_tls(dir.path())?, "HTTP/2.0", 1)]
+    {
+        let certificates = http.url().starts_with("https").then(|| http.certificate());
+        let cache = open(http.url(), &CacheOptions { certificates, ..CacheOptions::default() })?;
+        // So that what is spoken is known before many ask.
+        ensure!(cache.narinfo(&paths[0])?.is_some());
+        let found = closure(std::slice::from_ref(&cache), paths.iter().cloned())?;
+        ensure!(found.found.len() == PATHS, "{:?}", found.missing);
+        let connections = http.connections()?;
+        ensure!(http.requests()?.len() > PATHS);
+        ensure!(connections.iter().all(|(_, spoken)| spoken == protocol), "{connections:?}");
+        ensure!(connections.len() <= most, "{protocol}: {} connections", connections.len());
+    }
+    Ok(())
+}
+
+/// A real server dies while a NAR is on its way, and comes back.
+#[test]
+fn a_download_survives_its_server() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let files = open(&format!("file://{}", dir.path().display()), &CacheOptions::default())?;
+    // More than all the buffers between the two hold.
+    let (path, nar) = put(&files, "large", 48 << 20)?;
+    for http in [HttpCache::start(dir.path())?, HttpCache::start_tls(dir.path())?] {
+        let certificates = http.url().starts_with("https").then(|| http.certificate());
+        let cache = open(http.url(), &CacheOptions { certificates, ..CacheOptions::default() })?;
+        let narinfo = cache.narinfo(&path)?.context("it was just stored")?;
+        let mut body = VerifiedNar::new(cache.nar(&narinfo)?, &narinfo.info);
+        let mut read = vec![0; 1 << 20];
+        body.read_exact(&mut read)?;
+        let http = http.restart()?;
+        body.read_to_end(&mut read)?;
+        ensure!(read == nar, "{}: {} bytes of {}", http.url(), read.len(), nar.len());
+        let rest = http.requests()?.into_iter().filter(|(_, _, status, _)| *status == 206).count();
+        ensure!(rest == 1, "{}: {:?}", http.url(), http.requests()?);
     }
     Ok(())
 }
