@@ -157,6 +157,7 @@ async fn act(operator: &Operator, world: &World, action: &Action) -> Result<(), 
                     caches: operator.caches.clone(),
                     work_dir: operator.settings.work_dir.clone(),
                     timeouts: operator.settings.timeouts,
+                    kept: Arc::default(),
                 },
             );
             Ok(())

@@ -4,10 +4,10 @@ use std::io::{self, BufReader, BufWriter, Read, Write};
 use drover_nix::{BasicDerivation, PathInfo, Sha256, StoreDir, StorePath};
 
 use crate::commands::{
-    Command, add_to_store_nar, build_derivation, build_paths, dump_store_path, export_paths, import_paths,
-    query_closure, query_path_infos, query_valid_paths, read_done,
+    Command, add_to_store_nar, build_derivation, build_paths, dump_store_path, dump_store_path_from,
+    export_paths, import_paths, query_closure, query_path_infos, query_valid_paths, read_done,
 };
-use crate::nar_copy::{copy_nar, copy_nar_hashed};
+use crate::nar_copy::{copy_bytes, copy_nar, copy_nar_hashed};
 use crate::wire::{self, WireWrite as _};
 use crate::{BuildOptions, BuildResult, BuildTarget, Error, ReceivedPath, Version, greeting};
 
@@ -98,6 +98,22 @@ impl<R: Read, W: Write> Client<R, W> {
         dump_store_path::write_request(&mut self.output, &self.dir, path)?;
         self.flush()?;
         copy_nar(&mut self.input, path, sink)
+    }
+
+    /// Writes what the NAR of a valid path has behind its first `offset` bytes to `sink`: up to `size`, which the server
+    /// has said. It is checked for nothing: its form and hash are those of the whole. Only Drover's server knows this
+    /// command; any other ends the session.
+    pub fn dump_store_path_from(
+        &mut self,
+        path: &StorePath,
+        offset: u64,
+        size: u64,
+        sink: &mut dyn Write,
+    ) -> Result<(), Error> {
+        self.finish_nars()?;
+        dump_store_path_from::Request { path: path.clone(), offset }.write(&mut self.output, &self.dir)?;
+        self.flush()?;
+        copy_bytes(&mut self.input, path, size.saturating_sub(offset), sink)
     }
 
     /// Adds a path whose references are valid there, and waits until it is. `nar` has to have exactly `nar_size`

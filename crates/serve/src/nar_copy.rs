@@ -1,6 +1,6 @@
 //! Moving one NAR out of a longer stream. A NAR has no length before it: only its grammar says where it ends.
 
-use std::io::{self, BufWriter, Read, Write};
+use std::io::{self, BufRead, BufWriter, Read, Write};
 
 use drover_nix::hash::Sha256Hasher;
 use drover_nix::{Sha256, StorePath, nar};
@@ -39,6 +39,28 @@ pub(crate) fn copy_nar_hashed(
     let mut hashing = Hashing { sink, hasher: Sha256Hasher::new() };
     let size = copy_nar(input, path, &mut hashing)?;
     Ok((hashing.hasher.finish(), size))
+}
+
+/// Copies `count` bytes of a NAR whose beginning came earlier to `sink`. On failure `sink` has a part of them.
+pub(crate) fn copy_bytes(
+    input: &mut impl BufRead,
+    path: &StorePath,
+    mut count: u64,
+    sink: &mut dyn Write,
+) -> Result<(), Error> {
+    while count > 0 {
+        let bytes = match input.fill_buf() {
+            Ok([]) => return Err(Error::io(ACT)(io::ErrorKind::UnexpectedEof.into())),
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) => return Err(Error::io(ACT)(error)),
+        };
+        let taken = usize::try_from(count).map_or(bytes.len(), |count| count.min(bytes.len()));
+        sink.write_all(&bytes[..taken]).map_err(|source| Error::NarSink { path: path.clone(), source })?;
+        input.consume(taken);
+        count -= taken as u64;
+    }
+    Ok(())
 }
 
 struct Hashing<'a> {

@@ -7,6 +7,7 @@ use drover_nix::hash::Sha256Hasher;
 use drover_nix::order::references_first;
 use drover_nix::{BasicDerivation, PathInfo, StoreDir, StorePath, nar};
 
+use crate::commands::dump_store_path_from::{Behind, Request};
 use crate::commands::import_paths::{Trailer, read_more};
 use crate::commands::{
     Command, DONE, build_derivation, build_paths, export_paths, query_closure, query_path_infos,
@@ -150,9 +151,10 @@ impl<R: Read, W: Write> Session<'_, R, W> {
             }
             if match command {
                 Command::AddToStoreNar => false,
-                Command::DumpStorePath | Command::QueryPathInfos | Command::QueryValidPaths => {
-                    self.unsettled > 0
-                }
+                Command::DumpStorePath
+                | Command::DumpStorePathFrom
+                | Command::QueryPathInfos
+                | Command::QueryValidPaths => self.unsettled > 0,
                 // What may take long lets nobody wait for earlier answers.
                 _ => true,
             } {
@@ -168,6 +170,7 @@ impl<R: Read, W: Write> Session<'_, R, W> {
             Command::BuildDerivation => self.build_derivation(),
             Command::BuildPaths => self.build_paths(),
             Command::DumpStorePath => self.dump_store_path(),
+            Command::DumpStorePathFrom => self.dump_store_path_from(),
             Command::ExportPaths => self.export_paths(),
             Command::ImportPaths => self.import_paths(),
             Command::QueryClosure => self.query_closure(),
@@ -199,6 +202,17 @@ impl<R: Read, W: Write> Session<'_, R, W> {
     fn dump_store_path(&mut self) -> Result<(), Error> {
         let path = wire::read_path(&mut self.input, self.dir)?;
         self.dump(&path)
+    }
+
+    fn dump_store_path_from(&mut self) -> Result<(), Error> {
+        let Request { path, offset } = Request::read(&mut self.input, self.dir)?;
+        // What was sent already is read again and left out: reading is many times faster than any connection.
+        let mut rest = Behind { inner: &mut self.output, left: offset };
+        self.backend.dump(&path, &mut rest).map_err(backend_on("dump", &path))?;
+        match rest.left {
+            0 => Ok(()),
+            left => Err(Error::NarSize { path, expected: offset, got: offset - left }),
+        }
     }
 
     fn add_to_store_nar(&mut self) -> Result<(), Error> {

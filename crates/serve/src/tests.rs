@@ -453,3 +453,29 @@ impl Read for Recorder {
         Ok(count)
     }
 }
+
+#[test]
+fn the_rest_of_a_nar_from_any_offset() {
+    let nar = file_nar(&[7; 1000]);
+    let size = nar.len() as u64;
+    let mut store = MemoryStore::default();
+    store.insert(path(A), &[], nar.clone());
+    let request = |base: &str, offset: u64| [u(0x4452_4f56), p(base), u(offset)].concat();
+    for offset in 0..=size {
+        let (said, result) = answer(&mut store, 0x207, &request(A, offset));
+        result.unwrap();
+        assert!(said == nar[usize::try_from(offset).unwrap()..], "{offset}");
+    }
+    // Nobody is left waiting for what does not come.
+    assert!(answer(&mut store, 0x207, &request(A, size + 1)).1.is_err());
+    assert!(answer(&mut store, 0x207, &request(B, 0)).1.is_err());
+
+    let (mut client, server) = connect(store, false);
+    let mut rest = Vec::new();
+    client.dump_store_path_from(&path(A), 500, size, &mut rest).unwrap();
+    assert!(rest == nar[500..]);
+    // The session goes on behind it.
+    assert_eq!(client.query_valid_paths(&set(&[A, B]), false, false).unwrap(), set(&[A]));
+    drop(client);
+    server.join().unwrap().1.unwrap();
+}

@@ -9,6 +9,7 @@ use drover_nix::{OutputName, PathInfo, StorePath};
 use drover_serve::Client;
 
 use crate::copy::PROGRESS;
+use crate::kept::Part;
 use crate::verify::{self, Received};
 use crate::{Event, Failure, Job, Observer, Output, Reason, content};
 
@@ -35,7 +36,13 @@ pub(crate) fn collect<R: Read, W: Write>(
     verify::claims(outputs, &infos, &candidates, job.max_output_bytes)?;
     let mut collected = Vec::new();
     for (name, path) in in_order(outputs, &infos)? {
-        collected.push(receive(job, name, &infos[path], &candidates, client, observer)?);
+        match receive(job, name, &infos[path], &candidates, client, observer) {
+            Ok(output) => collected.push(output),
+            Err(failure) => {
+                keep(job, collected, &failure);
+                return Err(failure);
+            }
+        }
     }
     Ok(collected)
 }
@@ -46,15 +53,35 @@ pub(crate) fn store(
     collected: Vec<Collected>,
     observer: &mut dyn Observer,
 ) -> Result<(BTreeMap<OutputName, Output>, u64), Failure> {
+    let stored = store_all(job, &collected, observer);
+    if let Err(failure) = &stored {
+        keep(job, collected, failure);
+    }
+    stored
+}
+
+/// For another session, if there may be one.
+fn keep(job: &Job, collected: Vec<Collected>, failure: &Failure) {
+    if failure.infrastructure {
+        job.kept.put(collected);
+    }
+}
+
+fn store_all(
+    job: &Job,
+    collected: &[Collected],
+    observer: &mut dyn Observer,
+) -> Result<(BTreeMap<OutputName, Output>, u64), Failure> {
     let mut outputs = BTreeMap::new();
     let mut bytes = 0;
-    for Collected { name, mut info, nar } in collected {
+    for Collected { name, info, nar } in collected {
+        let (name, mut info) = (name.clone(), info.clone());
         if let Some(key) = &job.signing_key {
             info.signatures.push(key.sign(info.fingerprint(&job.dir).as_bytes()));
         }
         if let Some(cache) = &job.push {
             let act = || format!("storing output {name} ({}) in {}", info.path, cache.url());
-            match cache.put(&info, &nar).map_err(|error| Failure::cache(&act())(error))? {
+            match cache.put(&info, nar).map_err(|error| Failure::cache(&act())(error))? {
                 Stored::New => bytes += nar.file_size,
                 // Where the path follows from content, there is only one: what is there was not proven.
                 Stored::Already(there) if info.ca.is_some() && there.info.nar_hash != info.nar_hash => {
@@ -104,13 +131,29 @@ fn receive<R: Read, W: Write>(
 ) -> Result<Collected, Failure> {
     let (path, nar_size) = (&claimed.path, claimed.nar_size);
     observer.event(Event::OutputStarted { name: name.clone(), path: path.clone(), nar_size });
-    let spool = NarSpool::new(&job.spool_dir, candidates.iter().cloned())
-        .map_err(Failure::cache(&format!("making room for output {name}")))?;
-    let mut sink = Sink { spool, size: 0, limit: nar_size, exceeded: false, observer, name, told: 0 };
-    let dumped = client.dump_store_path(path, &mut sink);
+    if let Some(kept) = job.kept.take(name, claimed) {
+        observer.event(Event::OutputKept { name: name.clone(), bytes: nar_size });
+        return Ok(kept);
+    }
+    let part = job.kept.take_part(claimed).filter(|spool| spool.size() < nar_size);
+    let resumes = part.is_some();
+    let spool = match part {
+        Some(spool) => spool,
+        None => NarSpool::new(&job.spool_dir, candidates.iter().cloned())
+            .map_err(Failure::cache(&format!("making room for output {name}")))?,
+    };
+    let size = spool.size();
+    if resumes {
+        observer.event(Event::OutputKept { name: name.clone(), bytes: size });
+    }
+    let mut sink = Sink { spool, size, limit: nar_size, exceeded: false, observer, name, told: size };
+    let dumped = match resumes {
+        true => client.dump_store_path_from(path, size, nar_size, &mut sink),
+        false => client.dump_store_path(path, &mut sink).map(drop),
+    };
     let Sink { spool, exceeded, .. } = sink;
     match dumped {
-        Ok(_) => {}
+        Ok(()) => {}
         Err(_) if exceeded => {
             let message = format!(
                 "output {name} ({path}) is not what the builder says: more than {nar_size} bytes arrive"
@@ -120,9 +163,18 @@ fn receive<R: Read, W: Write>(
         Err(error @ drover_serve::Error::NarSink { .. }) => {
             return Err(Failure::infrastructure(format!("keeping output {name}: {error}"), error));
         }
-        Err(error) => return Err(Failure::builder(&format!("receiving output {name} ({path})"))(error)),
+        Err(error) => {
+            // Without progress, the builder may be one that does not resume: then all of it is asked for again.
+            if error.is_disconnect() && spool.size() > size {
+                job.kept.put_part(Part { claimed: claimed.clone(), spool });
+            }
+            return Err(Failure::builder(&format!("receiving output {name} ({path})"))(error));
+        }
     }
     let nar = spool.finish().map_err(Failure::cache(&format!("keeping output {name}")))?;
+    if resumes {
+        check_form(name, path, &nar)?;
+    }
     let discarded = BTreeSet::new();
     let references =
         if verify::discards_references(&job.derivation, name) { &discarded } else { &nar.references };
@@ -146,6 +198,24 @@ fn receive<R: Read, W: Write>(
         ca,
     };
     Ok(Collected { name: name.clone(), info, nar })
+}
+
+/// Whether an archive that came in parts is one: only what comes whole is looked at as it comes.
+fn check_form(name: &OutputName, path: &StorePath, nar: &SpooledNar) -> Result<(), Failure> {
+    let bytes = nar.open_nar().map_err(Failure::cache(&format!("reading output {name} back")))?;
+    match drover_nix::nar::Reader::new(io::BufReader::new(bytes)).skip_all() {
+        Ok(size) if size == nar.nar_size => Ok(()),
+        Ok(_) => {
+            let message = format!("output {name} ({path}) has more in it than an archive");
+            Err(Failure::verdict(Reason::OutputRejected, message))
+        }
+        Err(drover_nix::Error::NarIo { source, .. }) => {
+            Err(Failure::infrastructure(format!("reading output {name} back: {source}"), source))
+        }
+        Err(error) => {
+            Err(Failure::verdict(Reason::OutputRejected, format!("output {name} ({path}): {error}")))
+        }
+    }
 }
 
 fn address(

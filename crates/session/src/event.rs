@@ -65,6 +65,11 @@ pub enum Event {
         path: StorePath,
         nar_size: u64,
     },
+    /// So much of it had come in an earlier session, perhaps all.
+    OutputKept {
+        name: OutputName,
+        bytes: u64,
+    },
     OutputProgress {
         name: OutputName,
         bytes: u64,

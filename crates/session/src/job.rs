@@ -10,7 +10,7 @@ use drover_nix::{BasicDerivation, OutputName, StoreDir, StorePath};
 use drover_serve::BuildOptions;
 
 use crate::trust::prove_output_paths;
-use crate::{Failure, Reason};
+use crate::{Failure, Kept, Reason};
 
 /// One build: what, from where, to where.
 pub struct Job {
@@ -32,6 +32,8 @@ pub struct Job {
     pub max_output_bytes: Option<u64>,
     /// An existing directory for outputs on their way to the cache.
     pub spool_dir: PathBuf,
+    /// What earlier sessions for this job have received.
+    pub kept: Arc<Kept>,
 }
 
 /// Whose word counts for the paths of input-addressed outputs, and for content-addressed ones whose content refers to

@@ -19,6 +19,8 @@ use drover_serve::{BuildOptions, BuildResult, BuildStatus, BuiltOutput, serve};
 
 use crate::*;
 
+mod again;
+
 const LIBC: &str = "f8g8x4m83da3b2f79iv84q2r3qlc58lr-libc";
 const TOOL: &str = "i00sflxqsj37lfmf95m8mn0grv615hpj-tool";
 const SOURCE: &str = "q4mzjdlh5px6977h7v5fdsk1p33yg583-source";
@@ -170,7 +172,7 @@ impl World {
         let Self { binaries, sources, push, mut store, derivation, trust, max_output_bytes, key } = self;
         let dir = StoreDir::default();
         let (push, spool) = (Arc::new(push), tempfile::tempdir().unwrap());
-        let job = Job {
+        let mut job = Job {
             drv_path: drv_path_of(&dir, &derivation).unwrap(),
             dir,
             derivation,
@@ -182,6 +184,7 @@ impl World {
             proven: Arc::default(),
             max_output_bytes,
             spool_dir: spool.path().to_owned(),
+            kept: Arc::default(),
         };
         let (server_input, output) = pipe().unwrap();
         let (input, server_output) = pipe().unwrap();
@@ -192,6 +195,8 @@ impl World {
         let mut events = Vec::new();
         let result = run(input, output, &job, &mut |event| events.push(event));
         let (store, clean) = server.join().unwrap();
+        // What is kept for another session goes with that.
+        drop(std::mem::take(&mut job.kept));
         assert_eq!(std::fs::read_dir(spool.path()).unwrap().count(), 0, "nothing is left behind");
         Ran { result, store, push, events, clean, job }
     }
@@ -582,6 +587,7 @@ fn a_builder_that_goes_away() {
         proven: Arc::default(),
         max_output_bytes: None,
         spool_dir: std::env::temp_dir(),
+        kept: Arc::default(),
     };
     // A server's half of the whole conversation, recorded by letting it run over memory, cut off anywhere.
     for len in [0, 8, 16, 20] {

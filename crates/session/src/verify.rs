@@ -279,6 +279,7 @@ mod tests {
             proven: Default::default(),
             max_output_bytes: None,
             spool_dir: Default::default(),
+            kept: Default::default(),
         }
     }
 

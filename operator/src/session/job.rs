@@ -93,6 +93,7 @@ impl JobPlan {
             proven: handles.proven.clone(),
             max_output_bytes: self.max_output_bytes,
             spool_dir: self.spool_dir.clone(),
+            kept: Arc::default(),
         })
     }
 }

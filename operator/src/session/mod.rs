@@ -5,6 +5,7 @@
 //! plan decides. In the order of a session's life: [`reach`] finds the builder, [`host_key`] learns whom to expect, [`ssh`]
 //! connects, [`pipe`] carries, [`job`] says what to build, [`run`] does it, [`log`] listens, [`meter`] sees that it moves.
 
+mod handed_on;
 pub mod host_key;
 pub mod job;
 pub mod log;
@@ -22,6 +23,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use drover_api::BuildRequest;
+use drover_session::Kept;
 use futures::FutureExt as _;
 use futures::channel::mpsc::UnboundedSender;
 use futures::future::{BoxFuture, join_all};
@@ -31,6 +33,7 @@ use tokio::sync::watch;
 use crate::clock::Clock;
 use crate::metrics::Metrics;
 use crate::world::{SessionEnd, SessionView, Stage};
+use handed_on::HandedOn;
 use log::LogTail;
 pub use run::{Assignment, Talk, talk};
 
@@ -40,6 +43,8 @@ pub type Trigger = UnboundedSender<ObjectRef<BuildRequest>>;
 /// All sessions of this process, by the request's uid.
 pub struct Sessions {
     by_uid: Mutex<HashMap<String, Entry>>,
+    /// What sessions that were stopped have received, for those that come behind them.
+    handed_on: HandedOn,
     trigger: Trigger,
     metrics: Arc<Metrics>,
     clock: Clock,
@@ -74,6 +79,7 @@ impl Conversation for Ssh {
 
 struct Entry {
     progress: Arc<Progress>,
+    kept: Arc<Kept>,
     /// Dropped or set to true: the session gives up.
     stop: watch::Sender<bool>,
 }
@@ -94,11 +100,18 @@ impl Sessions {
         clock: Clock,
         conversation: Arc<dyn Conversation>,
     ) -> Self {
-        Self { by_uid: Mutex::default(), trigger, metrics, clock, conversation }
+        Self {
+            by_uid: Mutex::default(),
+            handed_on: HandedOn::default(),
+            trigger,
+            metrics,
+            clock,
+            conversation,
+        }
     }
 
     /// Starts a session unless this very one runs already. An older one of the same request is stopped.
-    pub fn start(&self, uid: &str, assignment: Assignment) {
+    pub fn start(&self, uid: &str, mut assignment: Assignment) {
         let mut by_uid = self.lock();
         if let Some(entry) = by_uid.get(uid) {
             let view = entry.progress.view();
@@ -110,7 +123,9 @@ impl Sessions {
         let (trigger, clock) = (self.trigger.clone(), self.clock.clone());
         let progress = Arc::new(Progress::new(request, assignment.attempt, pod_uid, trigger, clock));
         let (stop, stopped) = watch::channel(false);
-        by_uid.insert(uid.to_owned(), Entry { progress: progress.clone(), stop });
+        let kept = self.handed_on.take(uid, assignment.attempt, &assignment.pod_uid);
+        assignment.kept = kept.clone();
+        by_uid.insert(uid.to_owned(), Entry { progress: progress.clone(), kept, stop });
         let sessions = self.metrics.sessions.clone();
         sessions.inc();
         let conversation = self.conversation.clone();
@@ -134,6 +149,9 @@ impl Sessions {
         if let Some(entry) = self.lock().remove(uid) {
             // Nobody listens any more if it has ended.
             let _ = entry.stop.send(true);
+            let Entry { progress, kept, .. } = entry;
+            let view = progress.view();
+            self.handed_on.put(uid, view.attempt, view.pod_uid, kept);
         }
     }
 

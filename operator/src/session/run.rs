@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use drover_api::{BuildRequest, Reason};
 use drover_serve::SLOWEST_FETCH;
-use drover_session::{Event, Job};
+use drover_session::{Event, Job, Kept};
 use k8s_openapi::api::core::v1::Pod;
 use kube::Api;
 use kube::runtime::reflector::{ObjectRef, Store};
@@ -42,6 +42,8 @@ pub struct Assignment {
     pub caches: Arc<Caches>,
     pub work_dir: PathBuf,
     pub timeouts: Timeouts,
+    /// What earlier sessions with this builder have received; the sessions' keeper fills it in.
+    pub kept: Arc<Kept>,
 }
 
 /// What there is to be said to a builder that has been reached.
@@ -53,6 +55,7 @@ pub struct Talk {
     pub stall: Duration,
     /// From a pod with a node to a connection.
     pub reached_after: Duration,
+    pub kept: Arc<Kept>,
 }
 
 /// Runs to the end, or until `stopped`.
@@ -75,9 +78,9 @@ pub(super) async fn run(
             return unreachable(format!("the builder in pod {pod} did not answer within {seconds} s"));
         }
     };
-    let Assignment { job, caches, work_dir, timeouts, .. } = assignment;
+    let Assignment { job, caches, work_dir, timeouts, kept, .. } = assignment;
     let reached_after = begun.elapsed();
-    let talk_of = Talk { job, caches, work_dir, stall: timeouts.stall, reached_after };
+    let talk_of = Talk { job, caches, work_dir, stall: timeouts.stall, reached_after, kept };
     let end = talk(talk_of, pipes, progress, stopped.clone()).await;
     connection.close().await;
     // Whoever waits for the session to be over waits for this half to go.
@@ -93,7 +96,7 @@ pub async fn talk(
     progress: Arc<Progress>,
     mut stopped: watch::Receiver<bool>,
 ) -> SessionEnd {
-    let Talk { job: plan, caches, work_dir, stall, reached_after } = talk;
+    let Talk { job: plan, caches, work_dir, stall, reached_after, kept } = talk;
     let Pipes { stdin, stdout, stderr, meter, cut } = pipes;
     let log = match Log::follow(stderr, &work_dir) {
         Ok(log) => log,
@@ -110,6 +113,7 @@ pub async fn talk(
             };
             job.caches = job.caches.into_iter().map(|cache| meter.watch(cache)).collect();
             job.push = job.push.map(|cache| meter.watch(cache));
+            job.kept = kept;
             let mut observer = |event: Event| observe(&progress, &meter, &event);
             // Both pipes are consumed: when this returns, the builder has seen the end of its input.
             let result = drover_session::run(stdout, stdin, &job, &mut observer);

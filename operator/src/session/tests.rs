@@ -88,6 +88,7 @@ fn begin(stall: Duration) -> (Session, Far) {
         work_dir: dir.path().to_owned(),
         stall,
         reached_after: Duration::ZERO,
+        kept: Arc::default(),
     };
     let end = tokio::spawn(talk(said, pipes, progress.clone(), stopped));
     (Session { end, progress, stop, dir }, Far { stdin: far_stdin, stdout: far_stdout, stderr: far_stderr })

@@ -18,6 +18,7 @@ use drover_operator::session::ssh::{Connection, Target};
 use drover_operator::session::{Progress, Talk, talk};
 use drover_operator::world::{SessionEnd, Stage};
 use drover_serve::BuildOptions;
+use drover_session::Kept;
 use kube::runtime::reflector::ObjectRef;
 use tempfile::TempDir;
 use tokio::sync::watch;
@@ -34,6 +35,8 @@ const SIGNING_KEY: &str =
 /// A builder, a cache, and what an operator has.
 struct World {
     listener: Listener,
+    /// As the keeper of sessions hands it on from one to the next.
+    kept: Arc<Kept>,
     dir: TempDir,
     seed: Seed,
     client_key: ClientKey,
@@ -61,7 +64,7 @@ impl World {
         let busybox = busybox.context("busybox not found: apt-get install busybox-static")?;
         let options = ["--linger", "1000", "--sandbox-shell", busybox];
         let listener = Listener::start(keys, &[&client_key.public_line()], &options)?;
-        Ok(Self { listener, dir, seed, client_key })
+        Ok(Self { listener, kept: Arc::default(), dir, seed, client_key })
     }
 
     fn work(&self) -> PathBuf {
@@ -99,6 +102,7 @@ impl World {
             work_dir: self.work(),
             stall: PATIENCE,
             reached_after: Duration::ZERO,
+            kept: self.kept.clone(),
         };
         let (trigger, _triggered) = futures::channel::mpsc::unbounded();
         let request = ObjectRef::new("x").within("team");

@@ -278,6 +278,7 @@ fn sessions_that_believe_nothing_take_them_all() -> Result<()> {
             proven: Arc::clone(&proven),
             max_output_bytes: None,
             spool_dir: spool.clone(),
+            kept: Arc::default(),
         };
         let mut builder = Command::new(program("drover-builder")?);
         builder.args(["serve", "--write", "--store"]).arg(side.home.store()).stderr(Stdio::null());

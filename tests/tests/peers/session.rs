@@ -100,6 +100,7 @@ impl World {
             proven: Arc::default(),
             max_output_bytes: None,
             spool_dir: self.path("spool"),
+            kept: Arc::default(),
         })
     }
 

@@ -199,6 +199,7 @@ fn job(item: &Item, resolved: &Resolved, setup: &Setup) -> Job {
         proven: Arc::default(),
         max_output_bytes: spec.max_output_bytes,
         spool_dir: setup.spool.path().to_path_buf(),
+        kept: Arc::default(),
     }
 }
 

@@ -5,6 +5,7 @@ pub(crate) mod add_to_store_nar;
 pub(crate) mod build_derivation;
 pub(crate) mod build_paths;
 pub(crate) mod dump_store_path;
+pub(crate) mod dump_store_path_from;
 pub(crate) mod export_paths;
 pub(crate) mod import_paths;
 pub(crate) mod query_closure;
@@ -18,9 +19,9 @@ use crate::{Error, wire};
 /// What the two commands that add to the store answer when they are done.
 pub(crate) const DONE: u64 = 1;
 
-/// Numbers as on the wire (Nix: serve-protocol.hh).
+/// Numbers as on the wire (Nix: serve-protocol.hh), and one of our own, far from where Nix counts.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-#[repr(u8)]
+#[repr(u32)]
 pub(crate) enum Command {
     QueryValidPaths = 1,
     QueryPathInfos = 2,
@@ -31,10 +32,12 @@ pub(crate) enum Command {
     QueryClosure = 7,
     BuildDerivation = 8,
     AddToStoreNar = 9,
+    /// Four letters, `DROV`.
+    DumpStorePathFrom = 0x4452_4f56,
 }
 
 impl Command {
-    const ALL: [Self; 9] = [
+    const ALL: [Self; 10] = [
         Self::QueryValidPaths,
         Self::QueryPathInfos,
         Self::DumpStorePath,
@@ -44,6 +47,7 @@ impl Command {
         Self::QueryClosure,
         Self::BuildDerivation,
         Self::AddToStoreNar,
+        Self::DumpStorePathFrom,
     ];
 
     /// The next command, or None at a clean end of the session.
@@ -61,6 +65,7 @@ impl Command {
             Self::BuildDerivation => "BuildDerivation",
             Self::BuildPaths => "BuildPaths",
             Self::DumpStorePath => "DumpStorePath",
+            Self::DumpStorePathFrom => "DumpStorePathFrom",
             Self::ExportPaths => "ExportPaths",
             Self::ImportPaths => "ImportPaths",
             Self::QueryClosure => "QueryClosure",
@@ -89,8 +94,8 @@ mod tests {
 
     #[test]
     fn numbers() {
-        for (index, command) in Command::ALL.into_iter().enumerate() {
-            let number = index as u64 + 1;
+        let numbers = (1..=9).chain([0x4452_4f56u64]);
+        for (number, command) in numbers.zip(Command::ALL) {
             assert_eq!(Command::read(&mut number.to_le_bytes().as_slice()).unwrap(), Some(command));
         }
         for number in [0u64, 10, 13, u64::MAX] {

@@ -263,6 +263,21 @@ fn an_attempt_outlives_its_connection() {
     assert_eq!((sim.verdicts.as_slice(), sim.pods_created), ([true].as_slice(), 1));
     assert_eq!(sim.status().attempts[0].reconnects, 1);
 
+    // A cache is set aside by now that gave something wrong, and another has it.
+    let mut sim = building(0, 0);
+    sim.happen(Event::Ends(Reason::InputHashMismatch));
+    if let Some(SessionEnd::Failed { infrastructure, .. }) = &mut sim.session.as_mut().unwrap().end {
+        *infrastructure = true;
+    }
+    later(&mut sim, 2);
+    assert_eq!((sim.attempts(), sim.reason()), (vec![], "Connecting"));
+    sim.settle();
+    assert_eq!((sim.verdicts.as_slice(), sim.pods_created), ([true].as_slice(), 1));
+    let mut sim = building(3, 3);
+    happens(&mut sim, Event::Ends(Reason::InputHashMismatch));
+    sim.check_settled();
+    assert_eq!((sim.reason(), sim.pods_created), ("InputHashMismatch", 1));
+
     // What was built is there again, when it is this side that failed to take it in.
     let mut sim = building(0, 0);
     for _ in 0..2 {
