@@ -3,6 +3,8 @@
 //! Nothing here talks to anybody. What the class's template says is merged over what Drover says, and what Drover
 //! must be able to rely on is then set again: labels, restart policy, no token, the builder's arguments.
 
+mod caches;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use drover_api::{
@@ -23,6 +25,8 @@ pub const UID_LABEL: &str = "drover.build/request-uid";
 pub const ATTEMPT_LABEL: &str = "drover.build/attempt";
 /// Whether the pod may open connections: `allowed` or `denied`. The chart's NetworkPolicy goes by it.
 pub const EGRESS_LABEL: &str = "drover.build/egress";
+/// Whether the pod fetches from its class's caches: `allowed` or `denied`. Another of the chart's policies goes by it.
+pub const CACHES_LABEL: &str = "drover.build/caches";
 /// `namespace/name` of the request, for people and for finding the request of a pod.
 pub const REQUEST_ANNOTATION: &str = "drover.build/request";
 /// The container that builds.
@@ -174,6 +178,8 @@ impl PodPlan<'_> {
         metadata["labels"][UID_LABEL] = uid.as_str().into();
         metadata["labels"][ATTEMPT_LABEL] = self.attempt.to_string().into();
         metadata["labels"][EGRESS_LABEL] = if self.may_connect() { "allowed" } else { "denied" }.into();
+        let caches = self.cache_options();
+        metadata["labels"][CACHES_LABEL] = if caches.is_empty() { "denied" } else { "allowed" }.into();
         metadata["annotations"][REQUEST_ANNOTATION] =
             format!("{request_namespace}/{}", request.name_any()).into();
         if self.class.placement == Placement::RequestNamespace {
@@ -237,6 +243,9 @@ impl PodPlan<'_> {
             {
                 args.extend(["--network".into(), "none".into()]);
             }
+            if let Some(args) = container["args"].as_array_mut() {
+                args.extend(caches.iter().map(|option| option.as_str().into()));
+            }
             // The nodes for these have another system of their own; the processor runs both.
             if let (I686, Some(args)) = (self.system, container["args"].as_array_mut()) {
                 args.extend(["--extra-platforms".into(), I686.into()]);
@@ -265,6 +274,17 @@ impl PodPlan<'_> {
             EgressMode::None => false,
             EgressMode::FixedOutput => self.fetches,
             EgressMode::All => true,
+        }
+    }
+
+    /// What the builder is told of the class's caches. Where a build may have no network but the pod's, the pod has none
+    /// for its caches either, unless that build may fetch.
+    fn cache_options(&self) -> Vec<String> {
+        let alone = self.class.sandbox != SandboxFloor::Pod;
+        match self.class.egress.mode {
+            EgressMode::None => Vec::new(),
+            _ if alone || self.may_connect() => caches::options(&self.class.caches),
+            _ => Vec::new(),
         }
     }
 

@@ -36,3 +36,23 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{ printf "%s:%s" .image.repository $tag }}
 {{- end -}}
 {{- end -}}
+
+{{/* All addresses but those that no builder reaches, as NetworkPolicyPeers; of builder.networkPolicy. An address is excepted
+from the range that it is in. */}}
+{{- define "drover.publicAddresses" -}}
+{{- $except4 := list }}
+{{- $except6 := list }}
+{{- range concat .except .apiServer }}
+{{- if contains ":" . }}{{ $except6 = append $except6 . }}{{ else }}{{ $except4 = append $except4 . }}{{ end }}
+{{- end }}
+- ipBlock:
+    cidr: 0.0.0.0/0
+    {{- with $except4 }}
+    except: {{- toYaml . | nindent 6 }}
+    {{- end }}
+- ipBlock:
+    cidr: ::/0
+    {{- with $except6 }}
+    except: {{- toYaml . | nindent 6 }}
+    {{- end }}
+{{- end }}

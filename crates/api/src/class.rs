@@ -167,12 +167,30 @@ pub struct ClassCache {
     /// `sessionToken`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub credentials_secret_ref: Option<SecretKeyRef>,
+    /// Who fetches inputs from here. What builders do not fetch is sent to them by the operator.
+    #[serde(default)]
+    pub fetched_by: FetchedBy,
     /// Whether outputs are stored here.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub push: bool,
     /// Nix secret key that outputs are signed with, in the operator's namespace.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub signing_key_secret_ref: Option<SecretKeyRef>,
+}
+
+/// Who fetches inputs from a cache. Builders can where that is `http://` or `https://` and wants no credentials, and where
+/// they may open connections: not under `egress.mode: None`, and under `sandbox: Pod`, where builds share the builder's
+/// network, only those that may fetch themselves.
+#[derive(JsonSchema, Serialize, Deserialize, Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum FetchedBy {
+    /// Builders, where they can and the URL's host is neither a private address nor a name within the cluster: such are out
+    /// of their reach as a rule.
+    #[default]
+    Auto,
+    /// Builders, where they can. Their network has to let them: `builder.networkPolicy.caches` of the chart.
+    Builders,
+    /// The operator.
+    Operator,
 }
 
 /// A Secret in the operator's namespace.

@@ -23,8 +23,8 @@ mod status;
 
 pub use class::{
     AllowedNamespaces, BuilderClass, BuilderClassSpec, ClassCache, ClassResources, Concurrency, Egress,
-    EgressMode, FEATURES_OF_ALL, FeatureScheduling, Placement, SandboxFloor, SecretKeyRef, Trust, Warm,
-    default_class,
+    EgressMode, FEATURES_OF_ALL, FeatureScheduling, FetchedBy, Placement, SandboxFloor, SecretKeyRef, Trust,
+    Warm, default_class,
 };
 pub use convert::{FieldError, Target};
 pub use crd::crds;

@@ -227,6 +227,35 @@ fn who_may_open_connections() {
 }
 
 #[test]
+fn who_fetches_from_caches() {
+    // A pod that fetches and one that does not, by mode and sandbox.
+    for (egress, sandbox, [fetching, pure]) in [
+        ("None", "Nested", [false, false]),
+        ("FixedOutput", "Nested", [true, true]),
+        ("All", "Nested", [true, true]),
+        ("FixedOutput", "NestedAdmin", [true, true]),
+        // Its builds have the pod's own network.
+        ("None", "Pod", [false, false]),
+        ("FixedOutput", "Pod", [true, false]),
+        ("All", "Pod", [true, true]),
+    ] {
+        let class = class(&format!(
+            "egress: {{mode: {egress}}}\nsandbox: {sandbox}\ncaches: [{{url: 'https://cache.example.org'}}]"
+        ));
+        for (features, expected) in [(&["fetches"][..], fetching), (&[], pure)] {
+            let pod = pod(&request(), &class, features);
+            let label = if expected { "allowed" } else { "denied" };
+            assert_eq!(pod["metadata"]["labels"][CACHES_LABEL], label, "{egress} {sandbox}");
+            let args = pod["spec"]["containers"][0]["args"].to_string();
+            let told = args.contains(r#""--substituters","https://cache.example.org?trusted=true""#);
+            assert_eq!(told, expected, "{egress} {sandbox}: {args}");
+        }
+    }
+    let template = class("template: {metadata: {labels: {drover.build/caches: allowed}}}");
+    assert_eq!(pod(&request(), &template, &[])["metadata"]["labels"][CACHES_LABEL], "denied");
+}
+
+#[test]
 fn a_lost_node_is_not_waited_for_unless_the_class_says_so() {
     let tolerations = |spec: &str| pod(&request(), &class(spec), &[])["spec"]["tolerations"].clone();
     let ours = |key: &str| json!({"key": key, "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": LOST_NODE_SECONDS});

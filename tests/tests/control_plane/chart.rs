@@ -82,6 +82,34 @@ fn builders_are_cut_off() -> Result<()> {
         let admitted = admits(&policies, allowed, "egress", Peer::Address(address), ("TCP", port))?;
         ensure!(admitted == expected, "{address}:{port}");
     }
+    // Caches alone: public ones by HTTP and HTTPS, or what an administrator says instead.
+    let caches = ["denied", allowed];
+    let reaches =
+        |policies: &[Value], peer, port| admits_pod(policies, caches, "egress", peer, ("TCP", port));
+    for (address, port, expected) in [
+        ("203.0.113.8", 443, true),
+        ("203.0.113.8", 80, true),
+        ("2001:db8::1", 443, true),
+        ("203.0.113.8", 22, false),
+        ("203.0.113.7", 443, false),
+        ("10.1.2.3", 80, false),
+        ("169.254.169.254", 80, false),
+    ] {
+        ensure!(reaches(&policies, Peer::Address(address), port)? == expected, "{address}:{port}");
+    }
+    ensure!(admits_pod(&policies, caches, "egress", NAMES, ("UDP", 53))?);
+    let values = json!({"networkPolicy": {
+        "caches": [{"to": [{"ipBlock": {"cidr": "10.1.2.3/32"}}], "ports": [{"protocol": "TCP", "port": 80}]}],
+    }});
+    let policies = install(&plane, &["--set-json", &format!("builder={values}")])?;
+    for (address, port, expected) in
+        [("10.1.2.3", 80, true), ("10.1.2.4", 80, false), ("203.0.113.8", 443, false)]
+    {
+        ensure!(reaches(&policies, Peer::Address(address), port)? == expected, "{address}:{port}");
+    }
+    let policies = install(&plane, &["--set-json", r#"builder={"networkPolicy": {"caches": []}}"#])?;
+    ensure!(!reaches(&policies, Peer::Address("203.0.113.8"), 443)?, "none is none");
+
     let without = template(&["--set", "builder.networkPolicy.create=false"])?;
     ensure!(!without.contains("NetworkPolicy"), "it can be left out");
     Ok(())
@@ -160,12 +188,25 @@ fn install(plane: &ControlPlane, options: &[&str]) -> Result<Vec<Value>> {
     Ok(list["items"].as_array().context("a list")?.clone())
 }
 
-/// Whether a builder whose egress label is `label` may have a connection (Kubernetes: networking.k8s.io/v1): no policy that
-/// selects it forbids what it does not list, and any that lists it is enough.
+/// Whether a builder whose egress label is `label`, and that fetches from no cache, may have a connection (Kubernetes:
+/// networking.k8s.io/v1): no policy that selects it forbids what it does not list, and any that lists it is enough.
 fn admits(policies: &[Value], label: &str, direction: &str, peer: Peer, port: (&str, u16)) -> Result<bool> {
+    admits_pod(policies, [label, "denied"], direction, peer, port)
+}
+
+/// The same of a builder with these labels for egress and for caches.
+fn admits_pod(
+    policies: &[Value],
+    [egress, caches]: [&str; 2],
+    direction: &str,
+    peer: Peer,
+    port: (&str, u16),
+) -> Result<bool> {
     let (kind, field) = if direction == "ingress" { ("Ingress", "from") } else { ("Egress", "to") };
     let of_pod = |policy: &&Value| {
-        let selected = selects(&policy["spec"]["podSelector"], ("drover.build/egress", label));
+        let selector = &policy["spec"]["podSelector"];
+        let selected = selects(selector, ("drover.build/egress", egress))
+            && selects(selector, ("drover.build/caches", caches));
         selected && policy["spec"]["policyTypes"].as_array().is_some_and(|kinds| kinds.contains(&kind.into()))
     };
     let selecting: Vec<_> = policies.iter().filter(of_pod).collect();
