@@ -44,6 +44,9 @@ Options:
   --trusted-public-keys LIST
                             keys, NAME:BASE64, one of which must have signed what is not content-addressed
   --no-require-sigs         believe caches unsigned
+  --connect-timeout SECONDS, --stalled-download-timeout SECONDS
+                            how long a cache may take to be connected to (default: 5) and may say nothing (default: 15)
+                            before it is left alone for a while
   --netrc-file FILE         users and passwords by host, for caches and builtin:fetchurl; no build sees the file
   --ssl-cert-file FILE      certificate authorities that caches may have, and that builds which fetch trust (default:
                             NIX_SSL_CERT_FILE, SSL_CERT_FILE, or the machine's own)
@@ -115,6 +118,9 @@ pub(crate) struct Cli {
     pub substituters: Vec<String>,
     pub public_keys: Vec<String>,
     pub require_signatures: bool,
+    /// Of caches; 0 for the usual ones.
+    pub connect_timeout_seconds: u64,
+    pub stall_timeout_seconds: u64,
     /// 0 for as many as there are.
     pub cores: usize,
     pub system: Option<String>,
@@ -149,6 +155,8 @@ pub(crate) fn parse(words: impl IntoIterator<Item = String>) -> Result<Cli, Stri
         substituters: Vec::new(),
         public_keys: Vec::new(),
         require_signatures: true,
+        connect_timeout_seconds: 0,
+        stall_timeout_seconds: 0,
         cores: 0,
         system: None,
         extra_platforms: None,
@@ -212,6 +220,8 @@ pub(crate) fn parse(words: impl IntoIterator<Item = String>) -> Result<Cli, Stri
             "--extra-trusted-public-keys" => cli.public_keys.extend(words_of(&value()?)),
             "--require-sigs" => cli.require_signatures = true,
             "--no-require-sigs" => cli.require_signatures = false,
+            "--connect-timeout" => cli.connect_timeout_seconds = number(&name, &value()?)?,
+            "--stalled-download-timeout" => cli.stall_timeout_seconds = number(&name, &value()?)?,
             "--substitute" => substitute = true,
             "--no-substitute" => substitute = false,
             "--store" => cli.store = value()?,
@@ -437,7 +447,9 @@ mod tests {
             "extra-trusted-public-keys",
             "c:z",
             "--no-require-sigs",
+            "--stalled-download-timeout=7",
         ]);
+        assert_eq!((cli.connect_timeout_seconds, cli.stall_timeout_seconds), (0, 7));
         assert_eq!(cli.substituters, ["http://a", "file:///b", "http://c?trusted=true"]);
         assert_eq!(cli.public_keys, ["a:x", "b:y", "c:z"]);
         assert!(!cli.require_signatures);

@@ -54,6 +54,7 @@ pub(crate) fn settings(cli: &Cli) -> anyhow::Result<Settings> {
             .transpose()?,
         mirrors: cli.hashed_mirrors.clone(),
     };
+    let seconds = |count| (count > 0).then_some(Duration::from_secs(count));
     let substitution = substitute::Settings {
         urls: cli.substituters.clone(),
         public_keys: cli
@@ -62,6 +63,8 @@ pub(crate) fn settings(cli: &Cli) -> anyhow::Result<Settings> {
             .map(|key| key.parse().with_context(|| format!("--trusted-public-keys: {key:?}")))
             .collect::<Result<_, _>>()?,
         require_signatures: cli.require_signatures,
+        connect_timeout: seconds(cli.connect_timeout_seconds),
+        stall_timeout: seconds(cli.stall_timeout_seconds),
         netrc: fetching.netrc.clone(),
         certificates: fetching.bundle(),
     };

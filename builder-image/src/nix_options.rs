@@ -3,7 +3,7 @@
 //! `--no-NAME` turns one off), legacy.cc.
 
 /// Each is followed by this many words.
-const OPTIONS: [(&str, usize); 58] = [
+const OPTIONS: [(&str, usize); 56] = [
     ("--allowed-users", 1),
     ("--arg", 2),
     ("--argstr", 2),
@@ -13,7 +13,6 @@ const OPTIONS: [(&str, usize); 58] = [
     ("--builders", 1),
     ("--builders-use-substitutes", 0),
     ("--compress-build-log", 0),
-    ("--connect-timeout", 1),
     ("--debug", 0),
     ("--experimental-features", 1),
     ("--extra-experimental-features", 1),
@@ -46,7 +45,6 @@ const OPTIONS: [(&str, usize); 58] = [
     ("--secret-key-files", 1),
     ("--show-trace", 0),
     ("--ssl-cert-file", 1),
-    ("--stalled-download-timeout", 1),
     ("--sync-before-registering", 0),
     ("--timeout", 1),
     ("--trusted-substituters", 1),

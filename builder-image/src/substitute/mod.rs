@@ -44,6 +44,9 @@ pub(crate) struct Settings {
     pub public_keys: Vec<PublicKey>,
     /// Whether what is not content-addressed must be signed (Nix: require-sigs).
     pub require_signatures: bool,
+    /// None for what is usual here.
+    pub connect_timeout: Option<Duration>,
+    pub stall_timeout: Option<Duration>,
     /// Users and passwords by host.
     pub netrc: Option<PathBuf>,
     /// Certificate authorities that are trusted beside the machine's.
@@ -106,8 +109,8 @@ impl Substituter {
             dir: self.0.store_dir.clone(),
             public_keys: settings.public_keys.clone(),
             require_signatures: settings.require_signatures,
-            connect_timeout: CONNECT_TIMEOUT,
-            stall_timeout: STALL_TIMEOUT,
+            connect_timeout: settings.connect_timeout.unwrap_or(CONNECT_TIMEOUT),
+            stall_timeout: settings.stall_timeout.unwrap_or(STALL_TIMEOUT),
             attempts: ATTEMPTS,
             certificates: settings.certificates.clone(),
             credentials,

@@ -38,5 +38,6 @@ mod store_metadata;
 mod store_parts;
 mod store_schema;
 mod store_shared;
+mod substitution;
 mod transcripts;
 mod web;

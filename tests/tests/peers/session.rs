@@ -30,7 +30,7 @@ in make {
 "#;
 
 /// A store that real Nix filled, its cache, and the derivation to build, resolved.
-struct World {
+pub(super) struct World {
     peer: Peer,
     dir: tempfile::TempDir,
     drv_path: StorePath,
@@ -40,7 +40,7 @@ struct World {
 }
 
 impl World {
-    fn new(nix: Nix) -> Result<Self> {
+    pub(super) fn new(nix: Nix) -> Result<Self> {
         let dir = tempfile::tempdir()?;
         for name in ["filled/nix", "inputs", "outputs", "spool"] {
             std::fs::create_dir_all(dir.path().join(name))?;
@@ -65,7 +65,7 @@ impl World {
         Ok(this)
     }
 
-    fn nix(&self, args: &[&str]) -> Result<String> {
+    pub(super) fn nix(&self, args: &[&str]) -> Result<String> {
         self.peer.run("nix", &[&["--extra-experimental-features", "nix-command"], args].concat())
     }
 
@@ -77,7 +77,7 @@ impl World {
         self.nix(&args).map(drop)
     }
 
-    fn path(&self, name: &str) -> std::path::PathBuf {
+    pub(super) fn path(&self, name: &str) -> std::path::PathBuf {
         self.dir.path().join(name)
     }
 
@@ -85,7 +85,7 @@ impl World {
         format!("file://{}", self.path(name).display())
     }
 
-    fn job(&self) -> Result<Job> {
+    pub(super) fn job(&self) -> Result<Job> {
         let options = CacheOptions { require_signatures: false, ..CacheOptions::default() };
         Ok(Job {
             dir: StoreDir::default(),
@@ -105,9 +105,13 @@ impl World {
     }
 
     /// Checks that what is in the cache for outputs is what real Nix built.
-    fn check(&self, job: &Job, outcome: &Outcome) -> Result<()> {
+    pub(super) fn check(&self, job: &Job, outcome: &Outcome) -> Result<()> {
         ensure!(outcome.outputs["out"].path == self.out);
-        ensure!(outcome.transfer.paths_total == 2 && outcome.transfer.paths_sent == 2);
+        let transfer = &outcome.transfer;
+        ensure!(
+            transfer.paths_total == 2 && transfer.paths_fetched + transfer.paths_sent == 2,
+            "{transfer:?}"
+        );
         for (name, output) in &outcome.outputs {
             let path = full(&output.path);
             let hash: Sha256 = self.peer.run("nix-store", &["-q", "--hash", &path])?.trim().parse()?;
@@ -147,7 +151,7 @@ fn store_path(text: &str) -> Result<StorePath> {
 }
 
 /// One session with a server that `command` starts. Its log too.
-fn session(
+pub(super) fn session(
     mut command: Command,
     job: &Job,
 ) -> Result<(Result<Outcome, drover_session::Failure>, Vec<Event>, String)> {
@@ -167,7 +171,7 @@ fn session(
 }
 
 /// Drover's own builder, with a store below `root`.
-fn own_builder(root: &Path) -> Result<Command> {
+pub(super) fn own_builder(root: &Path) -> Result<Command> {
     let mut command = Command::new(program("drover-builder")?);
     command.args(["serve", "--write", "--store"]).arg(root);
     Ok(command)
