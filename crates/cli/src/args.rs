@@ -46,8 +46,8 @@ pub(crate) struct Build {
     #[command(flatten)]
     pub(crate) files: Files,
 
-    /// Binary cache for inputs: file://, http://, https://, or a local store. Without --push, the first that is a
-    /// file:// takes the outputs; without one of these either, drover's own in $XDG_CACHE_HOME does
+    /// Binary cache for inputs: file://, http://, https://, s3://, or a local store. Without --push, the first that is
+    /// a file:// takes the outputs; without one of these either, drover's own in $XDG_CACHE_HOME does
     #[arg(long = "cache", value_name = "URL")]
     pub(crate) caches: Vec<String>,
 

@@ -260,10 +260,10 @@ fn a_url_lets_others_do_one_thing() -> Result<()> {
 }
 
 #[test]
-fn drover_build_takes_inputs_from_a_bucket() -> Result<()> {
+fn drover_build_works_from_bucket_to_bucket() -> Result<()> {
     let filled = Filled::new(Nix::V2_34)?;
     let server = S3Server::start()?;
-    let url = server.bucket("inputs")?;
+    let (url, push) = (server.bucket("inputs")?, server.bucket("outputs")?);
     put_all(&filled, &open(&url, &options())?, &SecretKey::from_seed("k-1", &[1; 32])?)?;
     let home = Home::new()?;
     let request = home.path().join("request.json");
@@ -283,8 +283,22 @@ fn drover_build_takes_inputs_from_a_bucket() -> Result<()> {
     });
     std::fs::write(&request, json.to_string())?;
     let file = request.to_string_lossy();
+    let [secret_key, public_key] =
+        ["key", "key.pub"].map(|name| home.path().join(name).to_string_lossy().into_owned());
+    filled.peer.run("nix-store", &["--generate-binary-cache-key", "test-1", &secret_key, &public_key])?;
     let build = |secret: &str| -> Result<std::process::Output> {
-        let mut drover = home.drover(&["build", &file, "--cache", &url, "--output", "json"])?;
+        let mut drover = home.drover(&[
+            "build",
+            &file,
+            "--cache",
+            &url,
+            "--push",
+            &push,
+            "--secret-key-file",
+            &secret_key,
+            "--output",
+            "json",
+        ])?;
         drover.env("AWS_ACCESS_KEY_ID", S3Server::ACCESS_KEY_ID).env("AWS_SECRET_ACCESS_KEY", secret);
         Ok(drover.output()?)
     };
@@ -297,7 +311,23 @@ fn drover_build_takes_inputs_from_a_bucket() -> Result<()> {
     ensure!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
     let done: serde_json::Value = serde_json::from_slice(&done.stdout)?;
     let out = done["status"]["outputs"]["out"]["path"].as_str().context("an output")?;
-    let text = std::fs::read_to_string(home.store().join(out.trim_start_matches('/')))?;
+    // Nix, with nothing but the key and the address.
+    server.allow("outputs", &["s3:GetObject"])?;
+    let target = tempfile::tempdir()?;
+    let root = target.path().to_string_lossy().into_owned();
+    // What it refers to lies where the inputs came from.
+    server.allow("inputs", &["s3:GetObject"])?;
+    let mut nix = filled.peer.command("nix-store")?;
+    let trusted = format!(
+        "{} {}",
+        std::fs::read_to_string(&public_key)?,
+        SecretKey::from_seed("k-1", &[1; 32])?.public()
+    );
+    nix.env("NIX_CONFIG", format!("trusted-public-keys = {trusted}\nbuild-users-group =\n"));
+    nix.args(["--store", &root, "--option", "substituters", &format!("{push} {url}"), "-r", out]);
+    xtask::run::stdout(&mut nix)?;
+    let text = std::fs::read_to_string(target.path().join(out.trim_start_matches('/')))?;
     ensure!(text.contains("-source"), "{text}");
+    drover_store::fs::delete(&target.path().join("nix"))?;
     Ok(())
 }
