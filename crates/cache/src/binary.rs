@@ -1,6 +1,7 @@
 //! The layout of binary caches (Nix: binary-cache-store.cc), over whatever can fetch and store named files.
 //!
-//! `nix-cache-info`, `<hash part>.narinfo`, `nar/<file hash>.nar.zst`, `log/<drv>`.
+//! `nix-cache-info`, `<hash part>.narinfo`, `nar/<file hash>.nar.zst`, `log/<drv>`. Of `nix-cache-info`, `StoreDir` alone
+//! counts; the caches' order is the caller's, whatever `Priority` they give themselves.
 
 use std::io::{self, Read, Seek as _, SeekFrom};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -44,11 +45,18 @@ pub(crate) struct BinaryCache<F> {
     options: CacheOptions,
     /// `nix-cache-info` was seen, and is of the right store.
     checked: AtomicBool,
+    /// There was none. Each narinfo file shows its store as well, so readers do not ask again.
+    silent: AtomicBool,
 }
 
 impl<F: Files> BinaryCache<F> {
     pub(crate) fn new(files: F, options: &CacheOptions) -> Self {
-        Self { files, options: options.clone(), checked: AtomicBool::new(false) }
+        Self {
+            files,
+            options: options.clone(),
+            checked: AtomicBool::new(false),
+            silent: AtomicBool::new(false),
+        }
     }
 
     #[cfg(test)]
@@ -61,7 +69,10 @@ impl<F: Files> BinaryCache<F> {
         if self.checked.load(Ordering::Relaxed) {
             return Ok(true);
         }
-        let Some(text) = self.small(CACHE_INFO, MAX_CACHE_INFO)? else { return Ok(false) };
+        let Some(text) = self.small(CACHE_INFO, MAX_CACHE_INFO)? else {
+            self.silent.store(true, Ordering::Relaxed);
+            return Ok(false);
+        };
         let text = String::from_utf8_lossy(&text);
         let found = text.lines().find_map(|line| line.strip_prefix("StoreDir:")).map(str::trim);
         match found {
@@ -144,7 +155,9 @@ impl<F: Files> Cache for BinaryCache<F> {
     }
 
     fn narinfo(&self, path: &StorePath) -> Result<Option<NarInfo>, Error> {
-        self.check_store_dir()?;
+        if !self.silent.load(Ordering::Relaxed) {
+            self.check_store_dir()?;
+        }
         let Some(narinfo) = self.parsed(path)? else { return Ok(None) };
         match trust::check(&self.options, &narinfo.info) {
             Ok(()) => Ok(Some(narinfo)),

@@ -118,12 +118,12 @@ impl<R: Read> Read for Bounded<R> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::io::Write as _;
 
     use super::*;
 
-    fn compress(compression: Compression, bytes: &[u8]) -> Vec<u8> {
+    pub(crate) fn compress(compression: Compression, bytes: &[u8]) -> Vec<u8> {
         match compression {
             Compression::None => bytes.to_vec(),
             Compression::Bzip2 => {

@@ -47,6 +47,8 @@ pub(crate) enum Fault {
     Hangup,
     /// A body breaks off after so many bytes.
     Truncate(usize),
+    /// A body is longer by so many bytes than its header says.
+    Understate(usize),
     /// A body stands still after so many bytes, until the client goes away.
     Stall(usize),
 }
@@ -66,6 +68,8 @@ pub(crate) struct State {
     /// Method, path and `Range` of each request so far.
     pub(crate) requests: Vec<String>,
     pub(crate) ranges: bool,
+    /// Whatever part is asked for, it is the whole that comes, as a part.
+    pub(crate) whole_part: bool,
     /// Status and `Location` of what is elsewhere, by path, or by method and path.
     pub(crate) redirects: BTreeMap<String, (u16, String)>,
     /// The `Authorization` that everybody must show.
@@ -138,12 +142,13 @@ fn serve(stream: &TcpStream, state: &Mutex<State>) -> Option<()> {
     state.shown.push(shown);
     let fits = |fault: &Fault| match fault {
         Fault::Status(_) | Fault::Hangup => true,
-        Fault::Truncate(at) | Fault::Stall(at) => {
+        Fault::Truncate(at) | Fault::Stall(at) | Fault::Understate(at) => {
             method == "GET" && state.files.get(&path).is_some_and(|file| file.len() > *at)
         }
     };
     let fault = if state.faults.front().is_some_and(fits) { state.faults.pop_front() } else { None };
     let mut extra = state.headers.get(&path).cloned().unwrap_or_default();
+    let unchanged = header("if-range").is_none_or(|version| extra.contains(&version));
     let by_method = format!("{method} {path}");
     let elsewhere = state.redirects.get(&by_method).or_else(|| state.redirects.get(&path)).cloned();
     let (status, content) = match (fault.clone(), method.as_str()) {
@@ -159,11 +164,12 @@ fn serve(stream: &TcpStream, state: &Mutex<State>) -> Option<()> {
             state.files.insert(path, body);
             (201, Vec::new())
         }
-        _ => match (state.files.get(&path), range.filter(|_| state.ranges)) {
+        _ => match (state.files.get(&path), range.filter(|_| state.ranges && unchanged)) {
             (None, _) => (404, Vec::new()),
             (Some(file), None) => (200, file.clone()),
             (Some(file), Some(range)) => {
                 let from: usize = range.strip_prefix("bytes=")?.strip_suffix('-')?.parse().ok()?;
+                let from = if state.whole_part { 0 } else { from };
                 extra += &format!("content-range: bytes {from}-{}/{}\r\n", file.len() - 1, file.len());
                 (206, file[from..].to_vec())
             }
@@ -171,7 +177,9 @@ fn serve(stream: &TcpStream, state: &Mutex<State>) -> Option<()> {
     };
     drop(state);
     let mut output = stream;
-    let head = format!("HTTP/1.1 {status} X\r\ncontent-length: {}\r\n{extra}\r\n", content.len());
+    let hidden = if let Some(Fault::Understate(bytes)) = fault { bytes } else { 0 };
+    let length = content.len() - hidden;
+    let head = format!("HTTP/1.1 {status} X\r\ncontent-length: {length}\r\n{extra}\r\n");
     output.write_all(head.as_bytes()).ok()?;
     if method == "HEAD" {
         return Some(());

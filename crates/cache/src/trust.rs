@@ -18,12 +18,21 @@ pub(crate) fn check(options: &CacheOptions, info: &PathInfo) -> Result<(), Strin
     if signed {
         return Ok(());
     }
+    let known = |name: &str| options.public_keys.iter().any(|key| key.name == name);
+    if let Some(signature) = info.signatures.iter().find(|signature| known(&signature.key_name)) {
+        return Err(format!(
+            "its signature by {} does not fit: hash, size or references are not what was signed, or another key of \
+             that name signed it",
+            signature.key_name
+        ));
+    }
     let names = |names: Vec<&str>| if names.is_empty() { "none".to_owned() } else { names.join(", ") };
     Err(format!(
-        "no trusted key signed it (its signatures: {}; trusted keys: {}); give the cache's public key, or allow it \
+        "no trusted key signed it (its signatures: {}; trusted keys: {}){}; give the cache's public key, or allow it \
          without signatures",
         names(info.signatures.iter().map(|signature| signature.key_name.as_str()).collect()),
         names(options.public_keys.iter().map(|key| key.name.as_str()).collect()),
+        if info.ca.is_some() { ", and its content address does not prove it" } else { "" },
     ))
 }
 
@@ -70,6 +79,22 @@ mod tests {
         let path = info.path.clone();
         info.references.insert(path);
         assert!(check(&options, &info).is_err());
+        info.references.clear();
+        check(&options, &info).unwrap();
+        info.nar_size += 1;
+        let error = check(&options, &info).unwrap_err();
+        assert!(error.contains("good-1 does not fit"), "{error}");
+        // Two keys of one name, as where a cache had to change its key and kept the name: either will do.
+        let namesake = SecretKey::from_seed("good-1", &[3; 32]).unwrap();
+        info.signatures = vec![namesake.sign(info.fingerprint(&options.dir).as_bytes())];
+        assert!(check(&options, &info).unwrap_err().contains("another key of that name"));
+        for keys in [[key.public(), namesake.public()], [namesake.public(), key.public()]] {
+            let both = CacheOptions { public_keys: keys.into(), ..options.clone() };
+            check(&both, &info).unwrap();
+        }
+        // Good bytes under the name of a key that nobody trusts.
+        info.signatures[0].key_name = "other-1".into();
+        assert!(check(&options, &info).unwrap_err().contains("no trusted key"));
         options.public_keys.clear();
         check(&options, &info).unwrap();
         options.require_signatures = true;

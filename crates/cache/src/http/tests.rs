@@ -8,6 +8,7 @@ use drover_nix::signature::SecretKey;
 use drover_nix::{NarInfo, StorePath, narinfo::Compression};
 
 use super::*;
+use crate::compression::tests::compress;
 use crate::testing::{Fault, Server, State, info_of, nar_of_file, spool, store_path};
 use crate::{Cache, Credentials, Secret, Stored, VerifiedNar};
 
@@ -142,20 +143,113 @@ fn a_body_that_breaks_off_is_taken_up_again() {
         let requests = server.requests();
         assert!(requests.iter().any(|request| request.ends_with("bytes=100000-")), "{requests:?}");
     }
+    // Another part than the rest is not taken for it.
+    server.lock().ranges = true;
+    server.lock().whole_part = true;
+    server.lock().faults.push_back(Fault::Truncate(100_000));
+    let error = get(&cache, &path).unwrap_err().to_string();
+    assert!(error.contains("another part"), "{error}");
+    server.lock().whole_part = false;
     // Not for ever.
     server.lock().faults.extend(vec![Fault::Truncate(0); 20]);
     assert!(get(&cache, &path).is_err());
     server.lock().faults.clear();
-    // A file that is another one meanwhile is not glued to the beginning of this one.
-    let name = cache.narinfo(&path).unwrap().unwrap().url;
-    server.lock().headers.insert(name.clone(), "etag: \"one\"\r\n".into());
+}
+
+/// A file that is another one meanwhile is not glued to the beginning of the first.
+#[test]
+fn a_file_that_changes_is_noticed() {
+    let server = Server::start();
+    let cache = cache(&server);
+    let contents = noise(300_000);
+    let path = put(&cache, "x", &contents);
     let narinfo = cache.narinfo(&path).unwrap().unwrap();
-    server.lock().ranges = false;
-    server.lock().faults.push_back(Fault::Truncate(100_000));
-    let mut body = cache.nar(&narinfo).unwrap();
-    server.lock().headers.insert(name, "etag: \"two\"\r\n".into());
-    let error = body.read_to_end(&mut Vec::new()).unwrap_err();
-    assert!(error.to_string().contains("changed"), "{error}");
+    let name = narinfo.url.clone();
+    let date = |day: u8| format!("last-modified: Mon, 0{day} Jan 2024 00:00:00 GMT\r\n");
+    for (before, after, longer, noticed) in [
+        ("etag: \"one\"\r\n".to_owned(), "etag: \"two\"\r\n".to_owned(), false, true),
+        (date(1), date(2), false, true),
+        (String::new(), String::new(), true, true),
+        // A weak tag promises nothing, and what changes it may not be the bytes.
+        ("etag: W/\"one\"\r\n".to_owned(), "etag: W/\"two\"\r\n".to_owned(), false, false),
+        (date(1), date(1), false, false),
+    ] {
+        let file = server.lock().files[&name].clone();
+        for ranges in [true, false] {
+            server.lock().ranges = ranges;
+            server.lock().headers.insert(name.clone(), before.clone());
+            server.lock().faults.push_back(Fault::Truncate(100_000));
+            let mut body = cache.nar(&narinfo).unwrap();
+            let mut read = vec![0; 50_000];
+            body.read_exact(&mut read).unwrap();
+            server.lock().headers.insert(name.clone(), after.clone());
+            if longer {
+                server.lock().files.insert(name.clone(), [&file[..], b"more"].concat());
+            }
+            match body.read_to_end(&mut read) {
+                Ok(_) => assert!(!noticed && read == nar_of_file(&contents), "{before} {after} {ranges}"),
+                Err(error) => {
+                    assert!(noticed && error.to_string().contains("changed"), "{before} {after}: {error}")
+                }
+            }
+            server.lock().files.insert(name.clone(), file.clone());
+            server.lock().faults.clear();
+        }
+    }
+}
+
+#[test]
+fn a_body_that_is_longer_than_announced_is_cut() {
+    let server = Server::start();
+    let cache = cache(&server);
+    let path = put(&cache, "x", &noise(300_000));
+    server.lock().faults.extend(vec![Fault::Understate(1000); 3]);
+    assert!(get(&cache, &path).is_err(), "the end is missing");
+    server.lock().faults.clear();
+    // What came too much is not taken for the next answer.
+    assert!(get(&cache, &path).unwrap() == nar_of_file(&noise(300_000)));
+}
+
+#[test]
+fn a_server_that_asks_for_time_gets_it() {
+    let server = Server::start();
+    let cache = cache(&server);
+    let path = put(&cache, "x", b"hello");
+    let name = format!("{}.narinfo", path.hash_part());
+    server.lock().headers.insert(name, "retry-after: 1\r\n".into());
+    server.lock().faults.push_back(Fault::Status(429));
+    let start = Instant::now();
+    assert!(cache.narinfo(&path).unwrap().is_some());
+    assert!(start.elapsed() >= Duration::from_secs(1));
+}
+
+/// A directory that somebody serves, without a word about itself.
+#[test]
+fn a_cache_that_does_not_say_of_which_store_it_is() {
+    let server = Server::start();
+    let path = put(&cache(&server), "x", b"hello");
+    server.lock().files.remove("nix-cache-info");
+    let reader = cache(&server);
+    server.requests();
+    for _ in 0..3 {
+        assert_eq!(get(&reader, &path).unwrap(), nar_of_file(b"hello"));
+    }
+    let asked = server.requests().iter().filter(|request| request.contains("nix-cache-info")).count();
+    assert_eq!(asked, 1);
+    // Each narinfo file says it, too.
+    let name = format!("{}.narinfo", path.hash_part());
+    let text = String::from_utf8(server.lock().files[&name].clone()).unwrap();
+    server.lock().files.insert(name, text.replace("/nix/store", "/gnu/store").into_bytes());
+    assert_eq!(reader.narinfo(&path).unwrap_err().category(), "format");
+    // Whoever stores says it, even if it only read before.
+    put(&reader, "y", b"more");
+    assert!(server.lock().files.contains_key("nix-cache-info"));
+    // What a cache thinks of its own rank is no matter.
+    let info = b"StoreDir: /nix/store\nWantMassQuery: 1\nPriority: 10\n";
+    server.lock().files.insert("nix-cache-info".into(), info.to_vec());
+    assert_eq!(cache(&server).narinfo(&store_path("absent")).unwrap(), None);
+    server.lock().files.insert("nix-cache-info".into(), b"Priority: 10\n".to_vec());
+    assert_eq!(cache(&server).narinfo(&path).unwrap_err().category(), "store-dir");
 }
 
 #[test]
@@ -223,9 +317,16 @@ fn encoded_files_and_full_urls() {
     let name = format!("{}.narinfo", path.hash_part());
     let mut text = String::from_utf8(server.lock().files[&name].clone()).unwrap();
     text = text.replace("URL: ", &format!("URL: {}/", server.url));
-    server.lock().files.insert(name.clone(), zstd::encode_all(text.as_bytes(), 0).unwrap());
-    server.lock().headers.insert(name, "content-encoding: zstd\r\n".into());
-    assert_eq!(get(&cache, &path).unwrap(), nar_of_file(b"hello"));
+    for encoding in
+        [Compression::Gzip, Compression::Bzip2, Compression::Xz, Compression::Zstd, Compression::None]
+    {
+        server.lock().files.insert(name.clone(), compress(encoding, text.as_bytes()));
+        server.lock().headers.insert(name.clone(), format!("content-encoding: {encoding}\r\n"));
+        assert_eq!(get(&cache, &path).unwrap(), nar_of_file(b"hello"), "{encoding}");
+    }
+    server.lock().headers.insert(name, "content-encoding: br\r\n".into());
+    let error = cache.narinfo(&path).unwrap_err();
+    assert!(error.to_string().contains("Content-Encoding"), "{error}");
 }
 
 #[test]
@@ -331,7 +432,7 @@ fn credentials_go_nowhere_else() {
     let narinfo = cache.narinfo(&path).unwrap().unwrap();
     let nar = own.lock().files[&narinfo.url].clone();
     // Over there by three steps, of which the second would be the one where a client finds its headers again.
-    own.lock().redirects.insert(narinfo.url.clone(), (302, format!("{}/one", other.url)));
+    own.lock().redirects.insert(narinfo.url.clone(), (302, format!("http://a:b@{}/one", &other.url[7..])));
     other.lock().redirects.insert("one".into(), (307, "/two".into()));
     other.lock().files.insert("two".into(), nar);
     other.lock().faults.push_back(Fault::Truncate(50_000));
