@@ -26,9 +26,21 @@ pub fn closure(
     caches: &[Arc<dyn Cache>],
     roots: impl IntoIterator<Item = StorePath>,
 ) -> Result<Closure, Error> {
+    // No closure has so many, and a map could not hold them.
+    closure_where(caches, roots, &|_| true, usize::MAX).map(Option::unwrap_or_default)
+}
+
+/// The same without what is not `wanted`, nor what only that refers to. None where there would be more than `limit` paths.
+pub fn closure_where(
+    caches: &[Arc<dyn Cache>],
+    roots: impl IntoIterator<Item = StorePath>,
+    wanted: &(dyn Fn(&StorePath) -> bool + Sync),
+    limit: usize,
+) -> Result<Option<Closure>, Error> {
     let mut seen = BTreeSet::new();
     let todo = roots.into_iter().filter(|root| seen.insert(root.clone())).collect();
-    let work = Work { state: Mutex::new(State { todo, seen, ..State::default() }), changed: Condvar::new() };
+    let state = Mutex::new(State { todo, seen, ..State::default() });
+    let work = Work { state, changed: Condvar::new(), wanted, limit };
     thread::scope(|scope| {
         for _ in 0..PARALLEL {
             scope.spawn(|| work.run(caches));
@@ -37,13 +49,16 @@ pub fn closure(
     let state = work.state.into_inner().unwrap_or_else(PoisonError::into_inner);
     match state.error {
         Some(error) => Err(error),
-        None => Ok(state.closure),
+        None if state.seen.len() > limit => Ok(None),
+        None => Ok(Some(state.closure)),
     }
 }
 
-struct Work {
+struct Work<'a> {
     state: Mutex<State>,
     changed: Condvar,
+    wanted: &'a (dyn Fn(&StorePath) -> bool + Sync),
+    limit: usize,
 }
 
 #[derive(Default)]
@@ -56,17 +71,22 @@ struct State {
     error: Option<Error>,
 }
 
-impl Work {
+impl Work<'_> {
     fn run(&self, caches: &[Arc<dyn Cache>]) {
         while let Some(path) = self.next() {
             let found = find(caches, &path);
+            let further = match &found {
+                Ok(Some((_, narinfo))) => narinfo.info.references.clone(),
+                _ => BTreeSet::new(),
+            };
+            let further: Vec<_> = further.into_iter().filter(|path| (self.wanted)(path)).collect();
             let mut state = self.lock();
             state.asking -= 1;
             match found {
                 Ok(Some((cache, narinfo))) => {
-                    for reference in &narinfo.info.references {
+                    for reference in further {
                         if state.seen.insert(reference.clone()) {
-                            state.todo.push_back(reference.clone());
+                            state.todo.push_back(reference);
                         }
                     }
                     state.closure.found.insert(path, (cache, narinfo));
@@ -86,7 +106,7 @@ impl Work {
     fn next(&self) -> Option<StorePath> {
         let mut state = self.lock();
         loop {
-            if state.error.is_some() {
+            if state.error.is_some() || state.seen.len() > self.limit {
                 return None;
             }
             if let Some(path) = state.todo.pop_front() {

@@ -35,12 +35,12 @@ use std::time::Duration;
 use drover_nix::signature::PublicKey;
 use drover_nix::{NarInfo, PathInfo, StoreDir, StorePath};
 
-pub use closure::{Closure, closure};
+pub use closure::{Closure, closure, closure_where};
 pub use credentials::{Credentials, Secret};
 pub use error::Error;
 pub use find::find;
 pub use guarded::{Counts, Guarded, Memory};
-pub use read::{read_drv, read_file};
+pub use read::{read_drv, read_file, read_nar_file};
 pub use s3::{Presigned, presign};
 pub use spool::{NarSpool, SpooledNar};
 pub use trust::is_self_proving;

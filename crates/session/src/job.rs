@@ -1,16 +1,15 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use drover_cache::Cache;
-use drover_nix::derivation::proof::Proven;
 use drover_nix::derivation::{DerivationType, modulo};
 use drover_nix::signature::SecretKey;
 use drover_nix::{BasicDerivation, OutputName, StoreDir, StorePath};
 use drover_serve::BuildOptions;
 
 use crate::trust::prove_output_paths;
-use crate::{Failure, Kept, Reason};
+use crate::{Failure, Kept, Proofs, Reason};
 
 /// One build: what, from where, to where.
 pub struct Job {
@@ -27,7 +26,7 @@ pub struct Job {
     pub signing_key: Option<Arc<SecretKey>>,
     pub trust: Trust,
     /// What was proven so far; jobs may share it. Used with [`Trust::Verified`].
-    pub proven: Arc<Mutex<Proven>>,
+    pub proven: Arc<Proofs>,
     /// Most bytes that all outputs together may have, as NARs.
     pub max_output_bytes: Option<u64>,
     /// An existing directory for outputs on their way to the cache.

@@ -8,7 +8,8 @@
 //! In the order of the story: a [`Job`] goes in; `closure` finds out what its inputs need, `fetch` has the
 //! builder fetch what it lacks, `copy` sends the rest, `verdict` reads how the build ended, `collect` receives outputs, `verify` and `content` decide
 //! whether they are what they must be, and an [`Outcome`] or a [`Failure`] comes out. On the way an [`Observer`]
-//! hears [`Event`]s. `trust` answers before all that whether a request may have its output paths, and
+//! hears [`Event`]s. `trust` answers before all that whether a request may have its output paths, by what `proofs` reads of
+//! its `.drv`'s closure, and
 //! `resolve` finds the derivation of one that names its `.drv` only.
 
 mod closure;
@@ -21,6 +22,7 @@ mod fetch;
 mod job;
 mod kept;
 mod outcome;
+mod proofs;
 mod resolve;
 mod run;
 #[cfg(test)]
@@ -35,5 +37,6 @@ pub use failure::{Failure, Reason};
 pub use job::{Job, Trust, drv_path_of};
 pub use kept::Kept;
 pub use outcome::{Outcome, Output, Timings, Transfer};
+pub use proofs::Proofs;
 pub use resolve::{Resolved, Unresolved, resolve};
 pub use run::{all_outputs_in_cache, run};

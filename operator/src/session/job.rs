@@ -11,11 +11,10 @@ use std::time::Duration;
 
 use drover_api::{BuildRequestSpec, ClassCache, OutputStatus, Reason, Timings, Transfer, Trust};
 use drover_cache::{Cache, CacheOptions, Credentials, Guarded, Memory};
-use drover_nix::derivation::proof::Proven;
 use drover_nix::signature::{PublicKey, SecretKey};
 use drover_nix::{BasicDerivation, StoreDir, StorePath};
 use drover_serve::BuildOptions;
-use drover_session::{Failure, Job, Outcome};
+use drover_session::{Failure, Job, Outcome, Proofs};
 
 use crate::error::Error;
 use crate::plan::Accepted;
@@ -104,7 +103,7 @@ impl JobPlan {
 pub struct Caches {
     open: Mutex<HashMap<Key, Handle>>,
     /// Derivations that were proven from what caches have; true whichever cache it was.
-    proven: Arc<Mutex<Proven>>,
+    proven: Arc<Proofs>,
 }
 
 /// URL, public keys, and the Secret with the credentials. When what is in it changes, a new handle takes the old one's place.

@@ -3,7 +3,7 @@
 
 use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use anyhow::{Context as _, Result, ensure};
 use drover_api::BuildRequest;
@@ -258,7 +258,7 @@ fn sessions_that_believe_nothing_take_them_all() -> Result<()> {
     std::fs::create_dir_all(&cache)?;
     std::fs::create_dir_all(&spool)?;
     let push = drover_cache::open(&format!("file://{}", cache.display()), &options)?;
-    let proven = Arc::<Mutex<_>>::default();
+    let proven = Arc::default();
     let store = side.open()?;
     for request in requests(&side.request(&top, &["--recursive"])?)? {
         let drv_path = convert::drv_path(&request.spec, &dir)?.context("a drvPath")?;

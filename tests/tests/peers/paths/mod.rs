@@ -1,8 +1,10 @@
 //! Output paths and `.drv` files against a corpus that real Nix instantiates, and lies about them.
 
 mod builder;
+mod closures;
 mod generator;
 mod lies;
+mod server;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
