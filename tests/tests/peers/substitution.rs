@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use drover_nix::{StoreDir, StorePath};
+use drover_serve::{BuildOptions, BuildTarget};
 use drover_session::{Job, Trust};
 use drover_tests::record::CHAIN;
 use drover_tests::{HttpCache, Nix, Remote, program};
@@ -118,11 +119,6 @@ fn every_real_client_has_the_builder_fetch() -> Result<()> {
             }
             remote.verify(name)?;
         }
-        // To realise a path that is no derivation is to fetch it.
-        let uri = remote.server("realised", &options)?;
-        remote.run("nix-store", &["--store", &uri, "--realise", out])?;
-        ensure!(remote.object("realised", out).exists(), "{nix:?}");
-        remote.verify("realised")?;
         // And its own program for copying.
         remote.server("closure", &options)?;
         let before = nars(&filled.cache)?;
@@ -249,5 +245,11 @@ fn what_was_fetched_is_kept_from_collectors() -> Result<()> {
     ensure!(collect()? == CLOSURE, "it was collected");
     session.end(true)?;
     ensure!(collect()? == 0, "nobody keeps it any more");
+    // To build a path that is no derivation is to fetch it.
+    let mut session = Session::start(store.drover(&options)?, Reader::Follows)?;
+    let target = BuildTarget { path: StoreDir::default().parse(filled.out.as_bytes())?, outputs: None };
+    session.client()?.build_paths(&[target], &BuildOptions::default())?;
+    session.end(true)?;
+    ensure!(store.open()?.valid_paths(&filled.paths)?.len() == CLOSURE, "it was fetched");
     Ok(())
 }
