@@ -14,6 +14,7 @@ use drover_operator::clock::Clock;
 use drover_operator::keys::{ClientKey, Seed};
 use drover_operator::session::host_key::HostKey;
 use drover_operator::session::job::{Caches, JobPlan};
+use drover_operator::session::meter::Meter;
 use drover_operator::session::ssh::{Connection, Target};
 use drover_operator::session::{Progress, Talk, talk};
 use drover_operator::world::{SessionEnd, Stage};
@@ -46,6 +47,8 @@ struct World {
 struct Session {
     end: tokio::task::JoinHandle<SessionEnd>,
     progress: Arc<Progress>,
+    /// Bytes that moved.
+    meter: Meter,
     _stop: watch::Sender<bool>,
 }
 
@@ -108,30 +111,37 @@ impl World {
         let request = ObjectRef::new("x").within("team");
         let progress = Arc::new(Progress::new(request, 1, "pod".into(), trigger, Clock::system()));
         let (stop, stopped) = watch::channel(false);
+        let meter = pipes.meter.clone();
         let held = talk(said, pipes, progress.clone(), stopped);
         let end = tokio::spawn(async move {
             let end = held.await;
             connection.close().await;
             end
         });
-        Ok(Session { end, progress, _stop: stop })
+        Ok(Session { end, progress, meter, _stop: stop })
     }
 
     /// Kills what holds the connections of this world on the client's side. How many that was.
     fn cut(&self) -> Result<usize> {
+        let holders = self.holders()?;
+        for pid in &holders {
+            rustix::process::kill_process(*pid, rustix::process::Signal::KILL)?;
+        }
+        Ok(holders.len())
+    }
+
+    fn holders(&self) -> Result<Vec<rustix::process::Pid>> {
         let work = self.work().display().to_string();
-        let mut killed = 0;
+        let mut holders = Vec::new();
         for entry in std::fs::read_dir("/proc")?.filter_map(Result::ok) {
             let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
             let line = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
             let line = String::from_utf8_lossy(&line);
             if line.starts_with("ssh") && line.contains(&work) {
-                let pid = rustix::process::Pid::from_raw(pid).context("no process")?;
-                rustix::process::kill_process(pid, rustix::process::Signal::KILL)?;
-                killed += 1;
+                holders.push(rustix::process::Pid::from_raw(pid).context("no process")?);
             }
         }
-        Ok(killed)
+        Ok(holders)
     }
 
     /// Lets the build that waits go on.
@@ -297,6 +307,46 @@ fn cut_while_inputs_are_copied() -> Result<()> {
         world.session(&drv).await?.finishes().await?;
         ensure!(world.begun() == 1);
         world.listener.verify()
+    })
+}
+
+#[test]
+fn cut_while_an_output_is_received() -> Result<()> {
+    run(async {
+        let world = World::new()?;
+        // 32 MiB: two strings of 16 MiB, a byte doubled so often.
+        let double =
+            "for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24; do x=$x$x; done";
+        let drv = derivation(&[], &format!("echo first; {WAIT}; x=x; {double}; echo $x$x > $out"));
+        let size = 32 << 20;
+        let first = world.session(&drv).await?;
+        first.reaches(Stage::Building).await?;
+        world.listener.says("first\n")?;
+        let holders = world.holders()?;
+        ensure!(!holders.is_empty());
+        let before = first.meter.total();
+        world.let_go()?;
+        let deadline = Instant::now() + 2 * PATIENCE;
+        while first.meter.total() - before < 1 << 20 {
+            ensure!(Instant::now() < deadline && !first.end.is_finished(), "it never came to its output");
+            tokio::task::yield_now().await;
+        }
+        for pid in holders {
+            rustix::process::kill_process(pid, rustix::process::Signal::KILL)?;
+        }
+        let meter = first.meter.clone();
+        first.ends_lost().await?;
+        let received = meter.total() - before;
+        ensure!(received < size, "it was all there before the connection broke");
+        let second = world.session(&drv).await?;
+        let meter = second.meter.clone();
+        second.finishes().await?;
+        // What came first is not sent again; storing it moves what is left of it, compressed.
+        let again = meter.total();
+        ensure!(received + again < size + (1 << 20), "{received} and {again} bytes");
+        ensure!(again + received > size, "{received} and {again} bytes");
+        ensure!(world.begun() == 1, "it was built again");
+        Ok(())
     })
 }
 
