@@ -33,7 +33,8 @@ pub(crate) fn find(
 ) -> Result<Found, String> {
     let get = |name: &str| environment(name).filter(|value| !value.is_empty());
     match given {
-        Credentials::None => {}
+        // A netrc file is for the hosts that it names, and for HTTP's own way of asking.
+        Credentials::None | Credentials::Netrc(_) => {}
         Credentials::Aws { access_key_id, secret_access_key, session_token } => {
             return Ok(Found::Keys(Keys {
                 id: access_key_id.clone(),

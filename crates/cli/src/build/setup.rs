@@ -73,16 +73,13 @@ pub(crate) fn open_caches(
     let keys = keys.iter().map(|key| key.parse().with_context(|| format!("public key {key}")));
     let public_keys = keys.collect::<Result<_>>().map_err(Fault::Input)?;
     let credentials = credentials(netrc).map_err(Fault::Input)?;
-    let mut options = CacheOptions { dir: dir.clone(), public_keys, ..CacheOptions::default() };
-    let mut open = |url: &String| -> Result<Arc<dyn Cache>> {
-        // A netrc file is of no use to any other, and an S3 service says so.
-        let over_http = url.starts_with("http://") || url.starts_with("https://");
-        options.credentials = if over_http { credentials.clone() } else { Credentials::None };
+    let options = CacheOptions { dir: dir.clone(), public_keys, credentials, ..CacheOptions::default() };
+    let open = |url: &String| -> Result<Arc<dyn Cache>> {
         let cache = drover_cache::open(url, &options).with_context(|| format!("--cache {url}"))?;
         // One that gives something wrong is not asked for it again.
         Ok(Arc::new(Guarded::new(cache, Memory::of(url))))
     };
-    urls.iter().map(&mut open).collect::<Result<_>>().map_err(Fault::Input)
+    urls.iter().map(open).collect::<Result<_>>().map_err(Fault::Input)
 }
 
 fn credentials(netrc: Option<&Path>) -> Result<Credentials> {
@@ -178,4 +175,31 @@ fn home_dir(variable: &str, below_home: &str) -> Result<PathBuf> {
     let home =
         home.with_context(|| format!("neither {variable} nor HOME is set; give --store and --cache"))?;
     Ok(Path::new(&home).join(below_home))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn netrc_files() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = |text: &str| {
+            let path = dir.path().join("netrc");
+            std::fs::write(&path, text).unwrap();
+            path
+        };
+        let open = |netrc: &Path| {
+            let urls = ["http://h.example", "s3://bucket?region=r", "file:///nowhere"].map(str::to_owned);
+            open_caches(&urls, &[], Some(netrc), &StoreDir::default()).map(|caches| caches.len())
+        };
+        assert_eq!(open(&file("machine h.example login me password hush")).ok(), Some(3));
+        for (path, says) in
+            [(file("machine hush hush"), "netrc"), (dir.path().join("absent"), "--netrc-file")]
+        {
+            let Err(Fault::Input(error)) = open(&path) else { panic!("{says} was taken") };
+            let said = format!("{error:#}");
+            assert!(said.contains(says) && !said.contains("hush"), "{said}");
+        }
+    }
 }
