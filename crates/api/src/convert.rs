@@ -1,7 +1,7 @@
 //! Between a request's derivation and Nix's own type. Errors name the field, as an API server would.
 
 use bstr::BString;
-use drover_nix::derivation::{DerivationType, modulo};
+use drover_nix::derivation::{DerivationType, modulo, placeholder};
 use drover_nix::store_path::MAX_NAME_LEN;
 use drover_nix::{BasicDerivation, DerivationOutput, Method, OutputName, StoreDir, StorePath};
 
@@ -139,20 +139,23 @@ pub fn from_basic(drv: &BasicDerivation, dir: &StoreDir) -> Result<DerivationSpe
 }
 
 /// Fills in what a request may leave out: the paths of input-addressed outputs, computed as Nix does for a derivation
-/// without derivations as inputs, and the variables that are called like the outputs and hold their paths. A
-/// derivation whose paths are given is left as it is.
+/// without derivations as inputs, and the variables that are called like the outputs. They hold the outputs' paths, or the
+/// placeholders for these where only the content can tell them (Nix: primops.cc, derivationStrict). A derivation whose
+/// paths are given is left as it is.
 pub fn complete(mut drv: BasicDerivation, dir: &StoreDir) -> Result<BasicDerivation, FieldError> {
     let fail = |error: drover_nix::Error| FieldError::new(format!("{ROOT}.outputs"), error);
     match drv.kind().map_err(fail)? {
         DerivationType::Deferred => modulo::fill_output_paths(dir, &mut drv).map_err(fail)?,
-        DerivationType::CaFixed => {
+        DerivationType::CaFixed | DerivationType::CaFloating | DerivationType::Impure => {
             for (name, path) in drv.output_paths(dir).map_err(fail)? {
-                if let Some(path) = path {
-                    drv.env.entry(name.as_str().into()).or_insert_with(|| dir.full(&path).into());
+                let value = path.map_or_else(|| placeholder::own(&name), |path| dir.full(&path));
+                let variable = drv.env.entry(name.as_str().into()).or_default();
+                if variable.is_empty() {
+                    *variable = value.into();
                 }
             }
         }
-        DerivationType::CaFloating | DerivationType::Impure | DerivationType::InputAddressed => {}
+        DerivationType::InputAddressed => {}
     }
     Ok(drv)
 }

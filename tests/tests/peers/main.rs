@@ -14,6 +14,7 @@ mod clients;
 mod command_line;
 mod content_addressed;
 mod corpus;
+mod filled;
 mod fixtures;
 mod hostile;
 mod install;
