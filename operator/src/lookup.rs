@@ -201,5 +201,4 @@ pub async fn job_plan(operator: &Operator, world: &World) -> Result<Option<JobPl
 }
 
 #[cfg(test)]
-#[cfg(test)]
 mod tests;

@@ -122,7 +122,7 @@ fn url(shelf: &tempfile::TempDir) -> String {
     format!("file://{}", shelf.path().display())
 }
 
-fn open(shelf: &tempfile::TempDir) -> Arc<dyn drover_cache::Cache> {
+fn open(shelf: &tempfile::TempDir) -> Arc<dyn Cache> {
     drover_cache::open(&url(shelf), &CacheOptions::default()).unwrap()
 }
 
@@ -216,7 +216,7 @@ fn a_request_that_lies_about_its_derivation_is_refused() {
     }
     // Without a lie it is only not there yet.
     let absent = BTreeSet::from([dir.full(&chain.outputs["middle"])]);
-    assert_eq!(asked(chain.top.clone(), &shelf, Trust::Verified), Lookup::Missing { absent });
+    assert_eq!(asked(chain.top, &shelf, Trust::Verified), Lookup::Missing { absent });
 }
 
 #[test]
@@ -245,9 +245,7 @@ fn a_closure_that_does_not_hold_proves_nothing() {
 fn what_is_only_named_is_what_its_name_says_or_nothing() {
     let chain = Chain::new();
     let (top, texts) = (&chain.files[2].0, [&*chain.files[0].1, &*chain.files[1].1]);
-    let read_from = |shelf: &tempfile::TempDir| {
-        read(top, &[open(shelf)])
-    };
+    let read_from = |shelf: &tempfile::TempDir| read(top, &[open(shelf)]);
     let found = Resolution::Found(Arc::new(chain.top.clone()));
     assert_eq!(read_from(&chain.shelf(&[0, 1, 2], None)), found);
     // Two levels below is not for this step to know: the proof asks for it.

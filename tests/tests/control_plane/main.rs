@@ -1,5 +1,6 @@
 //! The `control-plane` layer: against a real etcd and kube-apiserver. Run it by `cargo xtask test control-plane`.
 
+mod by_path;
 mod chart;
 mod command_line;
 mod corpus;

@@ -275,7 +275,7 @@ fn quota(world: &World, pods: u32) -> Result<()> {
     Ok(())
 }
 
-fn message(status: &Value) -> &str {
+pub(crate) fn message(status: &Value) -> &str {
     let conditions = status["conditions"].as_array().into_iter().flatten();
     let succeeded = conditions.into_iter().find(|condition| condition["type"] == "Succeeded");
     succeeded.and_then(|condition| condition["message"].as_str()).unwrap_or_default()
@@ -349,7 +349,7 @@ spec:
 
 /// Builders that put outputs into the class's cache, unless they are told to wait or to fail. By the request's name.
 #[derive(Clone, Default)]
-struct Makers(Arc<Orders>);
+pub(crate) struct Makers(Arc<Orders>);
 
 #[derive(Default)]
 struct Orders {
@@ -362,13 +362,13 @@ struct Orders {
 }
 
 impl Makers {
-    fn hold(&self, name: &str) {
+    pub(crate) fn hold(&self, name: &str) {
         self.0.held.send_modify(|held| {
             held.insert(name.into());
         });
     }
 
-    fn let_go(&self, name: &str) {
+    pub(crate) fn let_go(&self, name: &str) {
         self.0.held.send_modify(|held| {
             held.remove(name);
         });
@@ -379,7 +379,7 @@ impl Makers {
     }
 
     /// Waits for this build to start.
-    fn starts(&self, name: &str) -> Result<()> {
+    pub(crate) fn starts(&self, name: &str) -> Result<()> {
         let all = || self.0.started.borrow().join(" ");
         run::wait_for(&format!("{name} to start"), LIMIT, || {
             Ok(self.0.started.borrow().iter().any(|started| started.ends_with(&format!("/{name}"))))
@@ -387,7 +387,7 @@ impl Makers {
         .with_context(|| format!("started: {}", all()))
     }
 
-    fn take_started(&self) -> Vec<String> {
+    pub(crate) fn take_started(&self) -> Vec<String> {
         let mut started = vec![];
         self.0.started.send_modify(|all| started = std::mem::take(all));
         started
