@@ -1,6 +1,7 @@
 //! Output paths and `.drv` files against a corpus that real Nix instantiates, and lies about them.
 
 mod builder;
+mod clients;
 mod closures;
 mod generator;
 mod lies;
