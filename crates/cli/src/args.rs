@@ -121,6 +121,10 @@ pub(crate) struct Request {
     #[arg(long)]
     pub(crate) recursive: bool,
 
+    /// Name the .drv files only (`drvPath`), for clusters whose caches have them (`nix copy --derivation`)
+    #[arg(long)]
+    pub(crate) by_path: bool,
+
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,
@@ -165,6 +169,9 @@ pub(crate) struct Submit {
     pub(crate) files: Files,
     #[command(flatten)]
     pub(crate) target: Target,
+    /// Name .drv files only (`drvPath`), for clusters whose caches have them (`nix copy --derivation`)
+    #[arg(long)]
+    pub(crate) by_path: bool,
     /// Wait until they have ended. What needs another one's output is sent when that is built
     #[arg(long)]
     pub(crate) wait: bool,

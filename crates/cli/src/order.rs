@@ -5,11 +5,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
+use std::sync::Arc;
 
 use anyhow::{Context as _, Result, anyhow};
 use drover_api::convert::{self, Target};
-use drover_api::{BuildRequest, BuildRequestSpec};
+use drover_cache::Cache;
 use drover_nix::{OutputName, StoreDir, StorePath};
+use drover_session::Unresolved;
 
 use crate::exit::Fault;
 use crate::manifest::Manifest;
@@ -23,12 +25,23 @@ pub(crate) struct Queue {
     resolver: Resolver,
 }
 
+/// What becomes of a request that only names its derivation.
+#[derive(Clone, Copy)]
+pub(crate) enum Named<'a> {
+    /// It is sent as it is, and the cluster reads the derivation. So are `.drv` files, if `all`.
+    Sent { all: bool },
+    /// The derivation is read here: in the local store, or else from these caches.
+    Read(&'a dyn Fn() -> Result<Vec<Arc<dyn Cache>>, Fault>),
+}
+
 /// A request, checked.
 #[derive(Debug)]
 pub(crate) struct Item {
     pub(crate) manifest: Manifest,
     /// None as long as the path of an input is not known.
     pub(crate) ready: Option<Resolved>,
+    /// It has no derivation and gets none: who builds it reads that.
+    pub(crate) is_named: bool,
     /// The `.drv` file that it was made of.
     source: Option<StorePath>,
     pub(crate) system: String,
@@ -47,15 +60,16 @@ impl Item {
 
 impl Queue {
     /// Reads what is asked for, requests or `.drv` files.
-    pub(crate) fn load(files: &args::Files, dir: &StoreDir) -> Result<Self, Fault> {
+    pub(crate) fn load(files: &args::Files, dir: &StoreDir, named: Named<'_>) -> Result<Self, Fault> {
         let (resolver, _) = request::open("local").map_err(Fault::Input)?;
         let mut queue = Self { items: Vec::new(), dir: dir.clone(), resolver };
         for file in &files.files {
             if is_drv(file) {
-                queue.add_drv(file, files.recursive).map_err(Fault::Input)?;
+                let is_sent = matches!(named, Named::Sent { all: true });
+                queue.add_drv(file, files.recursive, is_sent).map_err(Fault::Input)?;
             } else {
                 for manifest in manifest::read(file)? {
-                    queue.add_request(manifest)?;
+                    queue.add_request(manifest, named)?;
                 }
             }
         }
@@ -100,7 +114,7 @@ impl Queue {
         Ok(outputs.into_iter().map(|(name, path)| Some((name, path?))).collect())
     }
 
-    fn add_drv(&mut self, file: &Path, recursive: bool) -> Result<()> {
+    fn add_drv(&mut self, file: &Path, recursive: bool, is_sent: bool) -> Result<()> {
         let top = self.resolver.add_file(file)?;
         let wanted = if recursive { self.resolver.closure(&top)? } else { vec![top.clone()] };
         for path in wanted {
@@ -109,22 +123,25 @@ impl Queue {
                 known.is_top |= is_top;
                 continue;
             }
-            // Its derivation comes when it is resolved.
-            let spec = BuildRequestSpec { drv_path: Some(self.dir.full(&path)), ..Default::default() };
-            let request = BuildRequest::new(&request::name_of(&path), spec);
+            // Its derivation, if it is to have one, comes when it is resolved.
+            let request = request::by_path(&self.dir, &path);
             let manifest = Manifest::made_from(file.display().to_string(), request);
-            self.add(manifest, path, is_top)?;
+            if is_sent {
+                self.items.push(Item { source: Some(path), is_top, ..Item::named(manifest) });
+            } else {
+                self.add(manifest, path, is_top)?;
+            }
         }
         Ok(())
     }
 
-    fn add_request(&mut self, manifest: Manifest) -> Result<(), Fault> {
+    fn add_request(&mut self, manifest: Manifest, named: Named<'_>) -> Result<(), Fault> {
         let spec = &manifest.request.spec;
         let fault = |error| manifest.fault(&error);
         let given = convert::drv_path(spec, &self.dir).map_err(fault)?;
         let derivation = match convert::target(spec, &self.dir).map_err(fault)? {
             Target::Derivation(derivation) => derivation,
-            Target::DrvPath(path) => return self.add(manifest, path, true).map_err(Fault::Input),
+            Target::DrvPath(path) => return self.add_named(manifest, path, named),
         };
         let drv_path = match given {
             Some(path) => path,
@@ -132,15 +149,40 @@ impl Queue {
         };
         let system = derivation.system.to_string();
         let ready = Some(Resolved { drv_path, derivation });
-        self.items.push(Item { manifest, ready, source: None, system, is_top: true, needs: BTreeSet::new() });
+        self.items.push(Item { ready, system, is_named: false, ..Item::named(manifest) });
+        Ok(())
+    }
+
+    /// A request that has nothing but the path of its `.drv`.
+    fn add_named(&mut self, manifest: Manifest, path: StorePath, named: Named<'_>) -> Result<(), Fault> {
+        let Named::Read(caches) = named else {
+            self.items.push(Item::named(manifest));
+            return Ok(());
+        };
+        // A file that is there and wrong is said so when it is looked for elsewhere in vain.
+        let Err(here) = self.resolver.derivation(&path) else {
+            return self.add(manifest, path, true).map_err(Fault::Input);
+        };
+        let caches = caches()?;
+        let resolved = drover_session::resolve(&self.dir, &path, &caches).map_err(|error| match error {
+            Unresolved::Absent(absent) => {
+                let urls: Vec<String> = caches.iter().map(|cache| cache.url()).collect();
+                Fault::Input(here.context(format!("{absent} is in no cache (asked: {})", urls.join(", "))))
+            }
+            Unresolved::Failed(failure) if failure.infrastructure => Fault::Infrastructure(failure.into()),
+            Unresolved::Failed(failure) => Fault::Input(failure.into()),
+        })?;
+        let system = resolved.derivation.system.to_string();
+        let ready = Some(resolved);
+        self.items.push(Item { ready, system, is_named: false, ..Item::named(manifest) });
         Ok(())
     }
 
     fn add(&mut self, manifest: Manifest, source: StorePath, is_top: bool) -> Result<()> {
         let system = self.resolver.derivation(&source)?.basic.system.to_string();
         let resolved = self.resolver.try_resolve(&source)?;
-        let (source, needs) = (Some(source), BTreeSet::new());
-        let mut item = Item { manifest, ready: None, source, system, is_top, needs };
+        let source = Some(source);
+        let mut item = Item { source, system, is_top, is_named: false, ..Item::named(manifest) };
         if let Ok(resolved) = resolved {
             item.set(&self.dir, resolved)?;
         }
@@ -208,7 +250,7 @@ impl Queue {
     fn check_sources(&mut self) -> Result<()> {
         let sources: BTreeSet<_> = self.items.iter().filter_map(|item| item.source.clone()).collect();
         for item in &self.items {
-            if let (None, Some(source)) = (&item.ready, &item.source)
+            if let (None, Some(source), false) = (&item.ready, &item.source, item.is_named)
                 && let Err(missing) = self.resolver.try_resolve(source)?
                 && missing.keys().any(|drv| !sources.contains(drv))
             {
@@ -220,6 +262,12 @@ impl Queue {
 }
 
 impl Item {
+    /// One that has no more than its manifest.
+    fn named(manifest: Manifest) -> Self {
+        let (system, needs) = (String::new(), BTreeSet::new());
+        Self { manifest, ready: None, is_named: true, source: None, system, is_top: true, needs }
+    }
+
     fn set(&mut self, dir: &StoreDir, resolved: Resolved) -> Result<()> {
         let made = request::of(dir, &resolved)?;
         if self.manifest.is_made() {
@@ -268,7 +316,9 @@ mod tests {
             .collect();
         let (resolver, _) = request::open("local").unwrap();
         let mut queue = Queue { items: Vec::new(), dir, resolver };
-        manifest::parse("f", &text)?.into_iter().try_for_each(|manifest| queue.add_request(manifest))?;
+        manifest::parse("f", &text)?
+            .into_iter()
+            .try_for_each(|manifest| queue.add_request(manifest, Named::Sent { all: false }))?;
         queue.sort()?;
         Ok(queue.items)
     }

@@ -11,12 +11,11 @@ use drover_nix::{NarInfo, StoreDir, StorePath};
 use crate::args;
 use crate::build::{open_caches, own_cache};
 use crate::exit::{self, Fault, Outcome};
-use crate::order::{self, Queue};
+use crate::order::{self, Named, Queue};
 use crate::output;
 
 pub(crate) fn run(args: &args::Plan) -> Outcome {
     let dir = StoreDir::default();
-    let mut queue = Queue::load(&args.files, &dir)?;
     let mut urls = args.caches.clone();
     urls.extend(
         args.files.files.iter().filter(|file| order::is_drv(file)).filter_map(|file| order::store_of(file)),
@@ -25,6 +24,7 @@ pub(crate) fn run(args: &args::Plan) -> Outcome {
         urls.push(own_cache().map_err(Fault::Input)?);
     }
     let caches = open_caches(&urls, &[], None, &dir)?;
+    let mut queue = Queue::load(&args.files, &dir, Named::Read(&|| Ok(caches.clone())))?;
 
     let mut made = BTreeSet::new();
     let mut text = String::new();

@@ -35,6 +35,12 @@ pub(crate) fn of(dir: &StoreDir, resolved: &Resolved) -> Result<BuildRequest> {
     Ok(BuildRequest::new(&name_of(drv_path), spec))
 }
 
+/// The request that names a derivation and leaves it to the cluster to read it.
+pub(crate) fn by_path(dir: &StoreDir, drv_path: &StorePath) -> BuildRequest {
+    let spec = BuildRequestSpec { drv_path: Some(dir.full(drv_path)), ..Default::default() };
+    BuildRequest::new(&name_of(drv_path), spec)
+}
+
 fn requests(args: &args::Request) -> Result<Vec<BuildRequest>> {
     let (mut resolver, dir) = open(&args.store)?;
     let mut wanted: Vec<StorePath> = Vec::new();
@@ -50,6 +56,9 @@ fn requests(args: &args::Request) -> Result<Vec<BuildRequest>> {
     let mut seen = std::collections::BTreeSet::new();
     wanted.retain(|path| seen.insert(path.clone()));
     let mut requests = Vec::with_capacity(wanted.len());
+    if args.by_path {
+        return Ok(wanted.iter().map(|path| by_path(&dir, path)).collect());
+    }
     for path in &wanted {
         let resolved = resolver.resolve(path)?;
         requests.push(of(&dir, &resolved)?);

@@ -14,6 +14,8 @@ use drover_store::StoreLayout;
 
 use crate::realised::Realised;
 
+pub(crate) use drover_session::Resolved;
+
 /// Derivations that were read, and where to look for more.
 pub(crate) struct Resolver {
     dir: StoreDir,
@@ -21,14 +23,6 @@ pub(crate) struct Resolver {
     places: Vec<PathBuf>,
     known: BTreeMap<StorePath, Derivation>,
     realised: Realised,
-}
-
-/// A derivation whose inputs are paths.
-#[derive(Clone, Debug)]
-pub(crate) struct Resolved {
-    /// The `.drv` that it goes by: where inputs' paths had to be known first, that of the resolved derivation.
-    pub(crate) drv_path: StorePath,
-    pub(crate) derivation: BasicDerivation,
 }
 
 impl Resolver {

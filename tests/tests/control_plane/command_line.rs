@@ -129,6 +129,16 @@ fn failures(plane: &ControlPlane) -> Result<()> {
     assert_eq!(good(plane, &["logs", "exit-code"])?, "no rule\n");
     assert!(good(plane, &["describe", "exit-code"])?.contains("> no rule"));
 
+    // What only names its derivation is the cluster's to read.
+    let named = tempfile::NamedTempFile::new()?;
+    let drv = "/nix/store/i00sflxqsj37lfmf95m8mn0grv615hpj-nowhere.drv";
+    let text = "apiVersion: drover.build/v1alpha1\nkind: BuildRequest\nmetadata: {name: named}\nspec: {drvPath: DRV}\n";
+    std::fs::write(named.path(), text.replace("DRV", drv))?;
+    good(plane, &["submit", &named.path().to_string_lossy()])?;
+    let spec: serde_json::Value =
+        serde_json::from_str(&plane.kubectl(&["get", "breq", "named", "-o", "jsonpath={.spec}"])?)?;
+    assert!(spec["drvPath"] == drv && spec["derivation"].is_null(), "{spec}");
+
     assert!(good(plane, &["cancel", "missing-input"])?.contains("missing-input cancelled"));
     assert_eq!(plane.kubectl(&["get", "breq", "missing-input", "-o", "jsonpath={.spec.cancel}"])?, "true");
     let (code, said) = bad(plane, &["cancel", "nobody"])?;

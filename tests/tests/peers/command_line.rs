@@ -160,6 +160,46 @@ fn what_nix_shows_is_what_the_file_says() -> Result<()> {
     Ok(())
 }
 
+/// No `.drv` is on this machine: what the request names is read from the cache that it is given.
+#[test]
+fn what_is_only_named_is_read_from_a_cache() -> Result<()> {
+    let home = Home::new()?;
+    let theirs = home.path().join("theirs");
+    std::fs::create_dir_all(theirs.join("nix"))?;
+    let peer = Peer::new(Nix::V2_34)?.with_at(&theirs.join("nix"), "/nix");
+    let expression = r#"
+        let make = name: text: derivation {
+          inherit name; system = "x86_64-linux"; builder = "/bin/sh"; args = [ "-c" text ];
+        };
+        dep = make "dep" "echo words > $out";
+        in make "top" "read line < ${dep}; echo $line > $out"
+    "#;
+    let drv = peer.run("nix-instantiate", &["-E", expression])?;
+    let cache = format!("file://{}", home.path().join("cache").display());
+    let nix = ["--extra-experimental-features", "nix-command"];
+    peer.run("nix", &[&nix[..], &["copy", "--derivation", "--to", &cache, drv.trim()]].concat())?;
+    let store = theirs.display().to_string();
+    let request = ["request", drv.trim(), "--store", &store, "--recursive", "--by-path"];
+    let yaml = run::stdout(&mut home.drover(&request)?)?;
+    ensure!(yaml.matches("drvPath:").count() == 2 && !yaml.contains("derivation:"), "{yaml}");
+
+    let plan = output_of(home.drover(&["plan", "-", "--cache", &cache])?, &yaml)?;
+    let said = String::from_utf8_lossy(&plan.stdout);
+    ensure!(said.contains("to be built for x86_64-linux") && said.contains("after: dep-"), "{said} {plan:?}");
+    let done =
+        built(&output_of(home.drover(&["build", "-", "--cache", &cache, "--output", "json"])?, &yaml)?)?;
+    let items = done["items"].as_array().context("two requests are a List")?;
+    let output = peer.run("nix-store", &["--query", "--binding", "out", drv.trim()])?;
+    assert_eq!(items[1]["status"]["outputs"]["out"]["path"], output.trim(), "{done:#}");
+    assert_eq!(items[1]["status"]["drvPath"], drv.trim());
+
+    let elsewhere = format!("file://{}", home.path().join("elsewhere").display());
+    let lost = output_of(home.drover(&["build", "-", "--cache", &elsewhere])?, &yaml)?;
+    let said = String::from_utf8_lossy(&lost.stderr);
+    ensure!(lost.status.code() == Some(2) && said.contains("is in no cache (asked: "), "{said}");
+    Ok(())
+}
+
 #[test]
 fn exit_codes_and_reasons() -> Result<()> {
     let home = Home::new()?;

@@ -29,7 +29,7 @@ use crate::build::child::Child;
 use crate::build::console::Console;
 use crate::build::setup::Setup;
 use crate::exit::{self, Fault};
-use crate::order::{Item, Queue};
+use crate::order::{Item, Named, Queue};
 use crate::output;
 use crate::resolve::Resolved;
 
@@ -53,7 +53,12 @@ struct Failed {
 
 pub(crate) fn run(args: &args::Build) -> exit::Outcome {
     let dir = StoreDir::default();
-    let mut queue = Queue::load(&args.files, &dir)?;
+    let caches = || {
+        let mut urls = args.caches.clone();
+        urls.push(own_cache().map_err(Fault::Input)?);
+        open_caches(&urls, &args.public_keys, args.netrc_file.as_deref(), &dir)
+    };
+    let mut queue = Queue::load(&args.files, &dir, Named::Read(&caches))?;
     let setup = Setup::new(args, dir)?;
     let console = Console::new(!args.no_progress);
     let wanted = wanted(&mut queue, &setup)?;

@@ -25,6 +25,14 @@ fn write(request: &BuildRequest, text: &mut String) -> std::fmt::Result {
     let Some(status) = request.status.as_ref().filter(|status| !status.conditions.is_empty()) else {
         return writeln!(text, "The operator has not looked at it yet.");
     };
+    if let (Some(derivation), Some(drv_path)) = (&status.derivation, &request.spec.drv_path) {
+        writeln!(text, "Derivation: {drv_path} for {}", derivation.system)?;
+        if status.outputs.is_empty() {
+            for (name, path) in &derivation.outputs {
+                writeln!(text, "To make:    {name}  {path}")?;
+            }
+        }
+    }
     for (label, value) in [
         ("Class:      ", &status.class),
         ("Drv:        ", &status.drv_path),

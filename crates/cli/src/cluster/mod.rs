@@ -22,7 +22,7 @@ use serde_json::json;
 use crate::args;
 use crate::exit::{self, Fault, Outcome};
 use crate::manifest::Manifest;
-use crate::order::{self, Item};
+use crate::order::{self, Item, Named};
 use crate::output;
 
 /// Who changed a field, as the API server remembers it.
@@ -30,11 +30,11 @@ const FIELD_MANAGER: &str = "drover";
 
 pub(crate) fn submit(args: &args::Submit) -> Outcome {
     // Order and content are checked here, before anything is sent: all or nothing is friendlier than half.
-    let mut queue = order::Queue::load(&args.files, &StoreDir::default())?;
+    let mut queue = order::Queue::load(&args.files, &StoreDir::default(), Named::Sent { all: args.by_path })?;
     if args.wait {
         return run(async { submit::in_order(&Cluster::connect(&args.target).await?, &mut queue).await });
     }
-    for index in 0..queue.items.len() {
+    for index in (0..queue.items.len()).filter(|index| !queue.items[*index].is_named).collect::<Vec<_>>() {
         // A cluster builds what it gets at once: what is to be resolved later cannot be sent.
         let resolved = queue.resolve(index);
         resolved.context("only with --wait it can be sent when these are built").map_err(Fault::Input)?;

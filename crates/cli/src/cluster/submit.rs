@@ -34,7 +34,9 @@ pub(super) async fn in_order(cluster: &Cluster, queue: &mut Queue) -> Outcome {
                 codes.insert(index, codes[broken]);
                 continue;
             }
-            queue.resolve(index).map_err(Fault::Input)?;
+            if !queue.items[index].is_named {
+                queue.resolve(index).map_err(Fault::Input)?;
+            }
             sent.push((index, cluster.submit(&queue.items[index]).await?));
         }
         for (index, name) in sent {
