@@ -45,7 +45,7 @@ fn what_is_only_named_is_read_from_the_cache() -> Result<()> {
     world.class("small")?;
     let nix = Instantiated::new()?;
     a_dag_that_outlives_its_operator(&world, &makers, &nix)?;
-    let operator = world.operator_with(Arc::new(makers.clone()))?;
+    let operator = world.operator_with(Arc::new(makers))?;
     what_comes_later_is_waited_for(&world, &nix)?;
     lies_are_refused_and_say_why(&world, &nix)?;
     operator.stop()?;
@@ -55,7 +55,7 @@ fn what_is_only_named_is_read_from_the_cache() -> Result<()> {
 /// Applied in the wrong order; the operator that has read them is replaced while the first one builds.
 fn a_dag_that_outlives_its_operator(world: &World, makers: &Makers, nix: &Instantiated) -> Result<()> {
     nix.copy(world, "top")?;
-    let first = world.operator_with(Arc::new(makers.clone()))?;
+    let first = world.operator_with(Arc::new(makers))?;
     for name in ["base", "top"] {
         makers.hold(name);
     }
@@ -76,7 +76,7 @@ fn a_dag_that_outlives_its_operator(world: &World, makers: &Makers, nix: &Instan
     ensure!(outputs.keys().eq(["dev", "out"]), "{status}");
     first.stop()?;
 
-    let second = world.operator_with(Arc::new(makers.clone()))?;
+    let second = world.operator_with(Arc::new(makers))?;
     run::wait_for("the new operator to find base", LIMIT, || {
         Ok(makers.take_started().iter().any(|name| name == "team/base"))
     })?;
@@ -134,7 +134,7 @@ fn lies_are_refused_and_say_why(world: &World, nix: &Instantiated) -> Result<()>
     with_derivation(world, "lie", &lie, drv, "")?;
     refused("lie", "PathNotProven", &["env.name", "something-else", "top", &drv[11..]])?;
     // The same without its .drv: its own fields lead elsewhere.
-    let mut stolen = honest.clone();
+    let mut stolen = honest;
     stolen.outputs.insert("out".into(), convert_output(&nix.outputs["top"]));
     stolen.args = vec!["-c".into(), "evil".into()];
     with_derivation(world, "stolen", &stolen, "", "")?;
