@@ -66,17 +66,11 @@ impl JobPlan {
     /// Opens what the plan names. Blocks.
     pub fn open(&self, handles: &Caches) -> Result<Job, Error> {
         let dir = StoreDir::default();
-        let caches = handles.open_all(&self.caches, &self.credentials)?;
+        let signing_key = self.signing_key()?;
+        let caches = handles.open_all(&self.believed(signing_key.as_deref()), &self.credentials)?;
         // The last of them that says so.
         let push =
             self.caches.iter().rposition(|cache| cache.push).and_then(|index| caches.get(index)).cloned();
-        let signing_key = match &self.signing_key {
-            Some(text) => Some(Arc::new(SecretKey::parse(text).map_err(|error| Error::Secret {
-                name: "of the class's signing key".into(),
-                why: error.to_string(),
-            })?)),
-            None => None,
-        };
         Ok(Job {
             dir,
             drv_path: self.drv_path.clone(),
@@ -94,6 +88,28 @@ impl JobPlan {
             spool_dir: self.spool_dir.clone(),
             kept: Arc::default(),
         })
+    }
+
+    fn signing_key(&self) -> Result<Option<Arc<SecretKey>>, Error> {
+        let Some(text) = &self.signing_key else { return Ok(None) };
+        let fail = |error: drover_nix::Error| Error::Secret {
+            name: "of the class's signing key".into(),
+            why: error.to_string(),
+        };
+        Ok(Some(Arc::new(SecretKey::parse(text).map_err(fail)?)))
+    }
+
+    /// The class's caches. What it signed itself it believes as well (Nix: keys.cc, getDefaultPublicKeys): else its own
+    /// outputs would be no inputs.
+    fn believed(&self, own: Option<&SecretKey>) -> Vec<ClassCache> {
+        let mut caches = self.caches.clone();
+        if let Some(own) = own.map(|key| key.public().to_string()) {
+            let signed = caches.iter_mut().filter(|cache| cache.push && !cache.public_keys.is_empty());
+            for cache in signed.filter(|cache| !cache.public_keys.contains(&own)) {
+                cache.public_keys.push(own.clone());
+            }
+        }
+        caches
     }
 }
 
@@ -244,6 +260,45 @@ mod tests {
             ..cache.clone()
         };
         assert!(!Arc::ptr_eq(&second, &caches.open(&other, &Credentials::None).unwrap()));
+    }
+
+    #[test]
+    fn a_class_believes_what_it_signed() {
+        let own = SecretKey::from_seed("own-1", &[1; 32]).unwrap();
+        let cache = |push, keys: &[&str]| ClassCache {
+            push,
+            public_keys: keys.iter().map(|key| (*key).to_owned()).collect(),
+            ..ClassCache::default()
+        };
+        let mine = own.public().to_string();
+        let caches =
+            vec![cache(true, &["a:b"]), cache(true, &[&mine]), cache(true, &[]), cache(false, &["a:b"])];
+        let plan = JobPlan {
+            derivation: BasicDerivation {
+                name: "x".into(),
+                outputs: BTreeMap::new(),
+                input_srcs: Default::default(),
+                system: "x86_64-linux".into(),
+                builder: "/bin/sh".into(),
+                args: Vec::new(),
+                env: BTreeMap::new(),
+            },
+            drv_path: "f8g8x4m83da3b2f79iv84q2r3qlc58lr-x.drv".parse().unwrap(),
+            options: BuildOptions::default(),
+            caches,
+            credentials: Vec::new(),
+            signing_key: None,
+            trust: Trust::Verified,
+            max_output_bytes: None,
+            spool_dir: PathBuf::new(),
+        };
+        let keys = |own| plan.believed(own).into_iter().map(|cache| cache.public_keys).collect::<Vec<_>>();
+        let other = "a:b".to_owned();
+        assert_eq!(
+            keys(Some(&own)),
+            [vec![other.clone(), mine.clone()], vec![mine], vec![], vec![other.clone()]]
+        );
+        assert_eq!(keys(None)[0], [other]);
     }
 
     #[test]
