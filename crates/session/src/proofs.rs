@@ -95,6 +95,7 @@ impl Proofs {
                 root,
                 failed: BTreeMap::new(),
                 unforeseen: BTreeSet::new(),
+                early: BTreeMap::new(),
             };
             round.take_in(below);
             roots.extend(std::mem::take(&mut round.unforeseen));
@@ -162,6 +163,8 @@ struct Round<'a> {
     failed: BTreeMap<StorePath, Failed>,
     /// Inputs that no narinfo file spoke of.
     unforeseen: BTreeSet<StorePath>,
+    /// Files that were read before these inputs of theirs.
+    early: BTreeMap<StorePath, Vec<StorePath>>,
 }
 
 impl Round<'_> {
@@ -250,13 +253,25 @@ impl Round<'_> {
             }
         } else {
             // Read again when these are there, which is seldom: Nix's caches say all references.
-            self.unforeseen.extend(lacking);
+            self.unforeseen.extend(lacking.iter().cloned());
+            self.early.insert(path.clone(), lacking);
         }
         state.read.remove(path);
     }
 
     /// What keeps the root from being proven, if that is for good.
     fn verdict(mut self) -> Option<Error> {
+        // What was read before its inputs has not heard of their failures.
+        loop {
+            let failed = &self.failed;
+            let below = self.early.iter().find_map(|(path, lacking)| {
+                let input = lacking.iter().find(|input| failed.contains_key(*input))?;
+                Some((path.clone(), input.clone()))
+            });
+            let Some((path, input)) = below else { break };
+            self.early.remove(&path);
+            self.failed.insert(path, Failed::Below(input));
+        }
         let mut failed = self.failed.remove(self.root)?;
         loop {
             match failed {

@@ -55,7 +55,7 @@ fn what_is_only_named_is_read_from_the_cache() -> Result<()> {
 /// Applied in the wrong order; the operator that has read them is replaced while the first one builds.
 fn a_dag_that_outlives_its_operator(world: &World, makers: &Makers, nix: &Instantiated) -> Result<()> {
     nix.copy(world, "top")?;
-    let first = world.operator_with(Arc::new(makers))?;
+    let first = world.operator_with(Arc::new(makers.clone()))?;
     for name in ["base", "top"] {
         makers.hold(name);
     }
@@ -76,7 +76,7 @@ fn a_dag_that_outlives_its_operator(world: &World, makers: &Makers, nix: &Instan
     ensure!(outputs.keys().eq(["dev", "out"]), "{status}");
     first.stop()?;
 
-    let second = world.operator_with(Arc::new(makers))?;
+    let second = world.operator_with(Arc::new(makers.clone()))?;
     run::wait_for("the new operator to find base", LIMIT, || {
         Ok(makers.take_started().iter().any(|name| name == "team/base"))
     })?;
