@@ -40,13 +40,7 @@ fn real_software_is_built_as_nix_builds_it() -> Result<()> {
         let builders_fetch = drv != &drvs[0];
         if !builders_fetch {
             // Long before the next request: a build by real Nix is in between.
-            drover.cluster.kubectl(&[
-                "patch",
-                "builderclass",
-                "default",
-                "--type=json",
-                r#"--patch=[{"op": "add", "path": "/spec/caches/0/fetchedBy", "value": "Builders"}]"#,
-            ])?;
+            drover.upgrade(&["class.spec.caches[0].fetchedBy=Builders"])?;
         }
 
         // Against real Nix, which builds the same .drv from the same inputs, in its own sandbox.
