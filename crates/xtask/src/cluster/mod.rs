@@ -27,6 +27,8 @@ pub const NODE_ADDRESS: &str = "10.99.0.1";
 
 const READY_LIMIT: Duration = Duration::from_secs(120);
 const END_LIMIT: Duration = Duration::from_secs(30);
+/// Where the node has the script that is its first process.
+const NODE_SCRIPT: &str = "/opt/node.sh";
 
 /// A cluster, running or not.
 #[derive(Clone, Debug)]
@@ -174,7 +176,7 @@ impl Cluster {
             .bind(self.dir.join("var"), "/var")
             .bind(self.dir.join("etc"), "/etc/kubernetes")
             .bind_ro(programs, "/opt/kube")
-            .bind_ro(self.dir.join("node.sh"), "/opt/node.sh")
+            .bind_ro(self.dir.join("node.sh"), NODE_SCRIPT)
             .bind_ro(self.dir.join("pause.tar"), "/opt/pause.tar")
             .bind_ro(self.dir.join("etc/cni.json"), "/etc/cni/net.d/10-drover.conflist")
             .bind_ro(self.dir.join("etc/containerd.toml"), "/etc/containerd/config.toml")
@@ -184,11 +186,7 @@ impl Cluster {
         // A session of its own: the cluster outlives the terminal that it was started from.
         let log = File::create(self.logs().join("node.log"))?;
         let mut detached = Command::new("setsid");
-        detached
-            .arg(inside.get_program())
-            .args(inside.get_args())
-            .arg("/opt/node.sh")
-            .env("PATH", host::path());
+        detached.arg(inside.get_program()).args(inside.get_args()).arg(NODE_SCRIPT).env("PATH", host::path());
         detached.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         detached.current_dir("/").spawn().context("could not start the node")?;
         Ok(())
@@ -243,9 +241,32 @@ impl Cluster {
         let pids = self.netns().exists().then(|| self.processes().ok())??;
         pids.into_iter().find(|pid| {
             let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-            // The ids in all process namespaces that it is in, ours first: the node's first process is 1 in the second.
-            let ids = status.lines().find_map(|line| line.strip_prefix("NSpid:")).unwrap_or_default();
-            ids.split_whitespace().skip(1).eq(["1"])
+            is_main(&status, &fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default())
         })
+    }
+}
+
+/// Whether a process with this `/proc/PID/status` and `cmdline` is a node's first one. Others in its network may be first in
+/// process namespaces of their own, as the caches and the Nix of the tests are, and have lower numbers.
+fn is_main(status: &str, command: &[u8]) -> bool {
+    // The ids in all process namespaces that it is in, ours first: the node's first process is 1 in the second.
+    let ids = status.lines().find_map(|line| line.strip_prefix("NSpid:")).unwrap_or_default();
+    ids.split_whitespace().skip(1).eq(["1"])
+        && command.split(|byte| *byte == 0).any(|word| word == NODE_SCRIPT.as_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_node_is_told_from_what_else_is_in_its_network() {
+        let status = |ids: &str| format!("Name:\tsh\nNSpid:\t{ids}\nThreads:\t1\n");
+        let script = b"sh\0/opt/node.sh\0";
+        assert!(is_main(&status("28693\t1"), script));
+        assert!(!is_main(&status("514\t1"), b"nginx\0-c\0/state/nginx.conf\0"));
+        assert!(!is_main(&status("30000\t77\t1"), b"sh\0/opt/node.sh\0"), "in a container");
+        assert!(!is_main(&status("28700\t9"), script));
+        assert!(!is_main("", b""), "gone");
     }
 }
