@@ -122,11 +122,14 @@ impl<'a> Interest<'a> {
 
     /// Sleeps until one of `fds` is readable, the interest changes, or `time` is over. Says which are readable.
     pub(crate) fn wait(&self, fds: &[BorrowedFd<'_>], time: Option<Duration>) -> Result<Vec<bool>, Error> {
+        // Asked once, and before how long there is: a client that goes after this question ends the sleep, and one that went
+        // before it, the time limits. Asked again below, one that goes in between would do neither, and this sleep not end.
+        let owner_was_there = !self.owner.is_cancelled();
         let limit = [time, self.left()].into_iter().flatten().min();
         let mut all = fds.to_vec();
         let wake = self.shared.wake();
         all.extend([wake, self.owner.stopped.as_fd()]);
-        if !self.owner.is_cancelled() {
+        if owner_was_there {
             all.push(self.owner.gone.as_fd());
         }
         let mut ready = wait(&all, limit).map_err(Error::system("wait for a build"))?;
@@ -213,15 +216,26 @@ mod tests {
 
     #[test]
     fn waiting_ends_when_the_interest_does() {
-        let shared = shared();
-        let cancel = Cancel::new().unwrap();
-        let interest = Interest::new(&cancel, &shared, Duration::ZERO);
-        let never = Event::new().unwrap();
-        let other = cancel.clone();
-        let thread = std::thread::spawn(move || other.cancel());
-        while !interest.is_over() {
-            assert_eq!(interest.wait(&[never.as_fd()], None).unwrap(), [false]);
-        }
-        thread.join().unwrap();
+        // Often, since what may go wrong goes wrong between two instructions; within a time, since it would never end.
+        const TIMES: usize = 20_000;
+        let (done, is_done) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            let shared = shared();
+            let never = Event::new().unwrap();
+            let (clients, goes) = std::sync::mpsc::channel::<Cancel>();
+            let client = std::thread::spawn(move || goes.into_iter().for_each(|client| client.cancel()));
+            for _ in 0..TIMES {
+                let cancel = Cancel::new().unwrap();
+                let interest = Interest::new(&cancel, &shared, Duration::ZERO);
+                clients.send(cancel.clone()).unwrap();
+                while !interest.is_over() {
+                    assert_eq!(interest.wait(&[never.as_fd()], None).unwrap(), [false]);
+                }
+            }
+            drop(clients);
+            client.join().unwrap();
+            done.send(()).unwrap();
+        });
+        is_done.recv_timeout(Duration::from_secs(60)).expect("a client went, and the wait for it never ended");
     }
 }
