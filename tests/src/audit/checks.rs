@@ -7,7 +7,7 @@ use jiff::{SignedDuration, Timestamp};
 use serde_json::Value;
 
 use super::history::{Lease, text};
-use super::{Event, GROUP, History, Request, Rules, StatusWrite, Violation};
+use super::{Event, GROUP, History, Pod, Request, Rules, StatusWrite, Violation};
 
 pub(super) fn all(events: &[Event], history: &History, rules: &Rules) -> Vec<Violation> {
     let mut found = Vec::new();
@@ -31,18 +31,39 @@ pub(super) fn all(events: &[Event], history: &History, rules: &Rules) -> Vec<Vio
     found
 }
 
-/// S1: the API server never made a second pod for an attempt.
+/// S1: an attempt has one builder. Where an operator died between making a pod and writing that down, and that pod was then
+/// lost, the next one makes it again: by the same name, so only once the first is gone, and no session was with that one, since
+/// none begins before the status names its pod.
 fn one_pod_an_attempt(history: &History, found: &mut Vec<Violation>) {
-    let mut pods: BTreeMap<(&str, &str), Vec<&str>> = BTreeMap::new();
+    let mut attempts: BTreeMap<(&str, &str), Vec<&Pod>> = BTreeMap::new();
     for pod in &history.pods {
-        pods.entry((&pod.request, &pod.attempt)).or_default().push(&pod.uid);
+        attempts.entry((&pod.request, &pod.attempt)).or_default().push(pod);
     }
-    for ((request, attempt), pods) in pods {
-        if pods.len() > 1 {
-            let what = format!("attempt {attempt} had {} pods: {}", pods.len(), pods.join(", "));
-            found.push(Violation { invariant: "S1", about: request.into(), what });
+    for ((request, attempt), pods) in attempts {
+        let mut report =
+            |what: String| found.push(Violation { invariant: "S1", about: request.to_owned(), what });
+        for pair in pods.windows(2) {
+            let [first, second] = pair else { continue };
+            if first.gone.is_none_or(|gone| gone > second.created) {
+                report(format!("attempt {attempt} had two pods at once: {} and {}", first.uid, second.uid));
+            }
+            let statuses = history.requests.get(request).map_or(&[][..], |request| &request.statuses);
+            let mut while_first = statuses
+                .iter()
+                .filter(|write| write.received >= first.created && write.received < second.created);
+            if while_first.any(|write| names_pod(&write.status, attempt)) {
+                let what =
+                    format!("attempt {attempt} went on with {} after {} was in use", second.uid, first.uid);
+                report(what);
+            }
         }
     }
+}
+
+/// Whether a status says of an attempt which pod it has.
+fn names_pod(status: &Value, attempt: &str) -> bool {
+    let attempts = status["attempts"].as_array().into_iter().flatten();
+    attempts.into_iter().any(|known| known["number"].to_string() == attempt && known["pod"].is_string())
 }
 
 /// S5: only for a request that exists with that uid; S6: it carries that uid, and S11: its name is the request's.

@@ -212,6 +212,24 @@ fn s1_a_second_pod_for_an_attempt() {
     let mut log = Invented::good();
     log.pod(8, "one", "team", 1, "p1-again");
     log.breaks("S1");
+
+    // Lost before anyone wrote down that it was there: no builder of the attempt's yet.
+    let unknown = || {
+        let mut log = Invented::good();
+        log.lines.truncate(4);
+        log.remove_pod(5, "p1", 0);
+        log
+    };
+    let named = || json!({"attempts": [{"number": 1, "pod": "one-1"}]});
+    let mut log = unknown();
+    log.pod(7, "one", "team", 1, "p1-again");
+    log.status(8, "one", "team", named());
+    assert_eq!(log.audit(), []);
+
+    let mut log = unknown();
+    log.status(6, "one", "team", named());
+    log.pod(7, "one", "team", 1, "p1-again");
+    log.breaks("S1");
 }
 
 #[test]
