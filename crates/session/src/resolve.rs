@@ -165,7 +165,8 @@ mod tests {
     use std::io::Write as _;
 
     use drover_cache::{CacheOptions, NarSpool};
-    use drover_nix::{DerivationOutput, Method, OutputName, PathInfo, Sha256, nar};
+    use drover_nix::{DerivationOutput, Method, OutputName, Sha256};
+    use drover_serve::testing;
     use tempfile::TempDir;
 
     use super::*;
@@ -185,20 +186,10 @@ mod tests {
 
         /// Puts a file under this name, whatever it is.
         fn put(&self, path: &StorePath, text: &[u8]) {
-            let mut writer = nar::Writer::new(Vec::new());
-            writer.file_bytes(false, text).unwrap();
-            let bytes = writer.finish().unwrap();
+            let nar = testing::file_nar(text);
+            let info = testing::info_of(path.clone(), &[], &nar);
             let mut spool = NarSpool::new(self.root.path(), []).unwrap();
-            spool.write_all(&bytes).unwrap();
-            let info = PathInfo {
-                path: path.clone(),
-                nar_hash: Sha256::of(&bytes),
-                nar_size: bytes.len() as u64,
-                references: BTreeSet::new(),
-                deriver: None,
-                signatures: vec![],
-                ca: None,
-            };
+            spool.write_all(&nar).unwrap();
             self.cache.put(&info, &spool.finish().unwrap()).unwrap();
         }
 

@@ -6,7 +6,8 @@ use std::io::Write as _;
 use drover_api::{ClassCache, Reason, Trust};
 use drover_cache::{CacheOptions, NarSpool};
 use drover_nix::derivation::{aterm, modulo};
-use drover_nix::{BasicDerivation, Derivation, DerivationOutput, OutputName, PathInfo, Sha256, nar};
+use drover_nix::{BasicDerivation, Derivation, DerivationOutput, OutputName};
+use drover_serve::testing;
 use drover_session::Resolved;
 
 use super::*;
@@ -130,20 +131,10 @@ fn open(shelf: &tempfile::TempDir) -> Arc<dyn Cache> {
 fn shelf<'a>(files: impl IntoIterator<Item = (&'a StorePath, &'a [u8])>) -> tempfile::TempDir {
     let shelf = tempfile::tempdir().unwrap();
     for (path, text) in files {
-        let mut writer = nar::Writer::new(Vec::new());
-        writer.file_bytes(false, text).unwrap();
-        let bytes = writer.finish().unwrap();
+        let nar = testing::file_nar(text);
+        let info = testing::info_of(path.clone(), &[], &nar);
         let mut spool = NarSpool::new(shelf.path(), []).unwrap();
-        spool.write_all(&bytes).unwrap();
-        let info = PathInfo {
-            path: path.clone(),
-            nar_hash: Sha256::of(&bytes),
-            nar_size: bytes.len() as u64,
-            references: BTreeSet::new(),
-            deriver: None,
-            signatures: vec![],
-            ca: None,
-        };
+        spool.write_all(&nar).unwrap();
         open(&shelf).put(&info, &spool.finish().unwrap()).unwrap();
     }
     shelf

@@ -2,10 +2,12 @@
 //! scenario says. It lives outside of all operators and goes on when one is killed.
 
 use std::collections::BTreeMap;
+use std::io::Write as _;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
+use drover_cache::{CacheOptions, NarSpool};
 use drover_nix::StorePath;
 use jiff::{SignedDuration, Timestamp};
 use serde_json::{Value, json};
@@ -117,6 +119,17 @@ impl World {
     }
 
     /// A user makes an object.
+    /// Puts a file into the cache as what this path names.
+    pub(crate) fn keep_file(&self, path: &StorePath, contents: &[u8]) {
+        let url = format!("file://{}", self.cache.path().display());
+        let cache = drover_cache::open(&url, &CacheOptions::default()).expect("a cache");
+        let nar = drover_serve::testing::file_nar(contents);
+        let mut spool = NarSpool::new(self.cache.path(), []).expect("a place for an archive");
+        spool.write_all(&nar).expect("an archive");
+        let info = drover_serve::testing::info_of(path.clone(), &[], &nar);
+        cache.put(&info, &spool.finish().expect("an archive")).expect("a cache that takes files");
+    }
+
     pub(crate) fn make(&self, key: Key, object: Value) {
         self.server.with(|store, now| store.create(key, object, Writer::User, now)).expect("a new object");
     }

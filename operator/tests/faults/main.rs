@@ -126,6 +126,11 @@ fn short_lived() {
     exhaust(&scenarios::SHORT_LIVED);
 }
 
+#[test]
+fn by_path() {
+    exhaust(&scenarios::BY_PATH);
+}
+
 /// The same script passes against a real API server.
 #[test]
 fn the_double_does_what_it_is_said_to_do() {

@@ -1,7 +1,10 @@
 //! The reference runs: what users and the cluster do, and how it must end, whatever goes wrong on the line.
 
+use std::collections::BTreeSet;
+
 use drover_api::convert::{Target, target};
-use drover_nix::StoreDir;
+use drover_nix::derivation::{aterm, modulo};
+use drover_nix::{BasicDerivation, Derivation, DerivationOutput, OutputName, StoreDir, StorePath};
 use jiff::SignedDuration;
 use serde_json::{Value, json};
 
@@ -184,6 +187,35 @@ pub(crate) const SHORT_LIVED: Scenario = Scenario {
     starts: 1,
 };
 
+/// Requests that say which `.drv` alone, the dependent one first: what they build is read from the class's cache.
+pub(crate) const BY_PATH: Scenario = Scenario {
+    name: "by_path",
+    setup: class,
+    script: || {
+        let dependent = Step {
+            when: |_| true,
+            after: SECOND,
+            act: |world| {
+                let (_, top) = chain(world);
+                world.make(Key::new("buildrequests", TEAM, "b"), by_path(&top));
+            },
+        };
+        let dependency = Step {
+            when: |world| world.request("b").is_some(),
+            after: SECOND,
+            act: |world| {
+                let (bottom, _) = chain(world);
+                world.make(Key::new("buildrequests", TEAM, "a"), by_path(&bottom));
+            },
+        };
+        vec![dependent, dependency]
+    },
+    over: |world| is_settled(world, "a") && is_settled(world, "b"),
+    ends: &[("a", "Built: Built"), ("b", "Built: Built")],
+    interchangeable: false,
+    starts: 2,
+};
+
 fn make_a() -> Step {
     Step {
         when: |_| true,
@@ -217,6 +249,49 @@ pub(crate) fn request(name: &str, inputs: &[&str]) -> Value {
                 "inputSrcs": inputs,
                 "outputs": {"out": {}},
             },
+            "retries": {"infrastructure": 5, "build": 0},
+        },
+    })
+}
+
+/// Puts two derivations into the cache, of which the second needs the first, and gives their paths.
+fn chain(world: &World) -> (StorePath, StorePath) {
+    let dir = StoreDir::default();
+    let mut below: Option<(StorePath, modulo::InputHash)> = None;
+    for name in ["bottom", "top"] {
+        let mut drv = Derivation {
+            basic: BasicDerivation {
+                name: name.into(),
+                outputs: [(OutputName::out(), DerivationOutput::Deferred)].into(),
+                input_srcs: BTreeSet::new(),
+                system: "x86_64-linux".into(),
+                builder: "/bin/sh".into(),
+                args: vec![],
+                env: [("out".into(), "".into())].into(),
+            },
+            input_drvs: below.iter().map(|(path, _)| (path.clone(), [OutputName::out()].into())).collect(),
+        };
+        let mut input = |_: &StorePath| Ok(below.as_ref().expect("the one input").1.clone());
+        let paths = modulo::output_paths(&dir, &drv, &mut input).expect("paths").expect("known ones");
+        let out = paths["out"].clone();
+        drv.basic.env.insert("out".into(), dir.full(&out).into());
+        drv.basic.outputs.insert(OutputName::out(), DerivationOutput::InputAddressed(out));
+        let hash = modulo::input_hash(&dir, &drv, &mut input).expect("a hash");
+        let path = modulo::drv_path(&dir, &drv).expect("a path");
+        world.keep_file(&path, &aterm::print(&dir, &drv).expect("a text"));
+        match below.replace((path.clone(), hash)) {
+            None => {}
+            Some((bottom, _)) => return (bottom, path),
+        }
+    }
+    unreachable!("there are two")
+}
+
+fn by_path(drv: &StorePath) -> Value {
+    json!({
+        "metadata": {},
+        "spec": {
+            "drvPath": StoreDir::default().full(drv),
             "retries": {"infrastructure": 5, "build": 0},
         },
     })
