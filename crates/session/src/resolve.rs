@@ -165,7 +165,7 @@ mod tests {
     use std::io::Write as _;
 
     use drover_cache::{CacheOptions, NarSpool};
-    use drover_nix::{DerivationOutput, Method, OutputName, Sha256};
+    use drover_nix::{DerivationOutput, Method, OutputName};
     use drover_serve::testing;
     use tempfile::TempDir;
 
