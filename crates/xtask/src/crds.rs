@@ -1,5 +1,6 @@
 //! `crds/*.yaml`: what `drover crds` prints, one file a resource; and the check that the files are what the code says.
-//! The chart has a copy, because a chart is complete in itself.
+//! The chart has a copy, because a chart is complete in itself: in `files/`, from which a template takes it. What lies in a
+//! chart's `crds/`, Helm would never upgrade.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -11,7 +12,7 @@ use anyhow::{Context, Result, bail};
 use crate::run;
 
 /// Where the files are, below the checkout.
-const DIRS: [&str; 2] = ["crds", "charts/drover/crds"];
+const DIRS: [&str; 2] = ["crds", "charts/drover/files/crds"];
 
 /// Writes the files, and removes those that the code knows no more.
 pub fn write() -> Result<()> {

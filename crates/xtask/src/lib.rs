@@ -4,7 +4,7 @@
 //! - [`root`] runs a program inside such a root filesystem.
 //! - [`cluster`] is a real one-node cluster; [`control_plane`] is etcd and kube-apiserver alone; [`audit`] reads what either
 //!   of them was asked.
-//! - [`images`] makes the two OCI images; [`crds`], [`docs`] and [`layers`] are the checks and the tests.
+//! - [`images`] makes the two OCI images; [`crds`], [`chart`], [`docs`] and [`layers`] are the checks and the tests.
 //! - [`fuzz`] runs the targets of `tests/fuzz`; [`mutants`] takes guards away and sees tests fail.
 //! - [`bench`] measures Drover beside the programs that people use today.
 //!
@@ -12,6 +12,7 @@
 
 pub mod audit;
 pub mod bench;
+pub mod chart;
 pub mod cluster;
 pub mod control_plane;
 pub mod crds;

@@ -9,7 +9,7 @@ use clap::{Parser, Subcommand};
 use xtask::cluster::Cluster;
 use xtask::layers::{self, Layer, Tally};
 use xtask::parts::rootfs::Nix;
-use xtask::{bench, crds, docs, fuzz, images, mutants, parts, root, run};
+use xtask::{bench, chart, crds, docs, fuzz, images, mutants, parts, root, run};
 
 /// What people who work on Drover run.
 #[derive(Parser)]
@@ -38,6 +38,12 @@ enum Act {
     /// Writes crds/ from the code
     Crds {
         /// Only fails where the files are not what the code generates
+        #[arg(long)]
+        check: bool,
+    },
+    /// Writes what the chart makes of tests/golden/chart/*.values.yaml, and the table in its README
+    Chart {
+        /// Only fails where they are not what the chart gives
         #[arg(long)]
         check: bool,
     },
@@ -148,6 +154,9 @@ fn act(act: Act) -> Result<ExitCode> {
         Act::Fuzz { target, seconds } => Ok(sum(fuzz::run(target.as_deref(), seconds)?)),
         Act::Mutants { name } => Ok(sum(mutants::run(name.as_deref(), 1)?)),
         Act::Crds { check } => if check { crds::check() } else { crds::write() }.map(|()| ExitCode::SUCCESS),
+        Act::Chart { check } => {
+            if check { chart::check() } else { chart::write() }.map(|()| ExitCode::SUCCESS)
+        }
         Act::Docs { check } => if check { docs::check() } else { docs::write() }.map(|()| ExitCode::SUCCESS),
         Act::Demo => demo(),
         Act::Parts => print_parts(),

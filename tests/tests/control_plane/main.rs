@@ -2,6 +2,7 @@
 
 mod by_path;
 mod chart;
+mod chart_crds;
 mod command_line;
 mod corpus;
 mod crd;

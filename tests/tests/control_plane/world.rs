@@ -55,16 +55,12 @@ impl World {
             plane.kubectl(&["create", "namespace", namespace])?;
         }
         let chart = xtask::checkout().join("charts/drover");
-        for crd in ["builderclasses", "buildrequests"] {
-            let file = chart.join(format!("crds/{crd}.yaml"));
-            plane.kubectl(&["apply", "--server-side", "-f", &file.to_string_lossy()])?;
-        }
-        plane.wait_established()?;
         plane.apply(&run::stdout(
             std::process::Command::new(go::helm()?)
                 .args(["template", "drover", "--namespace", SYSTEM])
                 .arg(&chart),
         )?)?;
+        plane.wait_established()?;
         let rights = plane.kubeconfig_for(OPERATOR, &["system:serviceaccounts", "system:authenticated"])?;
         Ok(Self { plane, rights, cache: TempDir::new()?, work: TempDir::new()? })
     }
