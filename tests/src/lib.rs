@@ -13,6 +13,7 @@ pub mod faults;
 mod http_cache;
 pub mod installation;
 mod keeper;
+pub mod pages;
 mod peer;
 mod programs;
 pub mod record;

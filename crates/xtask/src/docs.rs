@@ -1,4 +1,8 @@
 //! Pages of `docs/` that are made from the code: what is written by hand stands above a mark, the table below it.
+//!
+//! Whoever has another one adds a line to [`PAGES`], and a page with the mark as its last line.
+
+mod limits;
 
 use std::fs;
 use std::path::PathBuf;
@@ -7,41 +11,59 @@ use anyhow::{Context, Result, bail};
 
 use crate::run;
 
-/// The page, from the checkout.
-const REASONS: &str = "docs/reasons.md";
+/// A page, from the checkout, and what makes the part of it that is not written by hand.
+type Page = (&'static str, fn() -> Result<String>);
+
+const PAGES: &[Page] = &[
+    ("docs/reasons.md", || example("drover-api", "reasons")),
+    ("docs/limits.md", || limits::table(&crate::checkout())),
+];
 /// Where the written part of a page ends.
 const MARK: &str = "<!-- What follows is written by `cargo xtask docs`. -->\n";
 
 /// Writes what the code says into the pages.
 pub fn write() -> Result<()> {
-    let (path, _, wanted) = pages()?;
-    fs::write(&path, wanted)?;
-    println!("{REASONS}");
+    for page in PAGES {
+        let (path, _, wanted) = read(page)?;
+        fs::write(&path, wanted)?;
+        println!("{}", page.0);
+    }
     Ok(())
 }
 
 /// Fails where a page is not what the code says.
 pub fn check() -> Result<()> {
-    let (_, page, wanted) = pages()?;
-    if page != wanted {
-        bail!("{REASONS} is not what the code says; run: cargo xtask docs");
+    let mut wrong = Vec::new();
+    for page in PAGES {
+        let (_, found, wanted) = read(page)?;
+        if found != wanted {
+            wrong.push(page.0);
+        }
     }
-    println!("{REASONS} is what the code says");
+    if !wrong.is_empty() {
+        bail!("not what the code says: {}; run: cargo xtask docs", wrong.join(", "));
+    }
+    println!("{} pages are what the code says", PAGES.len());
     Ok(())
 }
 
-/// The page's path, what it has and what it should have.
-fn pages() -> Result<(PathBuf, String, String)> {
-    let path = crate::checkout().join(REASONS);
-    let page = fs::read_to_string(&path).with_context(|| format!("could not read {}", path.display()))?;
+/// What an example of a package prints: a table of what only that package knows.
+fn example(package: &str, name: &str) -> Result<String> {
     let mut print = run::cargo();
-    print.args(["run", "--quiet", "--package", "drover-api", "--example", "reasons"]);
-    let wanted = splice(&page, &run::stdout(&mut print)?)?;
+    print.args(["run", "--quiet", "--package", package, "--example", name]);
+    run::stdout(&mut print)
+}
+
+/// The page's path, what it has and what it should have.
+fn read((name, made): &Page) -> Result<(PathBuf, String, String)> {
+    let path = crate::checkout().join(name);
+    let page = fs::read_to_string(&path).with_context(|| format!("could not read {}", path.display()))?;
+    let wanted = splice(&page, &made()?).with_context(|| format!("in {name}"))?;
     Ok((path, page, wanted))
 }
 
 fn splice(page: &str, table: &str) -> Result<String> {
-    let (written, _) = page.split_once(MARK).with_context(|| format!("{REASONS} has no line {MARK:?}"))?;
+    let (written, _) = page.split_once(MARK).with_context(|| format!("there is no line {MARK:?}"))?;
     Ok(format!("{written}{MARK}\n{table}"))
 }
 

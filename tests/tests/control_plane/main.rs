@@ -7,6 +7,7 @@ mod command_line;
 mod corpus;
 mod crd;
 mod deletion;
+mod docs;
 mod double;
 mod fixtures;
 mod lease;
