@@ -15,7 +15,7 @@ use futures::channel::mpsc::unbounded;
 use futures::{FutureExt as _, StreamExt as _};
 use kube::runtime::Controller;
 use kube::runtime::controller::{self, Action};
-use kube::runtime::reflector::ObjectRef;
+use kube::runtime::reflector::{ObjectRef, Store};
 use kube::{Client, ResourceExt as _};
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
@@ -25,7 +25,7 @@ use crate::clock::Clock;
 use crate::error::Error;
 use crate::execute::{Executed, execute};
 use crate::keys::Seed;
-use crate::metrics::{ErrorLabels, Metrics};
+use crate::metrics::{Metrics, census};
 use crate::observe::{Freshness, observe};
 use crate::operator::Operator;
 use crate::plan::{Requeue, plan};
@@ -34,6 +34,7 @@ use crate::ready::{Ready, Watch};
 use crate::session::{Conversation, Sessions};
 use crate::settings::Settings;
 use crate::sweep;
+use crate::watches::readable::Unreadable;
 use crate::watches::{Watches, strip};
 
 /// Passes within one reconcile: a plan that changes what is known is followed by another one at once.
@@ -86,7 +87,7 @@ pub async fn run(parts: Parts, shutdown: impl Future<Output = ()> + Send + Sync 
         ready,
         classes,
         pods,
-        sessions: Sessions::new(trigger, metrics, clock.clone(), conversation),
+        sessions: Sessions::new(trigger, metrics.clone(), clock.clone(), conversation),
         clock,
         caches: Arc::default(),
         queue,
@@ -94,6 +95,7 @@ pub async fn run(parts: Parts, shutdown: impl Future<Output = ()> + Send + Sync 
         refusals: Default::default(),
         backoffs: Default::default(),
     });
+    metrics.count_with(Some(count_of(&operator, &known, &unreadable)));
     let wake = Arc::new(Notify::new());
     // They end with this function, and it with any of them.
     let mut helpers = JoinSet::new();
@@ -117,6 +119,23 @@ pub async fn run(parts: Parts, shutdown: impl Future<Output = ()> + Send + Sync 
         () = watch_over(&mut helpers) => {}
     }
     operator.sessions.close(FAREWELL).await;
+    // Whoever leads from now on says how many there are.
+    metrics.count_with(None);
+}
+
+/// Counts what the watches have, whenever somebody looks at the metrics. It does not keep the operator alive.
+fn count_of(
+    operator: &Operator,
+    requests: &Store<BuildRequest>,
+    unreadable: &Arc<Unreadable>,
+) -> Box<dyn Fn() -> census::Census + Send + Sync> {
+    let (requests, pods, unreadable) = (requests.clone(), operator.pods.clone(), unreadable.clone());
+    let (caches, clock) = (operator.caches.clone(), operator.clock.clone());
+    Box::new(move || census::Census {
+        caches: caches.counts(),
+        cache_errors: caches.troubles(),
+        ..census::count(&requests.state(), &pods.state(), |uid| unreadable.contains(uid), clock.now())
+    })
 }
 
 /// Panics if one of them does: a process with half of its watches is worse than none.
@@ -133,7 +152,7 @@ async fn watch_over(helpers: &mut JoinSet<()>) {
 async fn reconcile(request: Arc<BuildRequest>, operator: Arc<Operator>) -> Result<Action, Error> {
     let begun = Instant::now();
     let result = caught(passes(&operator, &request)).await;
-    operator.metrics.reconcile_seconds.observe(begun.elapsed().as_secs_f64());
+    operator.metrics.reconciled(begun.elapsed());
     if result.is_ok() {
         operator.backoffs().succeeded(&request.uid().unwrap_or_default());
     }
@@ -191,7 +210,7 @@ async fn passes(operator: &Operator, request: &BuildRequest) -> Result<Action, E
 }
 
 fn on_error(request: Arc<BuildRequest>, error: &Error, operator: Arc<Operator>) -> Action {
-    operator.metrics.reconcile_errors.get_or_create(&ErrorLabels { kind: error.category() }).inc();
+    operator.metrics.failed(error);
     // Its keys are random, and others each time.
     let random = RandomState::new().build_hasher().finish();
     let wait = operator.backoffs().failed(&request.uid().unwrap_or_default(), random);

@@ -45,8 +45,26 @@ pub enum Error {
     Pod { why: String },
 }
 
+/// Every word that [`Error::category`] says.
+pub const CATEGORIES: [&str; 14] = [
+    "cache",
+    "conflict",
+    "api",
+    "not-leading",
+    "api-transport",
+    "api-timeout",
+    "file",
+    "host-key",
+    "lease",
+    "panic",
+    "secret",
+    "seed",
+    "ssh",
+    "pod",
+];
+
 impl Error {
-    /// A stable word for metric labels.
+    /// A stable word for metric labels; one of [`CATEGORIES`].
     pub fn category(&self) -> &'static str {
         match self {
             Self::Cache { .. } => "cache",
@@ -76,5 +94,19 @@ impl Error {
     /// Somebody else wrote the object since it was read: read again and plan again.
     pub fn is_conflict(&self) -> bool {
         matches!(self, Self::Kube { source, .. } if matches!(source.as_ref(), kube::Error::Api(s) if s.is_conflict()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_category_is_in_the_list() {
+        let source = include_str!("error.rs");
+        let body = source.split_once("fn category").and_then(|(_, rest)| rest.split_once("\n    }\n"));
+        let (body, _) = body.expect("the function");
+        let words: Vec<&str> = body.split("=> \"").skip(1).filter_map(|arm| arm.split('"').next()).collect();
+        assert_eq!(words, CATEGORIES);
     }
 }

@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use drover_api::{BuildRequest, BuildRequestStatus, conditions};
+use drover_api::{BuildRequest, BuildRequestStatus};
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use kube::api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions};
@@ -16,7 +16,7 @@ use serde_json::json;
 
 use crate::error::Error;
 use crate::lookup::{Answer, job_plan, look_up, read_derivation};
-use crate::metrics::BuildLabels;
+use crate::metrics::transition;
 use crate::operator::{Operator, call};
 use crate::plan::{Action, Plan, accept};
 use crate::pod::{self, PodPlan};
@@ -51,7 +51,7 @@ pub async fn execute(operator: &Operator, world: &World, plan: &Plan) -> Result<
             }
             Err(error) => return Err(error),
         }
-        count_end(operator, request, status);
+        operator.metrics.record(&transition::observe(request, status, operator.clock.now()));
     } else if plan
         .actions
         .iter()
@@ -228,7 +228,7 @@ async fn create_pod(
     let params = PostParams { field_manager: Some(FIELD_MANAGER.into()), ..PostParams::default() };
     match call("create the builder's pod", api.create(&params, &pod)).await {
         Ok(_) => {
-            operator.metrics.attempts.inc();
+            operator.metrics.pods_created.inc();
             operator.refusals.forget(&uid);
             Ok(())
         }
@@ -277,19 +277,6 @@ fn is_not_found(error: &kube::Error) -> bool {
 
 fn is_already_exists(error: &kube::Error) -> bool {
     matches!(error, kube::Error::Api(status) if status.is_already_exists())
-}
-
-/// Counts a verdict when it is written for the first time.
-fn count_end(operator: &Operator, request: &BuildRequest, status: &BuildRequestStatus) {
-    let before = request.status.as_ref().and_then(|status| conditions::verdict(&status.conditions));
-    let Some(succeeded) = conditions::verdict(&status.conditions).filter(|_| before.is_none()) else {
-        return;
-    };
-    let reason = conditions::find(&status.conditions, conditions::SUCCEEDED)
-        .and_then(|condition| drover_api::Reason::parse(&condition.reason))
-        .map_or("Unknown", drover_api::Reason::as_str);
-    let result = if succeeded { "succeeded" } else { "failed" };
-    operator.metrics.builds.get_or_create(&BuildLabels { result, reason }).inc();
 }
 
 // Handles of caches end on threads that may block, never here.

@@ -151,7 +151,10 @@ fn read(drv_path: &StorePath, caches: &[Arc<dyn Cache>]) -> Resolution {
 /// for.
 fn ask(plan: &JobPlan, caches: &Caches, name: &str, is_coming: &dyn Fn(&str) -> bool) -> Lookup {
     let dir = StoreDir::default();
-    let cannot = |why: &dyn std::fmt::Display| tracing::warn!(request = name, %why, "cannot ask the caches");
+    let cannot = |why: &dyn std::fmt::Display| {
+        caches.note_trouble();
+        tracing::warn!(request = name, %why, "cannot ask the caches");
+    };
     let coming = |paths: &mut dyn Iterator<Item = &StorePath>| -> BTreeSet<String> {
         paths.map(|path| dir.full(path)).filter(|path| is_coming(path)).collect()
     };

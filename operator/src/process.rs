@@ -20,6 +20,7 @@ use crate::error::Error;
 use crate::gate::Gate;
 use crate::lease::{Election, Leadership};
 use crate::metrics::Metrics;
+use crate::metrics::api::Count;
 use crate::seed;
 use crate::session::Conversation;
 use crate::settings::{FIELD_MANAGER, Settings};
@@ -150,7 +151,7 @@ impl Process {
     /// What everything but the lease is written with.
     fn client(&self, gate: &Gate) -> Result<Client, Error> {
         let builder = ClientBuilder::try_from(self.config()).map_err(Error::kube("make a client"))?;
-        Ok(builder.with_layer(gate).build())
+        Ok(builder.with_layer(&Count(self.metrics.clone())).with_layer(gate).build())
     }
 
     /// Without the gate, and with a connection of its own: renewals wait for nothing else. What fails is tried again by those
@@ -158,7 +159,8 @@ impl Process {
     fn lease_client(&self) -> Result<Client, Error> {
         let mut config = self.config();
         config.default_retry = false;
-        Ok(ClientBuilder::try_from(config).map_err(Error::kube("make a client"))?.build())
+        let builder = ClientBuilder::try_from(config).map_err(Error::kube("make a client"))?;
+        Ok(builder.with_layer(&Count(self.metrics.clone())).build())
     }
 
     /// Who asks, as the API server's audit log shows it.

@@ -18,7 +18,6 @@ use tokio::sync::Notify;
 
 use crate::error::Error;
 use crate::execute::delete_pod;
-use crate::metrics::ErrorLabels;
 use crate::observe::request_of;
 use crate::operator::{Operator, call};
 use crate::pod;
@@ -62,11 +61,7 @@ async fn sweep(operator: &Operator, is_known: impl Fn(&str) -> bool) {
     futures::stream::iter(strays)
         .for_each_concurrent(AT_ONCE, async |stray| {
             if let Err(error) = clear(operator, &stray).await {
-                operator
-                    .metrics
-                    .reconcile_errors
-                    .get_or_create(&ErrorLabels { kind: error.category() })
-                    .inc();
+                operator.metrics.failed(&error);
                 let error = &error as &dyn std::error::Error;
                 tracing::warn!(
                     pod = stray.name_any(),

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use drover_operator::clock::Clock;
 use drover_operator::controller;
-use drover_operator::metrics::{ErrorLabels, Metrics};
+use drover_operator::metrics::Metrics;
 use invented::Server;
 use jiff::Timestamp;
 
@@ -24,7 +24,7 @@ async fn a_pass_that_panics_is_counted_and_made_again() {
     });
     let operator =
         tokio::spawn(controller::run(server.parts(clock, metrics.clone()), std::future::pending()));
-    let panics = || metrics.reconcile_errors.get_or_create(&ErrorLabels { kind: "panic" }).get();
+    let panics = || metrics.failures("panic");
     let limit = Duration::from_secs(60);
     let again = async {
         while panics() < 3 {

@@ -192,6 +192,7 @@ fn print_parts() -> Result<ExitCode> {
     println!("sshd        {}", parts::rootfs::sshd()?.display());
     println!("passt       {}", parts::rootfs::passt()?.display());
     println!("tcc         {}", parts::rootfs::tcc()?.display());
+    println!("prometheus  {}", parts::rootfs::prometheus()?.display());
     println!("node        {}", parts::rootfs::node()?.display());
     println!("kubernetes  {}", parts::go::kubernetes()?.display());
     println!("helm        {}", parts::go::helm()?.display());

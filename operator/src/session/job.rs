@@ -6,11 +6,12 @@
 use std::collections::BTreeMap;
 use std::collections::HashMap;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use drover_api::{BuildRequestSpec, ClassCache, OutputStatus, Reason, Timings, Transfer, Trust};
-use drover_cache::{Cache, CacheOptions, Credentials, Guarded, Memory};
+use drover_cache::{Cache, CacheOptions, Counts, Credentials, Guarded, Memory};
 use drover_nix::signature::{PublicKey, SecretKey};
 use drover_nix::{BasicDerivation, StoreDir, StorePath};
 use drover_serve::BuildOptions;
@@ -118,13 +119,16 @@ impl JobPlan {
 #[derive(Default)]
 pub struct Caches {
     open: Mutex<HashMap<Key, Handle>>,
+    /// What was asked of handles that others have replaced.
+    replaced: Mutex<Counts>,
+    troubles: AtomicU64,
     /// Derivations that were proven from what caches have; true whichever cache it was.
     proven: Arc<Proofs>,
 }
 
 /// URL, public keys, and the Secret with the credentials. When what is in it changes, a new handle takes the old one's place.
 type Key = (String, Vec<String>, Option<String>);
-type Handle = (Credentials, Arc<dyn Cache>);
+type Handle = (Credentials, Arc<Guarded>);
 
 impl Caches {
     /// The handles of a class's caches, in their order. Credentials are in the same order; those at the end may lack.
@@ -163,17 +167,44 @@ impl Caches {
             ..CacheOptions::default()
         };
         let handle = drover_cache::open(&cache.url, &options).map_err(|error| fail(error.to_string()))?;
-        let handle: Arc<dyn Cache> = Arc::new(Guarded::new(handle, Memory::of(&cache.url)));
+        let handle = Arc::new(Guarded::new(handle, Memory::of(&cache.url)));
         // Who came first shares its handle. The lock is free again when another one ends.
         let mut open = lock();
         let old = match open.get(&key) {
             Some((of, first)) if of == credentials => return Ok(first.clone()),
             _ => open.insert(key, (credentials.clone(), handle.clone())),
         };
+        if let Some((_, old)) = &old {
+            add(&mut self.replaced.lock().unwrap_or_else(PoisonError::into_inner), old.counts());
+        }
         drop(open);
         drop(old);
         Ok(handle)
     }
+
+    /// What became of questions to all caches. Does not block.
+    pub fn counts(&self) -> Counts {
+        let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut sum = *self.replaced.lock().unwrap_or_else(PoisonError::into_inner);
+        open.values().for_each(|(_, handle)| add(&mut sum, handle.counts()));
+        sum
+    }
+
+    /// A look-up met a cache that could not be asked.
+    pub fn note_trouble(&self) {
+        self.troubles.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// How often one did.
+    pub fn troubles(&self) -> u64 {
+        self.troubles.load(Ordering::Relaxed)
+    }
+}
+
+fn add(sum: &mut Counts, more: Counts) {
+    sum.recalled += more.recalled;
+    sum.asked += more.asked;
+    sum.wrong += more.wrong;
 }
 
 /// What the status says of an outcome. `reached_after`: from a pod with a node to a connection.
@@ -253,6 +284,11 @@ mod tests {
         let path = "f8g8x4m83da3b2f79iv84q2r3qlc58lr-lib".parse().unwrap();
         second.set_aside(&path, "its hash is another");
         assert_eq!(with("2").narinfo(&path).unwrap_err().category(), "set-aside");
+        // Metrics know of it, and still do when the handle was replaced.
+        assert_eq!(caches.counts().wrong, 1);
+        with("3").set_aside(&path, "once more");
+        assert_eq!(caches.counts().wrong, 2);
+        let second = with("2");
         // Another class, which names no Secret, does not use a handle that shows one.
         assert!(!Arc::ptr_eq(&second, &caches.open(&cache, &Credentials::None).unwrap()));
         let other = ClassCache {

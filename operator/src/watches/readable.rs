@@ -11,7 +11,7 @@ use kube::core::DeserializeGuard;
 use kube::core::error_boundary::InvalidObject;
 use kube::runtime::watcher::{self, Event};
 
-use crate::metrics::{Metrics, WatchLabels};
+use crate::metrics::Metrics;
 use crate::ready::Watch;
 
 /// Objects of one kind that are there and cannot be read, by uid.
@@ -82,9 +82,7 @@ impl Unreadable {
     }
 
     fn count(&self, uids: &Uids) {
-        let labels = WatchLabels { watch: self.watch.name() };
-        let count = uids.now.len() + uids.before.len();
-        self.metrics.unreadable.get_or_create(&labels).set(i64::try_from(count).unwrap_or(i64::MAX));
+        self.metrics.unreadable(self.watch, uids.now.len() + uids.before.len());
     }
 
     fn lock(&self) -> MutexGuard<'_, Uids> {
@@ -104,8 +102,7 @@ pub fn readable<K: Resource + Default>(
         let passed = match event {
             Ok(event) => read(event, &unreadable, &mut note).map(Ok),
             Err(error) => {
-                let labels = WatchLabels { watch: unreadable.watch.name() };
-                unreadable.metrics.watch_errors.get_or_create(&labels).inc();
+                unreadable.metrics.watch_broke(unreadable.watch);
                 Some(Err(error))
             }
         };
@@ -259,7 +256,7 @@ mod tests {
         }
 
         fn count(&self) -> i64 {
-            self.metrics.unreadable.get_or_create(&WatchLabels { watch: "requests" }).get()
+            self.metrics.unreadable_now(Watch::Requests)
         }
     }
 

@@ -113,6 +113,11 @@ pub fn passt() -> Result<PathBuf> {
     unpacked("passt", "bookworm", &["passt"])
 }
 
+/// Prometheus and its `promtool`, which say whether metrics, alerts and a dashboard's queries mean anything.
+pub fn prometheus() -> Result<PathBuf> {
+    unpacked("prometheus", "sid", &["prometheus", "dash", "coreutils"])
+}
+
 /// Unpacks Debian packages and everything that they depend on, a static busybox (which [`Root`] needs), and adds what their scripts would have set up.
 fn unpacked(name: &str, suite: &str, packages: &[&str]) -> Result<PathBuf> {
     // The mirror is no part of the key: what a suite holds is the same everywhere.
