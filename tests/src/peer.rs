@@ -40,6 +40,12 @@ impl Peer {
         self
     }
 
+    /// Starts its programs in this directory, which it has to see.
+    pub fn in_dir(mut self, dir: &Path) -> Self {
+        self.root = self.root.cwd(dir);
+        self
+    }
+
     /// Starts its programs in this network namespace.
     pub fn in_netns(mut self, netns: &Path) -> Self {
         self.root = self.root.netns(netns);

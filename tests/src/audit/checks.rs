@@ -63,7 +63,8 @@ fn one_pod_an_attempt(history: &History, found: &mut Vec<Violation>) {
 /// Whether a status says of an attempt which pod it has.
 fn names_pod(status: &Value, attempt: &str) -> bool {
     let attempts = status["attempts"].as_array().into_iter().flatten();
-    attempts.into_iter().any(|known| known["number"].to_string() == attempt && known["pod"].is_string())
+    let number = |known: &Value| known["number"].as_u64().map(|number| number.to_string());
+    attempts.into_iter().any(|known| number(known).as_deref() == Some(attempt) && known["pod"].is_string())
 }
 
 /// S5: only for a request that exists with that uid; S6: it carries that uid, and S11: its name is the request's.

@@ -56,8 +56,11 @@ impl Shell {
     pub fn wrap(&self, name: &str, command: &Command, more: &str) -> Result<()> {
         let mut text = String::from("#!/bin/sh\n");
         for (name, value) in command.get_envs() {
-            let value = value.unwrap_or_default();
-            text += &format!("export {}={}\n", name.to_string_lossy(), quoted(&value.to_string_lossy()));
+            let name = name.to_string_lossy();
+            text += &match value {
+                Some(value) => format!("export {name}={}\n", quoted(&value.to_string_lossy())),
+                None => format!("unset {name}\n"),
+            };
         }
         let words = std::iter::once(command.get_program()).chain(command.get_args());
         let words: Vec<_> = words.map(|word| quoted(&word.to_string_lossy())).collect();

@@ -76,7 +76,7 @@ fn every_link_leads_somewhere() {
 
 /// `from` is a page, `link` a path from there.
 fn beside(from: &Path, link: &str) -> PathBuf {
-    let mut path = from.parent().unwrap_or(Path::new("")).to_owned();
+    let mut path = from.parent().unwrap_or_else(|| Path::new("")).to_owned();
     for part in Path::new(link).components() {
         match part {
             std::path::Component::ParentDir => drop(path.pop()),

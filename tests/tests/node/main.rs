@@ -3,6 +3,7 @@
 mod build;
 mod chaos;
 mod corpus;
+mod docs;
 mod ends;
 mod fixtures;
 mod images;
