@@ -6,6 +6,7 @@
 //! but for [`ControlPlane`] and [`S3Server`]. [`sqlite`] is real software to build, [`record`] what real clients say,
 //! [`corpus`] a derivation for each thing that a builder has to do.
 //! [`audit`] reads from an API server's audit log what Drover must never do.
+//! [`rights`] compares what RBAC grants with what the log shows to be used.
 
 pub mod audit;
 pub mod corpus;
@@ -18,6 +19,7 @@ mod peer;
 mod programs;
 pub mod record;
 mod remote;
+pub mod rights;
 mod s3_server;
 pub mod sqlite;
 pub mod sshd;

@@ -17,6 +17,7 @@ type Page = (&'static str, fn() -> Result<String>);
 const PAGES: &[Page] = &[
     ("docs/reasons.md", || example("drover-api", "reasons")),
     ("docs/limits.md", || limits::table(&crate::checkout())),
+    ("docs/permissions.md", || crate::permissions::table(&crate::checkout())),
 ];
 /// Where the written part of a page ends.
 const MARK: &str = "<!-- What follows is written by `cargo xtask docs`. -->\n";

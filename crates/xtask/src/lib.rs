@@ -5,6 +5,7 @@
 //! - [`cluster`] is a real one-node cluster; [`control_plane`] is etcd and kube-apiserver alone; [`audit`] reads what either
 //!   of them was asked.
 //! - [`images`] makes the two OCI images; [`crds`], [`chart`], [`docs`] and [`layers`] are the checks and the tests.
+//! - [`permissions`] is the list of what the operator may do, and why.
 //! - [`fuzz`] runs the targets of `tests/fuzz`; [`mutants`] takes guards away and sees tests fail.
 //! - [`bench`] measures Drover beside the programs that people use today.
 //!
@@ -22,6 +23,7 @@ pub mod images;
 pub mod layers;
 pub mod mutants;
 pub mod parts;
+pub mod permissions;
 pub mod pki;
 pub mod root;
 pub mod run;

@@ -16,6 +16,8 @@ mod operator;
 mod outages;
 mod play;
 mod poison;
+mod process;
+mod rights;
 mod tools;
 mod waiting;
 mod world;

@@ -37,6 +37,8 @@ pub(crate) struct World {
     pub(crate) plane: ControlPlane,
     /// Kubeconfig of the chart's service account.
     pub(crate) rights: PathBuf,
+    /// What the chart renders to.
+    pub(crate) chart: String,
     pub(crate) cache: TempDir,
     work: TempDir,
 }
@@ -50,19 +52,20 @@ pub(crate) struct Running {
 
 impl World {
     pub(crate) fn start() -> Result<Self> {
+        Self::start_with(&[])
+    }
+
+    /// With these options of `helm template`.
+    pub(crate) fn start_with(options: &[&str]) -> Result<Self> {
         let plane = ControlPlane::start()?;
         for namespace in [SYSTEM, TEAM] {
             plane.kubectl(&["create", "namespace", namespace])?;
         }
-        let chart = xtask::checkout().join("charts/drover");
-        plane.apply(&run::stdout(
-            std::process::Command::new(go::helm()?)
-                .args(["template", "drover", "--namespace", SYSTEM])
-                .arg(&chart),
-        )?)?;
+        let chart = template(options)?;
+        plane.apply(&chart)?;
         plane.wait_established()?;
         let rights = plane.kubeconfig_for(OPERATOR, &["system:serviceaccounts", "system:authenticated"])?;
-        Ok(Self { plane, rights, cache: TempDir::new()?, work: TempDir::new()? })
+        Ok(Self { plane, rights, chart, cache: TempDir::new()?, work: TempDir::new()? })
     }
 
     /// Makes the class that requests get, with an empty cache.
@@ -273,6 +276,16 @@ async fn operate(
     let parts = Parts { client, settings, seed, metrics, clock: Clock::system(), conversation };
     controller::run(parts, shutdown).await;
     Ok(())
+}
+
+/// What the chart renders to with these options of `helm template`.
+pub(crate) fn template(options: &[&str]) -> Result<String> {
+    run::stdout(
+        std::process::Command::new(go::helm()?)
+            .args(["template", "drover", "--namespace", SYSTEM])
+            .arg(xtask::checkout().join("charts/drover"))
+            .args(options),
+    )
 }
 
 /// Status and reason of a condition.
