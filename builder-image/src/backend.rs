@@ -2,14 +2,17 @@
 
 use std::collections::BTreeSet;
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use drover_cache::FrameWriter;
 use drover_nix::nar::{Plain, Stream};
 use drover_nix::{BasicDerivation, PathInfo, StorePath};
-use drover_serve::{Backend, BoxError, BuildOptions, BuildResult, BuildStatus, BuildTarget, ReceivedPath};
+use drover_serve::{
+    Backend, Behind, BoxError, BuildOptions, BuildResult, BuildStatus, BuildTarget, ReceivedPath,
+};
 use drover_store::{Batch, TempRoots};
 
 use crate::build::cancel::Cancel;
@@ -125,6 +128,29 @@ impl Backend for Session {
             None => self.builder.store.dump(path, nar)?,
         };
         Ok(())
+    }
+
+    fn dump_through(&mut self, path: &StorePath, nar: &mut dyn Write) -> Result<(), BoxError> {
+        self.builder.store.dump(path, nar)?;
+        Ok(())
+    }
+
+    fn makes_frames(&self) -> bool {
+        true
+    }
+
+    fn dump_frames(
+        &mut self,
+        path: &StorePath,
+        offset: u64,
+        frames: &mut dyn FnMut(&[u8]) -> io::Result<()>,
+    ) -> Result<(), BoxError> {
+        let mut rest = Behind { inner: FrameWriter::new(frames), left: offset };
+        let size = self.builder.store.dump(path, &mut rest)?;
+        if rest.left > 0 {
+            return Err(format!("{path} has {size} bytes, and what is behind {offset} is asked for").into());
+        }
+        Ok(rest.inner.finish()?)
     }
 
     fn add_nar(&mut self, path: ReceivedPath, nar: &mut dyn Read) -> Result<(), BoxError> {

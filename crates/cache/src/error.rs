@@ -56,6 +56,9 @@ pub enum Error {
     /// The content is not what it should be.
     #[error("{path} from {url}: {why}")]
     Content { url: String, path: StorePath, why: String },
+    /// Part of an archive that came compressed from whoever built it, and is not as it has to be.
+    #[error("a frame of a compressed archive is wrong: {why}")]
+    Frame { why: String },
     /// The cache gave this path wrong not long ago ([`crate::Cache::set_aside`]).
     #[error(
         "{url} gave {path} wrong ({why}), so it is not asked for it; it will be in {} s", again.as_secs().max(1)
@@ -93,6 +96,7 @@ impl Error {
             Self::MissingNar { .. } => "missing-nar",
             Self::Compression { .. } => "compression",
             Self::Content { .. } => "content",
+            Self::Frame { .. } => "frame",
             Self::SetAside { .. } => "set-aside",
             Self::ReadOnly { .. } => "read-only",
             Self::Store { .. } => "store",

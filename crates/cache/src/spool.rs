@@ -1,4 +1,5 @@
-//! A NAR on its way to a cache: hashed, scanned for references and compressed in one pass, into a file of its own.
+//! A NAR on its way to a cache: hashed, scanned for references and compressed in one pass, into a file of its own. What
+//! comes compressed by whoever built it stays as it came, once it is known to be a [frame](crate::frames) of the NAR.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -14,16 +15,28 @@ use drover_nix::{Sha256, StorePath};
 use tempfile::NamedTempFile;
 
 use crate::Error;
+use crate::frames::{Decoder, LEVEL};
 
-/// zstd's own default: near the speed of the hash, and half the size of most outputs.
-const LEVEL: i32 = zstd::DEFAULT_COMPRESSION_LEVEL;
+type Encoder = zstd::stream::write::Encoder<'static, Packed>;
+/// The file, as a cache will have it.
+type Packed = Hashing<BufWriter<NamedTempFile>>;
 
 /// Takes a NAR's bytes; see [`SpooledNar`] for what becomes of them. The file goes when it is dropped.
 pub struct NarSpool {
     hash: Sha256Hasher,
     size: u64,
     scanner: RefScanner,
-    encoder: zstd::stream::write::Encoder<'static, Hashing<BufWriter<NamedTempFile>>>,
+    packed: Target,
+    /// Of frames; made for the first of them.
+    decoder: Option<Decoder>,
+}
+
+/// Where compressed bytes go: a frame that is open takes the NAR's bytes, and between frames whole ones may come.
+enum Target {
+    Open(Encoder),
+    Between(Packed),
+    /// Changing from one to the other failed.
+    Lost,
 }
 
 /// A compressed NAR in a file, and everything that a narinfo file says about its content.
@@ -52,8 +65,23 @@ impl NarSpool {
             hash: Sha256Hasher::new(),
             size: 0,
             scanner: RefScanner::new(candidates),
-            encoder: zstd::stream::write::Encoder::new(file, LEVEL).map_err(fail)?,
+            packed: Target::Between(file),
+            decoder: None,
         })
+    }
+
+    /// Takes the next [frame](crate::FRAME) of a NAR of which `left` bytes are still to come, and puts what is in it into
+    /// `content`, in the place of what was there. Nothing of one that is refused, which is [`Error::Frame`], is taken.
+    pub fn frame(&mut self, frame: &[u8], left: u64, content: &mut Vec<u8>) -> Result<(), Error> {
+        let fail = |source| Error::Io { act: "write the compressed NAR".into(), source };
+        let decoder = match &mut self.decoder {
+            Some(decoder) => decoder,
+            none => none.insert(Decoder::new().map_err(fail)?),
+        };
+        decoder.decode(frame, left, content)?;
+        self.packed.between().and_then(|file| file.write_all(frame)).map_err(fail)?;
+        self.note(content);
+        Ok(())
     }
 
     /// Bytes of the NAR so far.
@@ -62,9 +90,13 @@ impl NarSpool {
     }
 
     /// Completes the file.
-    pub fn finish(self) -> Result<SpooledNar, Error> {
+    pub fn finish(mut self) -> Result<SpooledNar, Error> {
         let fail = |source| Error::Io { act: "write the compressed NAR".into(), source };
-        let Hashing { inner, hash, size } = self.encoder.finish().map_err(fail)?;
+        if self.size == 0 {
+            // An empty file would be no zstd stream.
+            self.packed.open().map_err(fail)?;
+        }
+        let Hashing { inner, hash, size } = self.packed.close().map_err(fail)?;
         let file = inner.into_inner().map_err(|error| fail(error.into_error()))?;
         Ok(SpooledNar {
             nar_hash: self.hash.finish(),
@@ -77,20 +109,59 @@ impl NarSpool {
             read: Arc::default(),
         })
     }
+
+    fn note(&mut self, bytes: &[u8]) {
+        self.hash.update(bytes);
+        self.scanner.feed(bytes);
+        self.size += bytes.len() as u64;
+    }
 }
 
 impl Write for NarSpool {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.encoder.write_all(bytes)?;
-        self.hash.update(bytes);
-        self.scanner.feed(bytes);
-        self.size += bytes.len() as u64;
+        self.packed.open()?.write_all(bytes)?;
+        self.note(bytes);
         Ok(bytes.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
+}
+
+impl Target {
+    fn open(&mut self) -> io::Result<&mut Encoder> {
+        if let Self::Between(_) = self {
+            let file = std::mem::replace(self, Self::Lost).close()?;
+            *self = Self::Open(Encoder::new(file, LEVEL)?);
+        }
+        match self {
+            Self::Open(encoder) => Ok(encoder),
+            _ => Err(lost()),
+        }
+    }
+
+    fn between(&mut self) -> io::Result<&mut Packed> {
+        if let Self::Open(_) = self {
+            *self = Self::Between(std::mem::replace(self, Self::Lost).close()?);
+        }
+        match self {
+            Self::Between(file) => Ok(file),
+            _ => Err(lost()),
+        }
+    }
+
+    fn close(self) -> io::Result<Packed> {
+        match self {
+            Self::Open(encoder) => encoder.finish(),
+            Self::Between(file) => Ok(file),
+            Self::Lost => Err(lost()),
+        }
+    }
+}
+
+fn lost() -> io::Error {
+    io::Error::other("writing to it failed before")
 }
 
 impl SpooledNar {
@@ -149,7 +220,57 @@ impl<W: Write> Write for Hashing<W> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::frames::{Encoder, FRAME};
     use crate::testing::{nar_of_file, store_path};
+
+    /// What it says that it has, from its file alone.
+    fn check(spooled: &SpooledNar, nar: &[u8]) {
+        assert_eq!((spooled.nar_hash, spooled.nar_size), (Sha256::of(nar), nar.len() as u64));
+        let mut file = Vec::new();
+        spooled.open_file(0).unwrap().read_to_end(&mut file).unwrap();
+        assert_eq!((spooled.file_hash, spooled.file_size), (Sha256::of(&file), file.len() as u64));
+        let mut again = Vec::new();
+        spooled.open_nar().unwrap().read_to_end(&mut again).unwrap();
+        assert!(again == nar);
+    }
+
+    #[test]
+    fn frames_stay_as_they_came() {
+        let dir = tempfile::tempdir().unwrap();
+        let there = store_path("there");
+        // Over the border of two frames, where a reference stands as well.
+        let filler = "x".repeat(FRAME - 120);
+        let nar = nar_of_file(format!("{filler}{there}{}", "y".repeat(2 * FRAME)).as_bytes());
+        let border = nar.len() - 2 * FRAME - 100;
+        assert!(border < FRAME && FRAME < border + 100);
+        let frames: Vec<Vec<u8>> =
+            nar.chunks(FRAME).map(|piece| Encoder::new().unwrap().encode(piece).unwrap()).collect();
+        let new = || NarSpool::new(dir.path(), [there.clone(), store_path("absent")]).unwrap();
+        let mut content = Vec::new();
+        let mut spool = new();
+        for frame in &frames {
+            let left = nar.len() as u64 - spool.size();
+            // What is refused leaves no trace.
+            for wrong in [&frame[..frame.len() - 1], &[&frame[..], b"x"].concat()] {
+                let error = spool.frame(wrong, left, &mut content).unwrap_err();
+                assert!(matches!(error, Error::Frame { .. }), "{error}");
+            }
+            spool.frame(frame, left, &mut content).unwrap();
+        }
+        let spooled = spool.finish().unwrap();
+        check(&spooled, &nar);
+        assert_eq!(spooled.references, [there.clone()].into());
+        assert_eq!(spooled.file_size, frames.concat().len() as u64);
+
+        // In turns with bytes, as when a session with another builder program goes on.
+        let mut spool = new();
+        spool.frame(&frames[0], nar.len() as u64, &mut content).unwrap();
+        spool.write_all(&nar[FRAME..2 * FRAME]).unwrap();
+        spool.frame(&frames[2], (nar.len() - 2 * FRAME) as u64, &mut content).unwrap();
+        spool.write_all(&nar[3 * FRAME..]).unwrap();
+        check(&spool.finish().unwrap(), &nar);
+        check(&new().finish().unwrap(), b"");
+    }
 
     #[test]
     fn one_pass_tells_all() {

@@ -4,8 +4,9 @@ use std::io::{self, BufReader, BufWriter, Read, Write};
 use drover_nix::{BasicDerivation, PathInfo, Sha256, StoreDir, StorePath};
 
 use crate::commands::{
-    Command, add_to_store_nar, build_derivation, build_paths, dump_store_path, dump_store_path_from,
-    export_paths, import_paths, query_closure, query_path_infos, query_valid_paths, read_done,
+    Command, add_to_store_nar, build_derivation, build_paths, dump_store_path, dump_store_path_frames,
+    dump_store_path_from, export_paths, import_paths, query_closure, query_path_infos, query_valid_paths,
+    read_done,
 };
 use crate::nar_copy::{copy_bytes, copy_nar, copy_nar_hashed};
 use crate::wire::{self, WireWrite as _};
@@ -29,6 +30,19 @@ pub struct Client<R: Read, W: Write> {
     dir: StoreDir,
     version: Version,
     in_flight: u32,
+}
+
+/// The answer to [`Client::dump_store_path_frames`]. The session goes on behind its end, and nowhere before that.
+pub struct Frames<'a, R: Read> {
+    input: &'a mut BufReader<R>,
+}
+
+impl<R: Read> Frames<'_, R> {
+    /// Puts the next frame into `frame`, in the place of what was there; false if there was none left, which the server
+    /// says once.
+    pub fn next(&mut self, frame: &mut Vec<u8>) -> Result<bool, Error> {
+        dump_store_path_frames::read_frame(self.input, frame)
+    }
 }
 
 impl<R: Read, W: Write> Client<R, W> {
@@ -114,6 +128,22 @@ impl<R: Read, W: Write> Client<R, W> {
         dump_store_path_from::Request { path: path.clone(), offset }.write(&mut self.output, &self.dir)?;
         self.flush()?;
         copy_bytes(&mut self.input, path, size.saturating_sub(offset), sink)
+    }
+
+    /// Whether the server knows [`Self::dump_store_path_frames`]. Asks it, which any server understands.
+    pub fn knows_frames(&mut self) -> Result<bool, Error> {
+        let announcement = dump_store_path_frames::announcement();
+        Ok(!self.query_valid_paths(&[announcement].into(), false, false)?.is_empty())
+    }
+
+    /// What the NAR of a valid path has behind its first `offset` bytes, compressed. It is checked for nothing. Only for a
+    /// server that [knows it](Self::knows_frames); any other ends the session.
+    pub fn dump_store_path_frames(&mut self, path: &StorePath, offset: u64) -> Result<Frames<'_, R>, Error> {
+        self.finish_nars()?;
+        let request = dump_store_path_frames::Request { path: path.clone(), offset };
+        request.write(&mut self.output, &self.dir)?;
+        self.flush()?;
+        Ok(Frames { input: &mut self.input })
     }
 
     /// Adds a path whose references are valid there, and waits until it is. `nar` has to have exactly `nar_size`

@@ -7,14 +7,13 @@ use drover_nix::hash::Sha256Hasher;
 use drover_nix::order::references_first;
 use drover_nix::{BasicDerivation, PathInfo, StoreDir, StorePath, nar};
 
-use crate::commands::dump_store_path_from::{Behind, Request};
 use crate::commands::import_paths::{Trailer, read_more};
 use crate::commands::{
-    Command, DONE, build_derivation, build_paths, export_paths, query_closure, query_path_infos,
-    query_valid_paths,
+    Command, DONE, build_derivation, build_paths, dump_store_path_frames, dump_store_path_from, export_paths,
+    query_closure, query_path_infos, query_valid_paths,
 };
 use crate::greeting;
-use crate::nar_copy::copy_nar;
+use crate::nar_copy::{Behind, copy_nar};
 use crate::wire::{self, WireWrite as _};
 use crate::{BoxError, BuildOptions, BuildResult, BuildStatus, BuildTarget, Error, ReceivedPath, Version};
 
@@ -41,6 +40,27 @@ pub trait Backend {
 
     /// Writes the NAR of a valid path. An error before the first byte for one that is not.
     fn dump(&mut self, path: &StorePath, nar: &mut dyn Write) -> Result<(), BoxError>;
+
+    /// [`Self::dump`] for a `nar` that is more than a buffer before where the session's answers go: all has to pass it.
+    fn dump_through(&mut self, path: &StorePath, nar: &mut dyn Write) -> Result<(), BoxError> {
+        self.dump(path, nar)
+    }
+
+    /// Whether [`Self::dump_frames`] works.
+    fn makes_frames(&self) -> bool {
+        false
+    }
+
+    /// Gives what the NAR of a valid path has behind its first `offset` bytes as compressed frames, at most 2 MiB each.
+    /// An error before the first for a path that is not valid, and for one that has fewer bytes.
+    fn dump_frames(
+        &mut self,
+        _path: &StorePath,
+        _offset: u64,
+        _frames: &mut dyn FnMut(&[u8]) -> io::Result<()>,
+    ) -> Result<(), BoxError> {
+        Err("this store does not compress".into())
+    }
 
     /// Makes a path valid and keeps it from the collector until the session ends. `nar` ends after exactly
     /// `nar_size` bytes. A backend that finds the path valid leaves `nar` alone; any other reads all of it, checks
@@ -152,6 +172,7 @@ impl<R: Read, W: Write> Session<'_, R, W> {
             if match command {
                 Command::AddToStoreNar => false,
                 Command::DumpStorePath
+                | Command::DumpStorePathFrames
                 | Command::DumpStorePathFrom
                 | Command::QueryPathInfos
                 | Command::QueryValidPaths => self.unsettled > 0,
@@ -170,6 +191,7 @@ impl<R: Read, W: Write> Session<'_, R, W> {
             Command::BuildDerivation => self.build_derivation(),
             Command::BuildPaths => self.build_paths(),
             Command::DumpStorePath => self.dump_store_path(),
+            Command::DumpStorePathFrames => self.dump_store_path_frames(),
             Command::DumpStorePathFrom => self.dump_store_path_from(),
             Command::ExportPaths => self.export_paths(),
             Command::ImportPaths => self.import_paths(),
@@ -180,12 +202,14 @@ impl<R: Read, W: Write> Session<'_, R, W> {
     }
 
     fn query_valid_paths(&mut self) -> Result<(), Error> {
-        let request = query_valid_paths::Request::read(&mut self.input, self.dir)?;
+        let mut request = query_valid_paths::Request::read(&mut self.input, self.dir)?;
         let (lock, substitute) = (request.lock && self.write, request.substitute && self.write);
-        let valid = self
+        let announced = request.paths.take(&dump_store_path_frames::announcement());
+        let mut valid = self
             .backend
             .query_valid_paths(&request.paths, lock, substitute)
             .map_err(backend("query valid paths"))?;
+        valid.extend(announced.filter(|_| self.backend.makes_frames()));
         self.output.put_paths(self.dir, &valid)
     }
 
@@ -205,14 +229,23 @@ impl<R: Read, W: Write> Session<'_, R, W> {
     }
 
     fn dump_store_path_from(&mut self) -> Result<(), Error> {
-        let Request { path, offset } = Request::read(&mut self.input, self.dir)?;
-        // What was sent already is read again and left out: reading is many times faster than any connection.
+        let dump_store_path_from::Request { path, offset } =
+            dump_store_path_from::Request::read(&mut self.input, self.dir)?;
         let mut rest = Behind { inner: &mut self.output, left: offset };
-        self.backend.dump(&path, &mut rest).map_err(backend_on("dump", &path))?;
+        self.backend.dump_through(&path, &mut rest).map_err(backend_on("dump", &path))?;
         match rest.left {
             0 => Ok(()),
             left => Err(Error::NarSize { path, expected: offset, got: offset - left }),
         }
+    }
+
+    fn dump_store_path_frames(&mut self) -> Result<(), Error> {
+        let dump_store_path_frames::Request { path, offset } =
+            dump_store_path_frames::Request::read(&mut self.input, self.dir)?;
+        let output = &mut self.output;
+        let mut send = |frame: &[u8]| dump_store_path_frames::write_frame(output, frame);
+        self.backend.dump_frames(&path, offset, &mut send).map_err(backend_on("dump", &path))?;
+        self.output.put_u64(dump_store_path_frames::END)
     }
 
     fn add_to_store_nar(&mut self) -> Result<(), Error> {

@@ -1,7 +1,7 @@
 //! A store in memory, for tests of sessions: this crate's own and those of crates that use the client.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 
 use drover_nix::{BasicDerivation, PathInfo, Sha256, StorePath, nar};
 
@@ -10,6 +10,9 @@ use crate::{Backend, BoxError, BuildOptions, BuildResult, BuildStatus, ReceivedP
 /// What BuildDerivation does: may add paths to the store, and says how it ended.
 pub type Builder =
     Box<dyn FnMut(&mut MemoryStore, &StorePath, &BasicDerivation, &BuildOptions) -> BuildResult + Send>;
+
+/// What DumpStorePathFrames gives: frames from what the NAR has behind the offset.
+pub type Framer = Box<dyn FnMut(&[u8]) -> Vec<Vec<u8>> + Send>;
 
 /// Valid paths with their NARs, and a record of what was asked.
 #[derive(Default)]
@@ -21,6 +24,8 @@ pub struct MemoryStore {
     /// Commands in the order that they came, by name, with the path that they are about.
     pub calls: Vec<String>,
     pub builder: Option<Builder>,
+    /// None: the store compresses nothing.
+    pub framer: Option<Framer>,
 }
 
 impl MemoryStore {
@@ -85,6 +90,24 @@ impl Backend for MemoryStore {
     fn dump(&mut self, path: &StorePath, nar: &mut dyn Write) -> Result<(), BoxError> {
         self.calls.push(format!("dump {path}"));
         Ok(nar.write_all(&self.get(path)?.1)?)
+    }
+
+    fn makes_frames(&self) -> bool {
+        self.framer.is_some()
+    }
+
+    fn dump_frames(
+        &mut self,
+        path: &StorePath,
+        offset: u64,
+        frames: &mut dyn FnMut(&[u8]) -> io::Result<()>,
+    ) -> Result<(), BoxError> {
+        self.calls.push(format!("dump-frames {path} {offset}"));
+        let (_, nar) = self.paths.get(path).ok_or_else(|| format!("path {path} is not valid"))?;
+        let rest = usize::try_from(offset).ok().and_then(|offset| nar.get(offset..));
+        let rest = rest.ok_or("the path has fewer bytes")?;
+        let framer = self.framer.as_mut().ok_or("this store does not compress")?;
+        Ok(framer(rest).iter().try_for_each(|frame| frames(frame))?)
     }
 
     fn add_nar(&mut self, path: ReceivedPath, nar: &mut dyn Read) -> Result<(), BoxError> {

@@ -479,3 +479,49 @@ fn the_rest_of_a_nar_from_any_offset() {
     drop(client);
     server.join().unwrap().1.unwrap();
 }
+
+#[test]
+fn frames_of_a_nar_from_any_offset() {
+    let nar = file_nar(&[7; 1000]);
+    let size = nar.len() as u64;
+    let store = || {
+        let mut store = MemoryStore::default();
+        store.insert(path(A), &[], nar.clone());
+        store.framer = Some(Box::new(|rest| rest.chunks(300).map(<[u8]>::to_vec).collect()));
+        store
+    };
+    let (mut client, server) = connect(store(), false);
+    assert!(client.knows_frames().unwrap());
+    for offset in [0, 1, 300, size - 1, size] {
+        let mut frames = client.dump_store_path_frames(&path(A), offset).unwrap();
+        let (mut frame, mut all) = (Vec::new(), Vec::new());
+        while frames.next(&mut frame).unwrap() {
+            assert!(!frame.is_empty() && frame.len() <= 300);
+            all.extend_from_slice(&frame);
+        }
+        assert!(all == nar[usize::try_from(offset).unwrap()..], "{offset}");
+    }
+    // The session goes on behind it.
+    assert_eq!(client.query_valid_paths(&set(&[A, B]), false, false).unwrap(), set(&[A]));
+    drop(client);
+    server.join().unwrap().1.unwrap();
+
+    // Nobody is left waiting for what does not come.
+    let request = |base: &str, offset: u64| [u(0x4452_4f57), p(base), u(offset)].concat();
+    assert!(answer(&mut store(), 0x207, &request(A, size + 1)).1.is_err());
+    assert!(answer(&mut store(), 0x207, &request(B, 0)).1.is_err());
+}
+
+#[test]
+fn a_server_without_frames_is_asked_in_words_that_it_knows() {
+    let mut store = MemoryStore::default();
+    store.insert(path(A), &[], file_nar(b"x"));
+    let (mut client, server) = connect(store, true);
+    assert!(!client.knows_frames().unwrap());
+    assert_eq!(client.query_valid_paths(&set(&[A, B]), true, true).unwrap(), set(&[A]));
+    drop(client);
+    let (store, result) = server.join().unwrap();
+    result.unwrap();
+    // No store hears of the path that stands for the question.
+    assert_eq!(store.locked, set(&[A, B]));
+}

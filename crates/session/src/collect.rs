@@ -1,17 +1,19 @@
 //! Receiving outputs: hashed, scanned, compared, and only then stored.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::{self, Read, Write};
+use std::io::{Read, Write};
 
-use drover_cache::{NarSpool, SpooledNar, Stored};
+use drover_cache::{SpooledNar, Stored};
 use drover_nix::order::references_first;
 use drover_nix::{OutputName, PathInfo, StorePath};
 use drover_serve::Client;
 
-use crate::copy::PROGRESS;
-use crate::kept::Part;
 use crate::verify::{self, Received};
-use crate::{Event, Failure, Job, Observer, Output, Reason, content};
+use crate::{Event, Failure, Job, Observer, Output, Reason, content, receive};
+
+/// Outputs from this size on come compressed if the builder knows how to, and go to the cache as they came: compressing
+/// takes ten times as long as all else that is done with them here. For smaller ones it is not worth the question.
+const FRAMES_FROM: u64 = 256 << 10;
 
 /// An output that is what it must be, not stored yet.
 pub(crate) struct Collected {
@@ -34,9 +36,14 @@ pub(crate) fn collect<R: Read, W: Write>(
     let mut candidates = closure;
     candidates.extend(paths);
     verify::claims(outputs, &infos, &candidates, job.max_output_bytes)?;
+    let frames = job.push.is_some()
+        && infos.values().any(|info| info.nar_size >= FRAMES_FROM)
+        && client.knows_frames().map_err(Failure::builder("asking what the builder can do"))?;
     let mut collected = Vec::new();
     for (name, path) in in_order(outputs, &infos)? {
-        match receive(job, name, &infos[path], &candidates, client, observer) {
+        let info = &infos[path];
+        let frames = frames && info.nar_size >= FRAMES_FROM;
+        match collect_one(job, name, info, &candidates, frames, client, observer) {
             Ok(output) => collected.push(output),
             Err(failure) => {
                 keep(job, collected, &failure);
@@ -121,11 +128,12 @@ fn in_order<'a>(
     Ok(outputs)
 }
 
-fn receive<R: Read, W: Write>(
+fn collect_one<R: Read, W: Write>(
     job: &Job,
     name: &OutputName,
     claimed: &PathInfo,
     candidates: &BTreeSet<StorePath>,
+    frames: bool,
     client: &mut Client<R, W>,
     observer: &mut dyn Observer,
 ) -> Result<Collected, Failure> {
@@ -135,46 +143,7 @@ fn receive<R: Read, W: Write>(
         observer.event(Event::OutputKept { name: name.clone(), bytes: nar_size });
         return Ok(kept);
     }
-    let part = job.kept.take_part(claimed).filter(|spool| spool.size() < nar_size);
-    let resumes = part.is_some();
-    let spool = match part {
-        Some(spool) => spool,
-        None => NarSpool::new(&job.spool_dir, candidates.iter().cloned())
-            .map_err(Failure::cache(&format!("making room for output {name}")))?,
-    };
-    let size = spool.size();
-    if resumes {
-        observer.event(Event::OutputKept { name: name.clone(), bytes: size });
-    }
-    let mut sink = Sink { spool, size, limit: nar_size, exceeded: false, observer, name, told: size };
-    let dumped = match resumes {
-        true => client.dump_store_path_from(path, size, nar_size, &mut sink),
-        false => client.dump_store_path(path, &mut sink).map(drop),
-    };
-    let Sink { spool, exceeded, .. } = sink;
-    match dumped {
-        Ok(()) => {}
-        Err(_) if exceeded => {
-            let message = format!(
-                "output {name} ({path}) is not what the builder says: more than {nar_size} bytes arrive"
-            );
-            return Err(Failure::verdict(Reason::OutputHashMismatch, message));
-        }
-        Err(error @ drover_serve::Error::NarSink { .. }) => {
-            return Err(Failure::infrastructure(format!("keeping output {name}: {error}"), error));
-        }
-        Err(error) => {
-            // Without progress, the builder may be one that does not resume: then all of it is asked for again.
-            if error.is_disconnect() && spool.size() > size {
-                job.kept.put_part(Part { claimed: claimed.clone(), spool });
-            }
-            return Err(Failure::builder(&format!("receiving output {name} ({path})"))(error));
-        }
-    }
-    let nar = spool.finish().map_err(Failure::cache(&format!("keeping output {name}")))?;
-    if resumes {
-        check_form(name, path, &nar)?;
-    }
+    let nar = receive::receive(job, name, claimed, candidates, frames, client, observer)?;
     let discarded = BTreeSet::new();
     let references =
         if verify::discards_references(&job.derivation, name) { &discarded } else { &nar.references };
@@ -200,24 +169,6 @@ fn receive<R: Read, W: Write>(
     Ok(Collected { name: name.clone(), info, nar })
 }
 
-/// Whether an archive that came in parts is one: only what comes whole is looked at as it comes.
-fn check_form(name: &OutputName, path: &StorePath, nar: &SpooledNar) -> Result<(), Failure> {
-    let bytes = nar.open_nar().map_err(Failure::cache(&format!("reading output {name} back")))?;
-    match drover_nix::nar::Reader::new(io::BufReader::new(bytes)).skip_all() {
-        Ok(size) if size == nar.nar_size => Ok(()),
-        Ok(_) => {
-            let message = format!("output {name} ({path}) has more in it than an archive");
-            Err(Failure::verdict(Reason::OutputRejected, message))
-        }
-        Err(drover_nix::Error::NarIo { source, .. }) => {
-            Err(Failure::infrastructure(format!("reading output {name} back: {source}"), source))
-        }
-        Err(error) => {
-            Err(Failure::verdict(Reason::OutputRejected, format!("output {name} ({path}): {error}")))
-        }
-    }
-}
-
 fn address(
     job: &Job,
     name: &OutputName,
@@ -234,36 +185,4 @@ fn address(
         error => Failure::verdict(Reason::OutputRejected, format!("output {name} ({path}): {error}")),
     })?;
     verify::content_address(job, name, path, references, &hashes)
-}
-
-/// A spool that takes no more than was announced, and tells how far it is.
-struct Sink<'a> {
-    spool: NarSpool,
-    size: u64,
-    limit: u64,
-    exceeded: bool,
-    observer: &'a mut dyn Observer,
-    name: &'a OutputName,
-    told: u64,
-}
-
-impl Write for Sink<'_> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if bytes.len() as u64 > self.limit - self.size {
-            self.exceeded = true;
-            return Err(io::ErrorKind::FileTooLarge.into());
-        }
-        let count = self.spool.write(bytes)?;
-        self.size += count as u64;
-        if self.size - self.told >= PROGRESS {
-            self.told = self.size;
-            self.observer.event(Event::OutputProgress { name: self.name.clone(), bytes: self.size });
-        }
-        Ok(count)
-    }
-
-    // Not the spool's: flushing a compressor costs bytes, and finishing it flushes anyway.
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
 }

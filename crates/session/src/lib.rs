@@ -23,6 +23,7 @@ mod job;
 mod kept;
 mod outcome;
 mod proofs;
+mod receive;
 mod resolve;
 mod run;
 #[cfg(test)]

@@ -20,6 +20,7 @@ use drover_serve::{BuildOptions, BuildResult, BuildStatus, BuiltOutput, serve};
 use crate::*;
 
 mod again;
+mod frames;
 
 const LIBC: &str = "f8g8x4m83da3b2f79iv84q2r3qlc58lr-libc";
 const TOOL: &str = "i00sflxqsj37lfmf95m8mn0grv615hpj-tool";

@@ -6,7 +6,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result, ensure};
-use drover_cache::{Cache, CacheOptions, NarSpool, Stored, VerifiedNar, closure, read_drv};
+use drover_cache::{
+    Cache, CacheOptions, FRAME, FrameWriter, NarSpool, Stored, VerifiedNar, closure, read_drv,
+};
 use drover_nix::signature::SecretKey;
 use drover_nix::{NarInfo, PathInfo, Sha256, StoreDir, StorePath, nar};
 use drover_tests::{HttpCache, Nix, Peer};
@@ -18,7 +20,7 @@ let
   make = attrs: derivation ({ system = "x86_64-linux"; builder = "/bin/sh"; PATH = "/bin:/usr/bin"; } // attrs);
   lib = make {
     name = "lib";
-    args = [ "-c" "mkdir $out; echo ${source} $out > $out/text; ln -s $out/text $out/link; head -c 300000 /bin/sh > $out/big" ];
+    args = [ "-c" "mkdir $out; echo ${source} $out > $out/text; ln -s $out/text $out/link; head -c 300000 /bin/sh > $out/big; for a in 1 2 3 4 5; do for b in 1 2 3 4 5; do cat $out/big; done; done > $out/bigger" ];
   };
 in make { name = "user"; args = [ "-c" "echo ${lib} > $out" ]; }
 "#;
@@ -211,15 +213,30 @@ fn nix_reads_what_drover_stores() -> Result<()> {
         let cache = open(http.url(), &CacheOptions::default())?;
         let paths = closure(std::slice::from_ref(&store), [filled.out.clone()])?;
         let candidates: Vec<StorePath> = paths.found.keys().cloned().collect();
+        let mut frames = 0;
         for (_, narinfo) in paths.found.values() {
             let mut spool = NarSpool::new(Path::new("/tmp"), candidates.iter().cloned())?;
-            io::copy(&mut store.nar(narinfo)?, &mut spool)?;
+            let mut from_store = store.nar(narinfo)?;
+            if narinfo.info.nar_size > FRAME as u64 {
+                // As a builder compresses it.
+                let mut content = Vec::new();
+                let mut writer = FrameWriter::new(|frame: &[u8]| {
+                    frames += 1;
+                    let left = narinfo.info.nar_size - spool.size();
+                    spool.frame(frame, left, &mut content).map_err(io::Error::other)
+                });
+                io::copy(&mut from_store, &mut writer)?;
+                writer.finish()?;
+            } else {
+                io::copy(&mut from_store, &mut spool)?;
+            }
             let nar = spool.finish()?;
             ensure!(nar.references == narinfo.info.references, "{nix:?}: the scanner finds what Nix found");
             let mut info = narinfo.info.clone();
             info.signatures = vec![key.sign(info.fingerprint(&StoreDir::default()).as_bytes())];
             ensure!(cache.put(&info, &nar)? == Stored::New);
         }
+        ensure!(frames > 2, "{nix:?}: no path is large enough");
         cache.put_log(&filled.drv, &mut &b"the log\n"[..])?;
 
         let trusted = format!("trusted-public-keys = {}\n", key.public());

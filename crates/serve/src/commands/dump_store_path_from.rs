@@ -4,7 +4,7 @@
 //! QueryPathInfos and the hash of the whole, so the answer has neither. Nothing announces this command: to any server but
 //! Drover's it is one that it does not know, which ends the session, as the broken connection had done.
 
-use std::io::{self, Read, Write};
+use std::io::{Read, Write};
 
 use drover_nix::{StoreDir, StorePath};
 
@@ -28,26 +28,5 @@ impl Request {
         output.put_u64(Command::DumpStorePathFrom as u64)?;
         output.put_path(dir, &self.path)?;
         output.put_u64(self.offset)
-    }
-}
-
-/// Passes on what comes behind the first `left` bytes.
-pub(crate) struct Behind<W> {
-    pub inner: W,
-    pub left: u64,
-}
-
-impl<W: Write> Write for Behind<W> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let skipped = usize::try_from(self.left).map_or(bytes.len(), |left| left.min(bytes.len()));
-        if skipped > 0 {
-            self.left -= skipped as u64;
-            return Ok(skipped);
-        }
-        self.inner.write(bytes)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.inner.flush()
     }
 }

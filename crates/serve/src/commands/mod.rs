@@ -5,6 +5,7 @@ pub(crate) mod add_to_store_nar;
 pub(crate) mod build_derivation;
 pub(crate) mod build_paths;
 pub(crate) mod dump_store_path;
+pub(crate) mod dump_store_path_frames;
 pub(crate) mod dump_store_path_from;
 pub(crate) mod export_paths;
 pub(crate) mod import_paths;
@@ -19,7 +20,7 @@ use crate::{Error, wire};
 /// What the two commands that add to the store answer when they are done.
 pub(crate) const DONE: u64 = 1;
 
-/// Numbers as on the wire (Nix: serve-protocol.hh), and one of our own, far from where Nix counts.
+/// Numbers as on the wire (Nix: serve-protocol.hh), and those of our own, far from where Nix counts.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(u32)]
 pub(crate) enum Command {
@@ -34,10 +35,12 @@ pub(crate) enum Command {
     AddToStoreNar = 9,
     /// Four letters, `DROV`.
     DumpStorePathFrom = 0x4452_4f56,
+    /// The next one.
+    DumpStorePathFrames = 0x4452_4f57,
 }
 
 impl Command {
-    const ALL: [Self; 10] = [
+    const ALL: [Self; 11] = [
         Self::QueryValidPaths,
         Self::QueryPathInfos,
         Self::DumpStorePath,
@@ -48,6 +51,7 @@ impl Command {
         Self::BuildDerivation,
         Self::AddToStoreNar,
         Self::DumpStorePathFrom,
+        Self::DumpStorePathFrames,
     ];
 
     /// The next command, or None at a clean end of the session.
@@ -65,6 +69,7 @@ impl Command {
             Self::BuildDerivation => "BuildDerivation",
             Self::BuildPaths => "BuildPaths",
             Self::DumpStorePath => "DumpStorePath",
+            Self::DumpStorePathFrames => "DumpStorePathFrames",
             Self::DumpStorePathFrom => "DumpStorePathFrom",
             Self::ExportPaths => "ExportPaths",
             Self::ImportPaths => "ImportPaths",
@@ -94,7 +99,7 @@ mod tests {
 
     #[test]
     fn numbers() {
-        let numbers = (1..=9).chain([0x4452_4f56u64]);
+        let numbers = (1..=9).chain([0x4452_4f56u64, 0x4452_4f57]);
         for (number, command) in numbers.zip(Command::ALL) {
             assert_eq!(Command::read(&mut number.to_le_bytes().as_slice()).unwrap(), Some(command));
         }

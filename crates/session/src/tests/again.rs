@@ -10,9 +10,9 @@ use super::*;
 /// Larger than what is read of an input before it is sent.
 const LARGE: usize = 1 << 20;
 /// What a session takes beside what it is about: greetings, questions, metadata.
-const AROUND: u64 = 16 << 10;
+pub(super) const AROUND: u64 = 16 << 10;
 
-fn noise(seed: u64) -> Vec<u8> {
+pub(super) fn noise(seed: u64) -> Vec<u8> {
     let mut state = seed;
     let step = |_| {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -22,22 +22,22 @@ fn noise(seed: u64) -> Vec<u8> {
 }
 
 /// A builder and what an operator has, for as many sessions as it takes.
-struct Line {
-    job: Job,
+pub(super) struct Line {
+    pub(super) job: Job,
     store: Option<MemoryStore>,
-    spool: tempfile::TempDir,
+    pub(super) spool: tempfile::TempDir,
     /// Bytes of all sessions so far, as the operator counts them.
-    received: u64,
+    pub(super) received: u64,
     sent: u64,
 }
 
 /// How a session is disturbed.
 #[derive(Default)]
-struct Cut {
+pub(super) struct Cut {
     /// The builder is gone after so many bytes of answers.
-    answers: Option<u64>,
+    pub(super) answers: Option<u64>,
     /// The builder knows Nix's commands only.
-    only_nix: bool,
+    pub(super) only_nix: bool,
 }
 
 impl Line {
@@ -75,12 +75,12 @@ impl Line {
         Self { job, store: Some(store), spool, received: 0, sent: 0 }
     }
 
-    fn good() -> Self {
+    pub(super) fn good() -> Self {
         let World { binaries, sources, push, .. } = World::new();
         Self::new(vec![Arc::new(binaries), Arc::new(sources)], Arc::new(push))
     }
 
-    fn session(&mut self, cut: &Cut) -> (Result<Outcome, Failure>, Vec<Event>) {
+    pub(super) fn session(&mut self, cut: &Cut) -> (Result<Outcome, Failure>, Vec<Event>) {
         let (server_input, output) = pipe().unwrap();
         let (input, server_output) = pipe().unwrap();
         let mut store = self.store.take().unwrap();
@@ -99,7 +99,7 @@ impl Line {
         (result, events)
     }
 
-    fn store(&mut self) -> &mut MemoryStore {
+    pub(super) fn store(&mut self) -> &mut MemoryStore {
         self.store.as_mut().unwrap()
     }
 
@@ -161,7 +161,7 @@ impl<T: Write> Write for Counted<'_, T> {
     }
 }
 
-fn is_lost(result: &Result<Outcome, Failure>) -> bool {
+pub(super) fn is_lost(result: &Result<Outcome, Failure>) -> bool {
     matches!(result, Err(failure) if failure.reason == Reason::ConnectionLost && failure.infrastructure)
 }
 
