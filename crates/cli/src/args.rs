@@ -26,18 +26,25 @@ pub(crate) enum Command {
     /// Prints the CustomResourceDefinitions
     Crds,
     /// Creates BuildRequests on the cluster
+    #[command(after_help = exit::HELP)]
     Submit(Submit),
     /// Waits until BuildRequests have ended; exits with 1 if one of them failed
+    #[command(after_help = exit::HELP)]
     Wait(Wait),
     /// Prints the log of a BuildRequest's build
+    #[command(after_help = exit::HELP)]
     Logs(Logs),
     /// Says where a BuildRequest stands, and what happened to it
+    #[command(after_help = exit::HELP)]
     Describe(Named),
     /// Stops a BuildRequest
+    #[command(after_help = exit::HELP)]
     Cancel(Cancel),
     /// Prints the store paths of a BuildRequest's outputs
+    #[command(after_help = exit::HELP)]
     GetOutput(GetOutput),
     /// Says what building would take: order, inputs that are missing, outputs that are there
+    #[command(after_help = exit::HELP)]
     Plan(Plan),
 }
 

@@ -53,9 +53,33 @@ pub(crate) fn finish(outcome: Outcome) -> ExitCode {
         Ok(code) => code.into(),
         Err(fault) => {
             if let Fault::Input(error) | Fault::Infrastructure(error) = &fault {
-                eprintln!("error: {error:#}");
+                eprintln!("error: {}", said(error));
             }
             fault.code().into()
         }
+    }
+}
+
+/// The error and its causes in one line. Libraries differ in whether an error repeats its cause: what is there is not said again.
+fn said(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if !text.contains(&cause) {
+            let colon = if text.is_empty() { "" } else { ": " };
+            text += &format!("{colon}{cause}");
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cause_is_said_once() {
+        let error =
+            anyhow::anyhow!("no such file").context("cannot read x: no such file").context("no config");
+        assert_eq!(said(&error), "no config: cannot read x: no such file");
     }
 }
