@@ -14,7 +14,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::layers::Tally;
 use crate::parts::host;
-use crate::run;
+use crate::{limit, run};
 
 /// Counters at every edge, and comparisons reported to libFuzzer, which then tries the other operand.
 const COVERAGE: &str = "-Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
@@ -123,7 +123,7 @@ fn fuzz(engine: &Path, target: &str, seconds: u64, recordings: &Path) -> Result<
     [&corpus, &seeds, &crashes].into_iter().try_for_each(fs::create_dir_all)?;
     let mut command = Command::new(engine);
     command.env("DROVER_FUZZ_TARGET", target).env("DROVER_FUZZ_SEEDS", &seeds).env("RUST_BACKTRACE", "1");
-    command.env("DROVER_FUZZ_RECORDINGS", recordings);
+    command.env("DROVER_FUZZ_RECORDINGS", recordings).env(limit::MARK, limit::mark());
     command.args([
         format!("-max_total_time={seconds}"),
         format!("-timeout={TIMEOUT_SECONDS}"),

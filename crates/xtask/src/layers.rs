@@ -2,20 +2,25 @@
 //! needs, `control-plane` a real API server, `node` a real cluster. A layer whose parts cannot be had fails; none is
 //! skipped.
 
+use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::io::{BufRead, BufReader};
-use std::process::{Command, Stdio};
-use std::time::Instant;
+use std::process::{ChildStdout, Command, Stdio};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
 use crate::cluster::Cluster;
+use crate::limit::{self, Watch};
 use crate::parts::rootfs::{self, Nix};
 use crate::parts::{self, go, host};
 use crate::{fuzz, images, mutants, run};
 
 /// For each target in the layer `fuzz`: enough to see that everything works, and that the seeds still get deep.
 const FUZZ_SECONDS: u64 = 8;
+/// How long a program's output is waited for after everything that was found of it was killed.
+const LAST_WORDS: Duration = Duration::from_secs(10);
 
 /// What a layer's tests need on the machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,6 +61,19 @@ impl Layer {
             Self::ControlPlane => "control-plane",
             Self::Node => "node",
         }
+    }
+
+    /// What compiling and running its tests may take, cold and on two cores, before it is ended: a test that hangs must
+    /// not take the time of the layers after it. About twice what it takes when all is well.
+    fn limit(self) -> Duration {
+        let minutes = match self {
+            Self::Unit | Self::Peers => 25,
+            Self::Fuzz => 10,
+            Self::Mutants => 20,
+            Self::ControlPlane => 15,
+            Self::Node => 40,
+        };
+        Duration::from_secs(minutes * 60)
     }
 
     /// Fetches and builds what this layer's tests need, so that their own time is that of testing.
@@ -149,23 +167,27 @@ pub fn test(layers: &[Layer]) -> Tally {
 
 /// `in_a_hurry`: among other layers, where the mutants take turns.
 fn run_layer(layer: Layer, in_a_hurry: bool) -> Result<Tally> {
-    match layer {
-        Layer::Fuzz => return fuzz::run(None, FUZZ_SECONDS),
-        Layer::Mutants if in_a_hurry => return mutants::run(None, mutants::TURNS),
-        Layer::Mutants => return mutants::run(None, 1),
-        _ => {}
-    }
+    let turns = if in_a_hurry { mutants::TURNS } else { 1 };
     let all = layer.cargo_arguments();
-    if layer != Layer::Node || std::env::var_os("DROVER_CLUSTER_DIR").is_some() {
-        return run_all(all, &[]);
+    match layer {
+        Layer::Fuzz => in_time(layer.limit(), limit::mark(), |_| fuzz::run(None, FUZZ_SECONDS)),
+        Layer::Mutants if !in_a_hurry => mutants::run(None, turns), // all of them, and somebody watches
+        Layer::Mutants => in_time(layer.limit(), limit::mark(), |_| mutants::run(None, turns)),
+        Layer::Node if std::env::var_os("DROVER_CLUSTER_DIR").is_none() => {
+            in_own_cluster(|env| in_time(layer.limit(), limit::mark(), |watch| run_all(all, env, watch)))
+        }
+        _ => in_time(layer.limit(), limit::mark(), |watch| run_all(all, &[], watch)),
     }
-    // A cluster of the tests' own, new and gone afterwards: what a person does in theirs is no matter of the tests.
+}
+
+/// A cluster of the tests' own, new and gone afterwards: what a person does in theirs is no matter of the tests.
+fn in_own_cluster(tests: impl FnOnce(&[(&str, &OsStr)]) -> Result<Tally>) -> Result<Tally> {
     let cache = parts::cache()?;
     let _lock = parts::lock(&cache, "node-tests")?;
     let dir = cache.join("cluster-test");
     let cluster = Cluster::in_dir(&dir)?;
     cluster.down()?;
-    let tally = run_all(all, &[("DROVER_CLUSTER_DIR", dir.as_os_str())]);
+    let tally = tests(&[("DROVER_CLUSTER_DIR", dir.as_os_str())]);
     if cluster.logs().is_dir() && tally.as_ref().is_ok_and(|tally| tally.failed > 0) {
         let kept = cache.join("cluster-test-logs");
         run::stdout(Command::new("rm").arg("-rf").arg(&kept))?;
@@ -176,35 +198,124 @@ fn run_layer(layer: Layer, in_a_hurry: bool) -> Result<Tally> {
     tally
 }
 
-/// Runs cargo with each of these arguments, whatever came of those before.
-fn run_all(all: &[&[&str]], env: &[(&str, &OsStr)]) -> Result<Tally> {
+/// What `tests` say, whose programs carry `mark`. When the time is over, those are killed, and that is one failure more.
+fn in_time(limit: Duration, mark: &str, tests: impl FnOnce(&Watch) -> Result<Tally>) -> Result<Tally> {
+    let watch = Watch::until(Instant::now() + limit, mark);
+    let tally = tests(&watch);
+    let Some(killed) = watch.stop() else { return tally };
+    let mut tally = tally.unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        Tally::default()
+    });
+    tally.failed += 1;
+    let killed: Vec<_> = killed.into_iter().collect();
+    println!("error: stopped after {} s; killed: {}", limit.as_secs(), killed.join(", "));
+    Ok(tally)
+}
+
+/// Runs cargo with each of these arguments, whatever came of those before, until the time is over.
+fn run_all(all: &[&[&str]], env: &[(&str, &OsStr)], watch: &Watch) -> Result<Tally> {
     let mut total = Tally::default();
     for arguments in all {
-        let tally = run_cargo(run::cargo().args(*arguments).envs(env.iter().copied()))?;
+        let (tally, hung) = run_tests(run::cargo().args(*arguments).envs(env.iter().copied()), watch)?;
         total.passed += tally.passed;
         total.failed += tally.failed;
+        if watch.is_over() {
+            println!("error: {hung}");
+            break;
+        }
     }
     Ok(total)
 }
 
-fn run_cargo(cargo: &mut Command) -> Result<Tally> {
-    cargo.stdin(Stdio::null()).stdout(Stdio::piped());
-    let mut child = cargo.spawn().context("could not start cargo")?;
-    let mut tally = Tally::default();
-    let lines = BufReader::new(child.stdout.take().context("cargo has no standard output")?).lines();
-    for line in lines {
-        let line = line?;
-        println!("{line}");
-        tally.add(&line);
+/// Runs a program that prints what libtest prints, and counts; and says which tests had not finished.
+///
+/// If the time is over, that is counted by who watches it.
+fn run_tests(program: &mut Command, watch: &Watch) -> Result<(Tally, String)> {
+    program.stdin(Stdio::null()).stdout(Stdio::piped());
+    let mut child = program.spawn().with_context(|| format!("could not start {}", run::describe(program)))?;
+    let stdout = child.stdout.take().context("a child has no standard output")?;
+    let (send, lines) = mpsc::channel();
+    // Not joined: what escaped from being killed may hold the pipe for ever.
+    std::thread::spawn(move || read_lines(stdout, &send));
+    let (mut tally, mut progress) = (Tally::default(), Progress::default());
+    let mut last_words = None;
+    loop {
+        match lines.recv_timeout(Duration::from_secs(1)) {
+            Ok(line) => {
+                println!("{line}");
+                tally.add(&line);
+                progress.add(&line);
+            }
+            Err(RecvTimeoutError::Disconnected) => break,
+            Err(RecvTimeoutError::Timeout) => {}
+        }
+        if watch.is_over() && last_words.get_or_insert_with(Instant::now).elapsed() > LAST_WORDS {
+            break;
+        }
+    }
+    let success = child.wait()?.success();
+    if watch.is_over() {
+        return Ok((tally, progress.unfinished()));
     }
     // Cargo fails for a test, which is counted, and for what stops it from testing, which must count too.
-    if !child.wait()?.success() && tally.failed == 0 {
+    if !success && tally.failed == 0 {
         tally.failed = 1;
     }
     if tally == Tally::default() {
         anyhow::bail!("no test ran");
     }
-    Ok(tally)
+    Ok((tally, String::new()))
+}
+
+/// Sends each line, and at the end what stands there without one.
+fn read_lines(stdout: ChildStdout, lines: &mpsc::Sender<String>) {
+    let mut stdout = BufReader::new(stdout);
+    let mut line = Vec::new();
+    while stdout.read_until(b'\n', &mut line).is_ok_and(|count| count > 0) {
+        let text = String::from_utf8_lossy(&line).trim_end_matches('\n').to_owned();
+        if lines.send(text).is_err() {
+            return; // nobody counts any more
+        }
+        line.clear();
+    }
+}
+
+/// Which tests a test program has started, as far as libtest says so, and not finished.
+#[derive(Debug, Default)]
+struct Progress {
+    /// Those that take longer than a minute, and the one that was started last where there is one at a time.
+    running: BTreeSet<String>,
+    last: String,
+}
+
+impl Progress {
+    /// A line of the program's: `running 3 tests`, `test NAME ... ok`, `test NAME has been running for over 60 seconds`, or at
+    /// its end `test NAME ... `, perhaps with what the test printed.
+    fn add(&mut self, line: &str) {
+        self.last = line.to_owned();
+        if line.starts_with("running ") && line.contains(" test") {
+            self.running.clear(); // another program's, or none
+        }
+        let Some(test) = line.strip_prefix("test ") else { return };
+        if let Some((name, _)) = test.split_once(" has been running for over ") {
+            self.running.insert(name.to_owned());
+        } else if let Some((name, result)) = test.split_once(" ... ") {
+            if ["ok", "FAILED", "ignored"].iter().any(|ended| result.starts_with(ended)) {
+                self.running.remove(name);
+            } else {
+                self.running.insert(name.to_owned());
+            }
+        }
+    }
+
+    fn unfinished(&self) -> String {
+        let names: Vec<_> = self.running.iter().map(String::as_str).collect();
+        match names.as_slice() {
+            [] => format!("no test is known to have been running; the last line was {:?}", self.last),
+            names => format!("not finished: {}", names.join(", ")),
+        }
+    }
 }
 
 impl Tally {
@@ -237,5 +348,62 @@ mod tests {
             "test result: ok. 10 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 1.20s",
         );
         assert_eq!(tally, Tally { passed: 13, failed: 3 });
+    }
+
+    #[test]
+    fn what_hangs_is_named_killed_and_counted_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let mark = format!("layers-test-{}", std::process::id());
+        // A test program with a server that left its parent, one that left its environment, and the test that hangs.
+        let script = "(setsid sleep 600 & echo $! > servers)
+            env -i sleep 600 & echo $! >> servers
+            echo 'running 3 tests'
+            echo 'test a ... ok'
+            echo 'test b ... FAILED'
+            printf 'test c ... '
+            mv servers ready
+            sleep 600";
+        let ready = dir.path().join("ready");
+        let tally = in_time(Duration::from_secs(600), &mark, |watch| {
+            let mut hangs = Command::new("sh");
+            hangs.args(["-c", script]).current_dir(dir.path()).env(limit::MARK, &mark);
+            let (tally, hung) = std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    let hangs = run::wait_for("a test that hangs", LAST_WORDS, || Ok(ready.exists()));
+                    watch.expire();
+                    hangs
+                });
+                run_tests(&mut hangs, watch)
+            })?;
+            assert_eq!(hung, "not finished: c");
+            Ok(tally)
+        })
+        .unwrap();
+        assert_eq!(tally, Tally { passed: 0, failed: 1 }); // no program came to its result
+        for server in std::fs::read_to_string(&ready).unwrap().lines() {
+            let stat = std::fs::read_to_string(format!("/proc/{server}/stat")).unwrap_or_default();
+            assert!(stat.is_empty() || stat.contains(") Z "), "{stat}");
+        }
+    }
+
+    #[test]
+    fn the_tests_that_run_are_those_that_did_not_end() {
+        let mut progress = Progress::default();
+        assert!(progress.unfinished().starts_with("no test"));
+        for line in [
+            "running 4 tests",
+            "test a has been running for over 60 seconds",
+            "test b has been running for over 60 seconds",
+            "test c ... ignored, for a reason",
+            "test a ... ok",
+        ] {
+            progress.add(line);
+        }
+        assert_eq!(progress.unfinished(), "not finished: b");
+        progress.add("running 1 test");
+        assert_eq!(
+            progress.unfinished(),
+            "no test is known to have been running; the last line was \"running 1 test\""
+        );
     }
 }

@@ -6,6 +6,7 @@
 //!   of them was asked.
 //! - [`images`] makes the two OCI images; [`crds`], [`chart`], [`docs`] and [`layers`] are the checks and the tests.
 //! - [`permissions`] is the list of what the operator may do, and why.
+//! - [`limit`] ends what takes too long.
 //! - [`fuzz`] runs the targets of `tests/fuzz`; [`mutants`] takes guards away and sees tests fail.
 //! - [`bench`] measures Drover beside the programs that people use today.
 //!
@@ -21,6 +22,7 @@ pub mod docs;
 pub mod fuzz;
 pub mod images;
 pub mod layers;
+pub mod limit;
 pub mod mutants;
 pub mod parts;
 pub mod permissions;

@@ -69,6 +69,8 @@ pub fn cargo() -> Command {
             cargo.env_remove(name);
         }
     }
+    // What it starts can be found again when its time is over.
+    cargo.env(crate::limit::MARK, crate::limit::mark());
     cargo
 }
 
