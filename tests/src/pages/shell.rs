@@ -15,7 +15,7 @@ use super::{Kind, Page};
 use crate::program;
 
 /// Seconds after which a page's commands are ended.
-const LIMIT: u32 = 120;
+const LIMIT: u32 = 300;
 /// What of the checkout pages name by its path.
 const SHOWN: [&str; 5] = ["charts", "crds", "docs", "examples", "tests"];
 
