@@ -108,6 +108,10 @@ impl Shared {
             let waited = self.changed.wait_timeout(state, wait).unwrap_or_else(PoisonError::into_inner);
             state = waited.0;
         }
+        // What was between two programs before had no environment to be known by.
+        if let Some(killed) = &mut state.killed {
+            killed.extend(kill_all(mark));
+        }
     }
 }
 
