@@ -16,6 +16,7 @@ type Page = (&'static str, fn() -> Result<String>);
 
 const PAGES: &[Page] = &[
     ("docs/reasons.md", || example("drover-api", "reasons")),
+    ("docs/metrics.md", || example("drover-operator", "metrics")),
     ("docs/limits.md", || limits::table(&crate::checkout())),
     ("docs/permissions.md", || crate::permissions::table(&crate::checkout())),
 ];

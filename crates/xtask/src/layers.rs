@@ -99,6 +99,7 @@ impl Layer {
             Self::Mutants => Self::Unit.prepare(),
             Self::ControlPlane => {
                 rootfs::node()?;
+                rootfs::prometheus()?;
                 go::helm()?;
                 go::kubernetes().map(drop)
             }

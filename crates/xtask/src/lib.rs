@@ -8,6 +8,7 @@
 //! - [`permissions`] is the list of what the operator may do, and why.
 //! - [`limit`] ends what takes too long.
 //! - [`fuzz`] runs the targets of `tests/fuzz`; [`mutants`] takes guards away and sees tests fail.
+//! - [`prometheus`] is a real Prometheus, for what is said of metrics.
 //! - [`bench`] measures Drover beside the programs that people use today.
 //!
 //! Nothing of the product may depend on this crate.
@@ -27,6 +28,7 @@ pub mod mutants;
 pub mod parts;
 pub mod permissions;
 pub mod pki;
+pub mod prometheus;
 pub mod root;
 pub mod run;
 
