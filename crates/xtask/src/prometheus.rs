@@ -57,7 +57,8 @@ impl Prometheus {
         command.args(["--storage.tsdb.retention.time=100y", "--web.listen-address=127.0.0.1:0"]);
         command.args(["--log.format=json"]);
         command.stdin(Stdio::null()).stdout(out.try_clone()?).stderr(out);
-        let child = command.spawn().with_context(|| format!("could not start {}", run::describe(&command)))?;
+        let child =
+            command.spawn().with_context(|| format!("could not start {}", run::describe(&command)))?;
         let mut server = Self { child, address: ([127, 0, 0, 1], 0).into(), _dir: dir };
         run::wait_for("Prometheus to be ready", READY_LIMIT, || {
             let said = fs::read_to_string(&log)?;
@@ -118,7 +119,8 @@ impl Drop for Prometheus {
 fn fill(data: &Path, samples: &str, scratch: &Path) -> Result<()> {
     let file = scratch.join("samples");
     fs::write(&file, samples)?;
-    run::stdout(promtool()?.args(["tsdb", "create-blocks-from", "openmetrics"]).arg(&file).arg(data)).map(drop)
+    run::stdout(promtool()?.args(["tsdb", "create-blocks-from", "openmetrics"]).arg(&file).arg(data))
+        .map(drop)
 }
 
 /// Where it listens, by its log.

@@ -12,6 +12,7 @@ mod double;
 mod fixtures;
 mod lease;
 mod ledger;
+mod monitoring;
 mod operator;
 mod outages;
 mod play;

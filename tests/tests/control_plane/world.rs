@@ -11,6 +11,7 @@ use drover_operator::clock::Clock;
 use drover_operator::controller::{self, Parts};
 use drover_operator::keys::Seed;
 use drover_operator::metrics::Metrics;
+use drover_operator::metrics::api::Count;
 use drover_operator::seed;
 use drover_operator::session::{Conversation, Ssh};
 use drover_operator::settings::Settings;
@@ -257,7 +258,8 @@ async fn operate(
 ) -> Result<()> {
     let kubeconfig = kube::config::Kubeconfig::read_from(kubeconfig)?;
     let config = kube::Config::from_custom_kubeconfig(kubeconfig, &Default::default()).await?;
-    let client = kube::Client::try_from(config)?;
+    let counted = Count(metrics.clone());
+    let client = kube::client::ClientBuilder::try_from(config)?.with_layer(&counted).build();
     let seed: Seed = seed::from_secret(&client, SYSTEM, "drover-seed").await?;
     let settings = Settings {
         namespace: SYSTEM.into(),

@@ -11,6 +11,7 @@ use xtask::audit::Entry;
 use xtask::run;
 
 use crate::ledger::{ensure_once, status_writes};
+use crate::monitoring;
 use crate::play::{Build, Builders, Node};
 use crate::world::{BUILDERS, LIMIT, Running, TEAM, World};
 
@@ -24,6 +25,7 @@ fn only_news_is_written() -> Result<()> {
     let (builders, node) = (Builders::default(), Node::start(&world)?);
     let operator = world.operator_with(Arc::new(builders.clone()))?;
     a_build_costs_few_writes(&world, &builders)?;
+    monitoring::a_played_build_is_counted(&operator)?;
     every_writer_owns_its_own(&world, &builders)?;
     a_spec_that_changes_after_the_end_is_noted_once(&world)?;
     where_nothing_is_new_nothing_is_written(&world, &operator, &builders, &node)?;
