@@ -356,7 +356,7 @@ fn check(spec: &Spec, matcher: &str) -> Result<()> {
         let fits = |value: &&str| {
             value.len() == one.len() && value.chars().zip(one.chars()).all(|(a, b)| b == '.' || a == b)
         };
-        ensure!(values.iter().any(|value| fits(&value)), "its label {label:?} never is {one:?}");
+        ensure!(values.iter().any(fits), "its label {label:?} never is {one:?}");
     }
     Ok(())
 }
