@@ -7,6 +7,7 @@ mod common;
 use std::process::Command;
 
 use common::{Builder, User};
+use drover_cache::{FRAME, NarSpool};
 
 fn command(builder: &Builder, args: &[&str]) -> (bool, String) {
     let store = builder.root.path();
@@ -39,6 +40,35 @@ fn verify_and_collect() {
     let (success, text) = command(&builder, &["gc"]);
     assert!(success && text.starts_with("2 paths deleted"), "{text}");
     assert!(!file.exists());
+}
+
+/// Large enough that the builder would rather have the kernel move it.
+#[test]
+fn the_rest_of_a_large_path_and_its_frames() {
+    let mut builder = Builder::start(User::Current);
+    let tree = tempfile::tempdir().unwrap();
+    let contents: Vec<u8> = (0..700_000u32).flat_map(|i| (i / 3).to_le_bytes()).collect();
+    std::fs::write(tree.path().join("large"), contents).unwrap();
+    let client = builder.client();
+    let path = common::add(client, "large", tree.path());
+    let mut whole = Vec::new();
+    let size = client.dump_store_path(&path, &mut whole).unwrap();
+    assert!(client.knows_frames().unwrap());
+    for offset in [0, 1, 70_000, FRAME + 1, whole.len() - 1, whole.len()] {
+        let mut rest = Vec::new();
+        client.dump_store_path_from(&path, offset as u64, size, &mut rest).unwrap();
+        assert!(rest == whole[offset..], "{offset}");
+        let spools = tempfile::tempdir().unwrap();
+        let mut spool = NarSpool::new(spools.path(), []).unwrap();
+        let mut frames = client.dump_store_path_frames(&path, offset as u64).unwrap();
+        let (mut frame, mut content, mut unpacked) = (Vec::new(), Vec::new(), Vec::new());
+        while frames.next(&mut frame).unwrap() {
+            spool.frame(&frame, (whole.len() - offset - unpacked.len()) as u64, &mut content).unwrap();
+            unpacked.extend_from_slice(&content);
+        }
+        assert!(unpacked == whole[offset..], "{offset}");
+    }
+    builder.finish();
 }
 
 #[test]
