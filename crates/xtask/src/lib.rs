@@ -19,6 +19,7 @@ pub mod chart;
 pub mod cluster;
 pub mod control_plane;
 pub mod crds;
+pub mod dashboard;
 pub mod docs;
 pub mod fuzz;
 pub mod images;

@@ -9,7 +9,7 @@ use clap::{Parser, Subcommand};
 use xtask::cluster::Cluster;
 use xtask::layers::{self, Layer, Tally};
 use xtask::parts::rootfs::Nix;
-use xtask::{bench, chart, crds, docs, fuzz, images, mutants, parts, root, run};
+use xtask::{bench, chart, crds, dashboard, docs, fuzz, images, mutants, parts, root, run};
 
 /// What people who work on Drover run.
 #[derive(Parser)]
@@ -53,6 +53,8 @@ enum Act {
         #[arg(long)]
         check: bool,
     },
+    /// Draws the Grafana dashboard, over samples that were made up, into the file OUT (docs/images/dashboard.svg)
+    Dashboard { out: PathBuf },
     /// The main job from nothing: installs Drover on a real one-node cluster and builds real derivations there
     Demo,
     /// Fetches and builds what tests need, and prints where it is
@@ -158,6 +160,7 @@ fn act(act: Act) -> Result<ExitCode> {
             if check { chart::check() } else { chart::write() }.map(|()| ExitCode::SUCCESS)
         }
         Act::Docs { check } => if check { docs::check() } else { docs::write() }.map(|()| ExitCode::SUCCESS),
+        Act::Dashboard { out } => dashboard::draw(&out).map(|()| ExitCode::SUCCESS),
         Act::Demo => demo(),
         Act::Parts => print_parts(),
         Act::Images { out } => images(&out),
