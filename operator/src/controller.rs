@@ -23,7 +23,9 @@ use tokio::task::JoinSet;
 use crate::backoff;
 use crate::clock::Clock;
 use crate::error::Error;
+use crate::events::publish::Events;
 use crate::execute::{Executed, execute};
+use crate::health::{Health, Loop};
 use crate::keys::Seed;
 use crate::metrics::{Metrics, census};
 use crate::observe::{Freshness, observe};
@@ -31,7 +33,7 @@ use crate::operator::Operator;
 use crate::plan::{Requeue, plan};
 use crate::queue::Queue;
 use crate::ready::{Ready, Watch};
-use crate::session::{Conversation, Sessions};
+use crate::session::{Conversation, Sessions, Trigger};
 use crate::settings::Settings;
 use crate::sweep;
 use crate::watches::readable::Unreadable;
@@ -43,8 +45,13 @@ const MAX_PASSES: usize = 8;
 const LEAVE_LIMIT: Duration = Duration::from_secs(1);
 /// Caches that have not answered by then have had a request looked at again in any case.
 const ANSWER_LIMIT: Duration = Duration::from_secs(300);
+/// A request in no namespace: there is none. And how often it is asked for.
+const SIGN: &str = "heartbeat";
+const SIGN_INTERVAL: Duration = Duration::from_secs(10);
 /// How long sessions may take to let go of their builders.
 const FAREWELL: Duration = Duration::from_secs(5);
+/// How long events that wait may take after that.
+const LAST_EVENTS: Duration = Duration::from_secs(2);
 
 /// What an operator is made of.
 pub struct Parts {
@@ -52,6 +59,7 @@ pub struct Parts {
     pub settings: Settings,
     pub seed: Seed,
     pub metrics: Arc<Metrics>,
+    pub health: Arc<Health>,
     pub clock: Clock,
     /// How it talks with builders.
     pub conversation: Arc<dyn Conversation>,
@@ -59,14 +67,16 @@ pub struct Parts {
 
 /// Runs until `shutdown` resolves, the reconciles that run have ended and the sessions are closed.
 pub async fn run(parts: Parts, shutdown: impl Future<Output = ()> + Send + Sync + 'static) {
-    let Parts { client, settings, seed, metrics, clock, conversation } = parts;
+    let Parts { client, settings, seed, metrics, health, clock, conversation } = parts;
     let (trigger, triggered) = unbounded();
     let concurrency = settings.concurrency;
     let queue = Arc::new(Queue::new(trigger.clone()));
     let ready = Arc::new(Ready::new());
+    health.watches_begin();
     let watches = Watches {
         client: client.clone(),
         ready: ready.clone(),
+        health: health.clone(),
         metrics: metrics.clone(),
         trigger: trigger.clone(),
     };
@@ -79,33 +89,41 @@ pub async fn run(parts: Parts, shutdown: impl Future<Output = ()> + Send + Sync 
         .with_config(controller::Config::default().concurrency(concurrency))
         .graceful_shutdown_on(shutdown)
         .reconcile_on(triggered);
+    let (events, publish) = Events::new(client.clone(), metrics.clone());
     let operator = Arc::new(Operator {
         client,
         settings,
         seed,
         metrics: metrics.clone(),
         ready,
+        health: health.clone(),
         classes,
         pods,
-        sessions: Sessions::new(trigger, metrics.clone(), clock.clone(), conversation),
+        sessions: Sessions::new(trigger.clone(), metrics.clone(), clock.clone(), conversation),
         clock,
         caches: Arc::default(),
         queue,
         doors: Default::default(),
         refusals: Default::default(),
         backoffs: Default::default(),
+        events,
     });
     metrics.count_with(Some(count_of(&operator, &known, &unreadable)));
     let wake = Arc::new(Notify::new());
     // They end with this function, and it with any of them.
     let mut helpers = JoinSet::new();
-    helpers.spawn(watch_pods);
-    helpers.spawn(watch_classes);
-    helpers.spawn(sweep::run(operator.clone(), known, unreadable, wake.clone()));
+    helpers.spawn(health.clone().never_ends("watch-pods", watch_pods));
+    helpers.spawn(health.clone().never_ends("watch-classes", watch_classes));
+    let sweeps = sweep::run(operator.clone(), known, unreadable, wake.clone());
+    helpers.spawn(health.clone().never_ends("sweeps", sweeps));
+    helpers.spawn(health.clone().never_ends("heartbeat", ask_for_a_sign(operator.clone(), trigger)));
+    helpers.spawn(health.clone().never_ends("events", publish));
     helpers.spawn(report_ready(operator.clone()));
     let reconciled = controller.run(reconcile, on_error, operator.clone()).for_each(|result| {
+        health.beat(Loop::Reconciles);
         match result {
             Ok(_) => {}
+            Err(controller::Error::ObjectNotFound(what)) if what.name == SIGN => {}
             // Deleted, or not seen yet. Its pods, if it has any, go now.
             Err(controller::Error::ObjectNotFound(_)) => wake.notify_one(),
             // Logged where it happened.
@@ -119,6 +137,7 @@ pub async fn run(parts: Parts, shutdown: impl Future<Output = ()> + Send + Sync 
         () = watch_over(&mut helpers) => {}
     }
     operator.sessions.close(FAREWELL).await;
+    operator.events.settle(LAST_EVENTS).await;
     // Whoever leads from now on says how many there are.
     metrics.count_with(None);
 }
@@ -240,10 +259,22 @@ fn log_transition(before: &BuildRequest, after: &BuildRequest) {
     }
 }
 
+/// Asks the controller now and then for something that does not exist. Its answer is the sign that it goes on: it came through
+/// the same channel, the same schedule and the same places as everything else.
+async fn ask_for_a_sign(operator: Arc<Operator>, trigger: Trigger) {
+    // It answers nothing before.
+    operator.ready.wait(&[Watch::Requests]).await;
+    operator.health.beat(Loop::Reconciles);
+    loop {
+        // The receiver is gone only while the process ends.
+        let _ = trigger.unbounded_send(ObjectRef::new(SIGN));
+        tokio::time::sleep(SIGN_INTERVAL).await;
+    }
+}
+
 /// Ready as soon as every watch has delivered its first list.
 async fn report_ready(operator: Arc<Operator>) {
     operator.ready.wait(&[Watch::Classes, Watch::Pods, Watch::Requests]).await;
-    operator.metrics.set_ready(true);
     tracing::info!("ready");
 }
 

@@ -43,7 +43,10 @@ pub async fn execute(operator: &Operator, world: &World, plan: &Plan) -> Result<
     let mut written = None;
     if let Some(status) = &plan.status {
         match write_status(operator, request, status).await {
-            Ok(request) => written = Some(Box::new(request)),
+            Ok(after) => {
+                operator.events.say(request, &after, operator.clock.now());
+                written = Some(Box::new(after));
+            }
             Err(error) if error.is_conflict() => return current(operator, request).await,
             Err(Error::Kube { source, .. }) if is_not_found(&source) => {
                 operator.queue.gone(&request.uid().unwrap_or_default());

@@ -9,6 +9,8 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::{Parser, ValueEnum};
+use drover_operator::health::Health;
+use drover_operator::http::Pages;
 use drover_operator::lease::{Election, Timing};
 use drover_operator::metrics::Metrics;
 use drover_operator::process::{Process, SeedSource, Stop};
@@ -184,7 +186,7 @@ fn start_log(flags: &Flags) -> anyhow::Result<()> {
 async fn run(flags: Flags) -> anyhow::Result<()> {
     let config = kube::Config::infer().await.context("cannot find an API server to talk to")?;
     let name = flags.lease.pod_name.clone().unwrap_or_else(machine);
-    let metrics = Arc::new(Metrics::new());
+    let (metrics, health) = (Arc::new(Metrics::new()), Arc::new(Health::new()));
     let process = Process {
         config,
         election: flags.lease.election(&flags.namespace, &name)?,
@@ -205,13 +207,12 @@ async fn run(flags: Flags) -> anyhow::Result<()> {
             timeouts: flags.timeouts.into(),
         },
         metrics: metrics.clone(),
+        health: health.clone(),
         conversation: Arc::new(Ssh),
     };
     let stop = Stop::on_signals()?;
-    tokio::select! {
-        error = http::serve(flags.listen, metrics) => error.map(|never| match never {}).map_err(Into::into),
-        ended = process.run(stop) => ended.map_err(Into::into),
-    }
+    http::serve(flags.listen, Pages { metrics, health })?;
+    Ok(process.run(stop).await?)
 }
 
 impl LeaseFlags {

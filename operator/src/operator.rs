@@ -12,6 +12,8 @@ use kube::runtime::reflector::Store;
 use crate::backoff::Backoffs;
 use crate::clock::Clock;
 use crate::error::Error;
+use crate::events::publish::Events;
+use crate::health::Health;
 use crate::keys::Seed;
 use crate::lookup::Doors;
 use crate::metrics::Metrics;
@@ -33,6 +35,7 @@ pub struct Operator {
     pub metrics: Arc<Metrics>,
     pub clock: Clock,
     pub ready: Arc<Ready>,
+    pub health: Arc<Health>,
     /// What the watches have seen. Requests come with each reconcile.
     pub classes: Store<BuilderClass>,
     pub pods: Store<Pod>,
@@ -45,6 +48,7 @@ pub struct Operator {
     /// Look-ups in caches that are under way.
     pub doors: Doors,
     pub refusals: Refusals,
+    pub events: Events,
 }
 
 impl Operator {

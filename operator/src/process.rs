@@ -18,6 +18,7 @@ use crate::clock::Clock;
 use crate::controller::{self, Parts};
 use crate::error::Error;
 use crate::gate::Gate;
+use crate::health::Health;
 use crate::lease::{Election, Leadership};
 use crate::metrics::Metrics;
 use crate::metrics::api::Count;
@@ -40,6 +41,7 @@ pub struct Process {
     pub seed: SeedSource,
     pub settings: Settings,
     pub metrics: Arc<Metrics>,
+    pub health: Arc<Health>,
     pub conversation: Arc<dyn Conversation>,
 }
 
@@ -91,17 +93,25 @@ impl Process {
             Some(_) => Gate::shut(),
             None => Gate::open(),
         };
+        tokio::spawn(self.health.clone().beat_runtime());
+        tokio::spawn({
+            let (health, stop) = (self.health.clone(), stop.clone());
+            async move {
+                stop.requested().await;
+                health.stopping();
+            }
+        });
         let mut leadership = None;
         if let Some(election) = &self.election {
             let client = self.lease_client()?;
-            // Standing by is all that it can do, and it does.
-            self.metrics.set_ready(true);
+            let acquired = Leadership::acquire(client, election.clone(), gate.clone(), self.health.clone());
             tokio::select! {
                 biased;
                 () = stop.clone().requested() => return Ok(()),
-                taken = Leadership::acquire(client, election.clone(), gate.clone()) => leadership = Some(taken),
+                taken = acquired => leadership = Some(taken),
             }
-            self.metrics.set_ready(false);
+        } else {
+            self.health.lease_unused();
         }
         self.metrics.leader.set(1);
         let lost = async {
@@ -141,6 +151,7 @@ impl Process {
             settings: self.settings.clone(),
             seed,
             metrics: self.metrics.clone(),
+            health: self.health.clone(),
             clock: Clock::system(),
             conversation: self.conversation.clone(),
         };
@@ -218,6 +229,7 @@ mod tests {
                 timeouts: Timeouts::default(),
             },
             metrics: Arc::default(),
+            health: Arc::default(),
             conversation: Arc::new(Ssh),
         }
     }

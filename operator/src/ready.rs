@@ -14,6 +14,26 @@ pub enum Watch {
 }
 
 impl Watch {
+    pub const ALL: [Self; 3] = [Self::Classes, Self::Pods, Self::Requests];
+
+    /// Its place in [`Self::ALL`].
+    pub fn index(self) -> usize {
+        match self {
+            Self::Classes => 0,
+            Self::Pods => 1,
+            Self::Requests => 2,
+        }
+    }
+
+    /// For `/readyz`.
+    pub fn check(self) -> &'static str {
+        match self {
+            Self::Classes => "watch-classes",
+            Self::Pods => "watch-pods",
+            Self::Requests => "watch-requests",
+        }
+    }
+
     /// For logs and metrics.
     pub fn name(self) -> &'static str {
         match self {

@@ -18,6 +18,7 @@ use tokio::sync::Notify;
 
 use crate::error::Error;
 use crate::execute::delete_pod;
+use crate::health::Loop;
 use crate::observe::request_of;
 use crate::operator::{Operator, call};
 use crate::pod;
@@ -38,6 +39,7 @@ pub async fn run(
 ) {
     operator.ready.wait(&[Watch::Pods, Watch::Requests]).await;
     loop {
+        operator.health.beat(Loop::Sweeps);
         let known: HashSet<String> = requests.state().iter().filter_map(|request| request.uid()).collect();
         sweep(&operator, |uid| known.contains(uid) || unreadable.contains(uid)).await;
         // Woken or not, it is the same work.
@@ -53,6 +55,7 @@ async fn sweep(operator: &Operator, is_known: impl Fn(&str) -> bool) {
         }
     }
     operator.backoffs().retain(&is_known);
+    operator.events.retain(&is_known);
     let strays = operator.pods.state().into_iter().filter(|found| {
         let uid = found.labels().get(pod::UID_LABEL);
         found.metadata.deletion_timestamp.is_none() && uid.is_some_and(|uid| !is_known(uid))
@@ -60,6 +63,7 @@ async fn sweep(operator: &Operator, is_known: impl Fn(&str) -> bool) {
     // One that cannot be deleted keeps no other from it.
     futures::stream::iter(strays)
         .for_each_concurrent(AT_ONCE, async |stray| {
+            operator.health.beat(Loop::Sweeps);
             if let Err(error) = clear(operator, &stray).await {
                 operator.metrics.failed(&error);
                 let error = &error as &dyn std::error::Error;

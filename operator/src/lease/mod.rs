@@ -14,6 +14,7 @@ pub mod record;
 #[cfg(test)]
 mod tests;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -26,6 +27,7 @@ use tokio::time::Instant;
 
 use crate::error::Error;
 use crate::gate::Gate;
+use crate::health::{Health, Loop};
 use crate::operator::call_within;
 use crate::settings::FIELD_MANAGER;
 use record::{Sighting, Step};
@@ -79,8 +81,9 @@ impl Leadership {
     /// Stands by until the Lease can be taken, and takes it; `gate` is open then. The client is one without that gate.
     ///
     /// Does not fail: what the API server refuses today, it may grant tomorrow. It is logged.
-    pub async fn acquire(client: Client, election: Election, gate: Gate) -> Self {
-        let candidate = Candidate { api: Api::namespaced(client, &election.namespace), election, gate };
+    pub async fn acquire(client: Client, election: Election, gate: Gate, health: Arc<Health>) -> Self {
+        let candidate =
+            Candidate { api: Api::namespaced(client, &election.namespace), election, gate, health };
         let held = candidate.stand_by().await;
         let (give_back, asked) = oneshot::channel();
         let keeper = tokio::spawn(async move { candidate.keep(held, asked).await });
@@ -126,6 +129,7 @@ struct Candidate {
     api: Api<Lease>,
     election: Election,
     gate: Gate,
+    health: Arc<Health>,
 }
 
 impl Candidate {
@@ -134,13 +138,16 @@ impl Candidate {
         let mut seen: Option<Sighting> = None;
         let mut told: Option<String> = None;
         loop {
+            self.health.beat(Loop::Lease);
             match self.look(&mut seen).await {
                 Ok(Some(held)) => {
                     self.gate.open_until(held.since + timing.renew_deadline);
+                    self.health.lease_held(self.gate.clone());
                     tracing::info!(identity, lease = self.election.name, "leading");
                     return held;
                 }
                 Ok(None) => {
+                    self.health.lease_seen();
                     let holder = seen.as_ref().and_then(Sighting::holder).map(str::to_owned);
                     if holder.is_some() && holder != told {
                         tracing::info!(identity, holder, lease = self.election.name, "standing by");
@@ -203,6 +210,7 @@ impl Candidate {
         let mut due = held.since + retry_period;
         let mut last_error: Option<Error> = None;
         loop {
+            self.health.beat(Loop::Lease);
             let end = held.since + renew_deadline;
             tokio::select! {
                 biased;

@@ -227,7 +227,7 @@ impl Server {
             identity: name.into(),
             timing: Timing::new(DURATION, DEADLINE, RETRY).unwrap(),
         };
-        Leadership::acquire(Client::new(service, "default"), election, gate.clone()).await
+        Leadership::acquire(Client::new(service, "default"), election, gate.clone(), Arc::default()).await
     }
 
     /// Answers the next requests like this, and well after that.

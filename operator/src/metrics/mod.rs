@@ -55,6 +55,7 @@ pub struct Metrics {
     reconcile_duration: Histogram,
     reconcile_errors: Series<Counter>,
     pub status_writes: Counter,
+    pub event_errors: Counter,
     api_requests: Series<Counter>,
     api_request_duration: Series<Histogram>,
     watch_errors: Series<Counter>,
@@ -96,6 +97,7 @@ impl Metrics {
             reconcile_duration: page.add(&table::RECONCILE_DURATION, histogram(&table::RECONCILE_DURATION)),
             reconcile_errors: page.counters(&table::RECONCILE_ERRORS),
             status_writes: page.add(&table::STATUS_WRITES, Counter::default()),
+            event_errors: page.add(&table::EVENT_ERRORS, Counter::default()),
             api_requests: page.counters(&table::API_REQUESTS),
             api_request_duration: page.histograms(&table::API_REQUEST_DURATION),
             watch_errors: page.counters(&table::WATCH_ERRORS),
@@ -106,11 +108,7 @@ impl Metrics {
         }
     }
 
-    pub fn is_ready(&self) -> bool {
-        self.ready.get() == 1
-    }
-
-    /// Ready to do its part: to lead with watches that have delivered, or to stand by.
+    /// Ready to do its part, as `/readyz` says it ([`crate::health`]).
     pub fn set_ready(&self, ready: bool) {
         self.ready.set(ready.into());
     }

@@ -422,6 +422,16 @@ pub const STATUS_WRITES: Spec = Spec {
     help: "Writes of a request's status that the API server took",
 };
 
+pub const EVENT_ERRORS: Spec = Spec {
+    name: "event_errors",
+    kind: Kind::Counter,
+    unit: None,
+    labels: NO_LABELS,
+    series: one,
+    rare: none,
+    help: "Kubernetes Events that were not recorded: refused, or too many at once; nothing depends on them",
+};
+
 /// What is asked of the API server, as its own audit log calls it.
 pub const VERBS: [&str; 8] = ["get", "list", "watch", "create", "update", "patch", "delete", OTHER];
 /// Answers: HTTP status codes, and `none` where there was no answer.
@@ -531,6 +541,7 @@ pub const ALL: &[&Spec] = &[
     &RECONCILE_DURATION,
     &RECONCILE_ERRORS,
     &STATUS_WRITES,
+    &EVENT_ERRORS,
     &API_REQUESTS,
     &API_REQUEST_DURATION,
     &WATCH_ERRORS,

@@ -16,6 +16,7 @@ use kube::runtime::watcher::{self, Event};
 use kube::runtime::{WatchStreamExt as _, watcher as watch};
 use kube::{Api, Client};
 
+use crate::health::Health;
 use crate::metrics::Metrics;
 use crate::observe::request_of;
 use crate::pod;
@@ -32,6 +33,7 @@ const PAGE: u32 = 100;
 pub struct Watches {
     pub client: Client,
     pub ready: Arc<Ready>,
+    pub health: Arc<Health>,
     pub metrics: Arc<Metrics>,
     pub trigger: Trigger,
 }
@@ -114,13 +116,20 @@ impl Watches {
         Arc::new(Unreadable::new(watch, self.metrics.clone()))
     }
 
-    /// Marks the watch as ready when its first list is in the store. For the stream behind the reflector.
+    /// Marks the watch as ready when its first list is in the store, and says how it does. For the stream behind the reflector.
     fn note<K>(&self, watch: Watch) -> impl FnMut(&watcher::Result<Event<K>>) + Send + use<K> {
-        let ready = self.ready.clone();
-        move |event| {
-            if matches!(event, Ok(Event::InitDone)) {
-                ready.mark(watch);
+        let (ready, health) = (self.ready.clone(), self.health.clone());
+        move |event| match event {
+            // The answer to a list may still not come to its end.
+            Ok(Event::Init) => {}
+            Ok(event) => {
+                let listed = matches!(event, Event::InitDone);
+                if listed {
+                    ready.mark(watch);
+                }
+                health.watch_delivered(watch, listed);
             }
+            Err(_) => health.watch_failed(watch),
         }
     }
 }

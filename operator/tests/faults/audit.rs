@@ -22,7 +22,43 @@ pub(crate) fn check(history: &[Change], end: Timestamp, grace: SignedDuration) -
     verdicts_stay(history)?;
     pods_belong_to_requests(history)?;
     nothing_is_left(history, end, grace)?;
-    budgets_are_kept(history)
+    budgets_are_kept(history)?;
+    events_are_said_once(history)
+}
+
+/// Nothing that happens once to a request, or once in an attempt, is said twice: not after a restart either. And of no request
+/// is much said.
+fn events_are_said_once(history: &[Change]) -> Result<(), String> {
+    const MOST: usize = 30;
+    let may_repeat = |reason: &str| {
+        matches!(reason, "BuilderReady" | "ConnectionLost" | "Suspended") || reason.starts_with("WaitingFor")
+    };
+    let mut said = BTreeMap::<(String, String, String), usize>::new();
+    let mut each = BTreeMap::<String, usize>::new();
+    for event in of(history, "events").filter(|change| change.before.is_none()) {
+        let Some(event) = &event.after else { continue };
+        let word = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        let (uid, reason) = (word(&event["regarding"]["uid"]), word(&event["reason"]));
+        *said.entry((uid.clone(), reason, word(&event["related"]["name"]))).or_default() += 1;
+        *each.entry(uid).or_default() += 1;
+    }
+    if let Some((what, times)) =
+        said.iter().find(|((_, reason, _), times)| **times > 1 && !may_repeat(reason))
+    {
+        return Err(format!("event {what:?} was said {times} times"));
+    }
+    match each.iter().find(|(_, count)| **count > MOST) {
+        Some((uid, count)) => Err(format!("{count} events about {uid}")),
+        None => Ok(()),
+    }
+}
+
+/// The reasons of the events about a request, in order.
+pub(crate) fn events_about(history: &[Change], request: &str) -> Vec<String> {
+    let made = of(history, "events").filter(|change| change.before.is_none());
+    let about =
+        made.filter_map(|change| change.after.as_ref()).filter(|event| event["regarding"]["name"] == request);
+    about.map(|event| event["reason"].as_str().unwrap_or_default().to_owned()).collect()
 }
 
 fn of<'a>(history: &'a [Change], plural: &'a str) -> impl Iterator<Item = &'a Change> {
@@ -184,8 +220,12 @@ fn budgets_are_kept(history: &[Change]) -> Result<(), String> {
 
 /// S12: operators write nothing from a version on.
 pub(crate) fn silent_since(history: &[Change], version: u64) -> Result<(), String> {
-    let by_operators =
-        |change: &&Change| change.version > version && matches!(change.writer, Writer::Client(_));
+    // What was said last may still be on its way.
+    let by_operators = |change: &&Change| {
+        change.version > version
+            && matches!(change.writer, Writer::Client(_))
+            && change.key.kind.plural != "events"
+    };
     match history.iter().find(by_operators) {
         None => Ok(()),
         Some(change) => {

@@ -9,6 +9,7 @@ mod builder;
 mod cluster;
 mod conformance;
 mod double;
+mod events;
 mod line;
 mod run;
 mod scenarios;

@@ -34,6 +34,8 @@ pub(crate) struct Report {
     pub(crate) hit: Option<String>,
     /// Each request or event, in order.
     pub(crate) trace: Vec<String>,
+    /// Reasons of the events about request `a`.
+    pub(crate) events: Vec<String>,
 }
 
 enum End {
@@ -84,7 +86,8 @@ pub(crate) fn run(scenario: &Scenario, faults: Faults, fault: Option<Fault>) -> 
     verify(&world, scenario, fault, settled_version)
         .map_err(|why| format!("{why}\n{}", chronicle(&world, begin)))?;
     let trace = faults.trace.lock().expect("no panic in between").clone();
-    Ok(Report { hit: faults.hit(), trace })
+    let events = audit::events_about(&world.server.store().history, "a");
+    Ok(Report { hit: faults.hit(), trace, events })
 }
 
 pub(crate) async fn operate(world: &Arc<World>, faults: &Arc<Faults>, client: u32) {
@@ -96,6 +99,7 @@ pub(crate) async fn operate(world: &Arc<World>, faults: &Arc<Faults>, client: u3
         settings: settings(world),
         seed: Seed::from_bytes(&[7; 32]).expect("a seed of the right length"),
         metrics: Arc::new(Metrics::new()),
+        health: Arc::default(),
         clock: Clock::new(move || time.now()),
         conversation: Arc::new(Talk { world: world.clone(), alive }),
     };

@@ -55,6 +55,7 @@ impl Server {
             },
             seed: Seed::generate().unwrap(),
             metrics,
+            health: Arc::default(),
             clock,
             conversation: Arc::new(Ssh),
         }

@@ -275,7 +275,15 @@ async fn operate(
     let shutdown = async {
         let _ = stopped.await;
     };
-    let parts = Parts { client, settings, seed, metrics, clock: Clock::system(), conversation };
+    let parts = Parts {
+        client,
+        settings,
+        seed,
+        metrics,
+        health: Arc::default(),
+        clock: Clock::system(),
+        conversation,
+    };
     controller::run(parts, shutdown).await;
     Ok(())
 }
