@@ -19,6 +19,7 @@ use kube::runtime::reflector::{ObjectRef, Store};
 use kube::{Client, ResourceExt as _};
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
+use tracing::{Instrument as _, Span};
 
 use crate::backoff;
 use crate::clock::Clock;
@@ -27,6 +28,7 @@ use crate::events::publish::Events;
 use crate::execute::{Executed, execute};
 use crate::health::{Health, Loop};
 use crate::keys::Seed;
+use crate::log;
 use crate::metrics::{Metrics, census};
 use crate::observe::{Freshness, observe};
 use crate::operator::Operator;
@@ -170,7 +172,7 @@ async fn watch_over(helpers: &mut JoinSet<()>) {
 /// A failure or a panic is this request's own: it is counted, and this request is looked at again later.
 async fn reconcile(request: Arc<BuildRequest>, operator: Arc<Operator>) -> Result<Action, Error> {
     let begun = Instant::now();
-    let result = caught(passes(&operator, &request)).await;
+    let result = caught(passes(&operator, &request)).instrument(log::of(&request)).await;
     operator.metrics.reconciled(begun.elapsed());
     if result.is_ok() {
         operator.backoffs().succeeded(&request.uid().unwrap_or_default());
@@ -203,7 +205,7 @@ async fn passes(operator: &Operator, request: &BuildRequest) -> Result<Action, E
             continue;
         }
         if plan.status.is_some() || !plan.actions.is_empty() {
-            tracing::debug!(request = %ObjectRef::from_obj(&request), actions = ?plan.actions, "plan");
+            tracing::debug!(actions = ?plan.actions, "plan");
         }
         freshness = if plan.requeue == Requeue::Live { Freshness::Live } else { Freshness::Watched };
         match execute(operator, &world, &plan).await? {
@@ -211,6 +213,9 @@ async fn passes(operator: &Operator, request: &BuildRequest) -> Result<Action, E
                 if let Some(written) = written {
                     log_transition(&request, &written);
                     request = *written;
+                    if let Some(attempt) = request.status.as_ref().and_then(|status| status.attempt) {
+                        Span::current().record("attempt", attempt);
+                    }
                 }
             }
             Executed::Coming => return Ok(Action::requeue(ANSWER_LIMIT)),
@@ -229,6 +234,7 @@ async fn passes(operator: &Operator, request: &BuildRequest) -> Result<Action, E
 }
 
 fn on_error(request: Arc<BuildRequest>, error: &Error, operator: Arc<Operator>) -> Action {
+    let _of = log::of(&request).entered();
     operator.metrics.failed(error);
     // Its keys are random, and others each time.
     let random = RandomState::new().build_hasher().finish();
@@ -237,7 +243,6 @@ fn on_error(request: Arc<BuildRequest>, error: &Error, operator: Arc<Operator>) 
         operator.queue.release(&request.uid().unwrap_or_default());
     }
     tracing::warn!(
-        request = %ObjectRef::from_obj(&*request),
         error = error as &dyn std::error::Error,
         "looking at the request failed; again in {wait:?}"
     );
@@ -253,9 +258,10 @@ fn log_transition(before: &BuildRequest, after: &BuildRequest) {
     };
     let (was, is) = (summary(before), summary(after));
     if was != is
-        && let Some((reason, message, attempt)) = is
+        && let Some((reason, message, _)) = is
     {
-        tracing::info!(request = %ObjectRef::from_obj(after), reason, detail = message, attempt, "build");
+        let _of = log::of(after).entered();
+        tracing::info!(reason, detail = message, "build");
     }
 }
 

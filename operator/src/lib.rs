@@ -21,6 +21,7 @@ pub mod http;
 pub mod init;
 pub mod keys;
 pub mod lease;
+pub mod log;
 pub mod lookup;
 pub mod metrics;
 pub mod observe;

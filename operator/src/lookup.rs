@@ -14,8 +14,10 @@ use drover_session::Unresolved;
 use kube::ResourceExt as _;
 use kube::runtime::reflector::ObjectRef;
 use tokio::sync::{Semaphore, oneshot};
+use tracing::Instrument as _;
 
 use crate::error::Error;
+use crate::log::carried;
 use crate::operator::Operator;
 use crate::plan::accept;
 use crate::secrets;
@@ -59,9 +61,9 @@ pub async fn look_up(operator: &Operator, world: &World, attempt: u32) -> Result
         queue.lookups.answer(&uid, ticket, nothing_absent());
         return Ok(Answer::There);
     };
-    let (caches, about) = (operator.caches.clone(), world.request.name_any());
+    let caches = operator.caches.clone();
     let (asking, of) = (queue.clone(), uid.clone());
-    let ask = move || ask(&plan, &caches, &about, &|path| asking.is_coming(&of, path));
+    let ask = move || ask(&plan, &caches, &|path| asking.is_coming(&of, path));
     let keep = move |lookup: Option<Lookup>| {
         let lookup = lookup.unwrap_or_else(nothing_absent);
         if queue.lookups.answer(&uid, ticket, lookup.clone()) {
@@ -116,15 +118,16 @@ async fn behind_the_door<T: Send + 'static>(
     let (door, queue) = (operator.doors.of(class), operator.queue.clone());
     let request = ObjectRef::from_obj(&world.request);
     let (done, answered) = oneshot::channel();
-    tokio::spawn(async move {
+    let asked = async move {
         // Never closed. It is given back when this task ends.
         let _permit = door.acquire().await;
         // A thread that panicked has said so already.
-        keep(tokio::task::spawn_blocking(ask).await.ok());
+        keep(tokio::task::spawn_blocking(carried(ask)).await.ok());
         if done.send(()).is_err() {
             queue.look_at(request);
         }
-    });
+    };
+    tokio::spawn(asked.in_current_span());
     let patience = if world.live { LONG_PATIENCE } else { PATIENCE };
     match tokio::time::timeout(patience, answered).await {
         Ok(_) => Answer::There,
@@ -149,11 +152,11 @@ fn read(drv_path: &StorePath, caches: &[Arc<dyn Cache>]) -> Resolution {
 /// Blocks. A cache that cannot be asked counts as one that has nothing of the outputs and all of the inputs: the attempt that
 /// follows meets the same cache, and says what is wrong with it. But an input that `is_coming` from another request is waited
 /// for.
-fn ask(plan: &JobPlan, caches: &Caches, name: &str, is_coming: &dyn Fn(&str) -> bool) -> Lookup {
+fn ask(plan: &JobPlan, caches: &Caches, is_coming: &dyn Fn(&str) -> bool) -> Lookup {
     let dir = StoreDir::default();
     let cannot = |why: &dyn std::fmt::Display| {
         caches.note_trouble();
-        tracing::warn!(request = name, %why, "cannot ask the caches");
+        tracing::warn!(%why, "cannot ask the caches");
     };
     let coming = |paths: &mut dyn Iterator<Item = &StorePath>| -> BTreeSet<String> {
         paths.map(|path| dir.full(path)).filter(|path| is_coming(path)).collect()

@@ -16,8 +16,9 @@ use drover_operator::metrics::Metrics;
 use drover_operator::process::{Process, SeedSource, Stop};
 use drover_operator::session::Ssh;
 use drover_operator::settings::{Settings, Timeouts};
-use drover_operator::{http, init};
+use drover_operator::{http, init, log};
 use ring::rand::SecureRandom as _;
+use tracing::subscriber::set_global_default;
 use tracing_subscriber::EnvFilter;
 
 /// Builds Nix derivations in ephemeral pods.
@@ -172,18 +173,27 @@ fn main() -> anyhow::Result<ExitCode> {
 fn start_log(flags: &Flags) -> anyhow::Result<()> {
     let filter =
         EnvFilter::try_new(&flags.log).with_context(|| format!("--log {:?} makes no sense", flags.log))?;
-    let subscriber = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal());
+    let (writer, is_coloured) = (std::io::stderr, std::io::stderr().is_terminal());
     match flags.log_format {
-        LogFormat::Text => subscriber.init(),
-        LogFormat::Json => subscriber.json().init(),
+        LogFormat::Text => set_global_default(log::text(filter, writer, is_coloured)),
+        LogFormat::Json => set_global_default(log::json(filter, writer)),
     }
+    .context("cannot start the log")?;
+    log::note_panics();
     Ok(())
 }
 
 async fn run(flags: Flags) -> anyhow::Result<()> {
+    tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
+        namespace = flags.namespace,
+        builder_namespace = flags.builder_namespace,
+        builder_image = flags.builder_image,
+        concurrency = flags.concurrency,
+        max_sessions = flags.max_sessions,
+        leader_elect = flags.lease.leader_elect,
+        "drover-operator starts"
+    );
     let config = kube::Config::infer().await.context("cannot find an API server to talk to")?;
     let name = flags.lease.pod_name.clone().unwrap_or_else(machine);
     let (metrics, health) = (Arc::new(Metrics::new()), Arc::new(Health::new()));

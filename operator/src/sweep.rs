@@ -15,10 +15,12 @@ use k8s_openapi::api::core::v1::Pod;
 use kube::runtime::reflector::Store;
 use kube::{Api, ResourceExt as _};
 use tokio::sync::Notify;
+use tracing::{Instrument as _, Span};
 
 use crate::error::Error;
 use crate::execute::delete_pod;
 use crate::health::Loop;
+use crate::log;
 use crate::observe::request_of;
 use crate::operator::{Operator, call};
 use crate::pod;
@@ -64,9 +66,11 @@ async fn sweep(operator: &Operator, is_known: impl Fn(&str) -> bool) {
     futures::stream::iter(strays)
         .for_each_concurrent(AT_ONCE, async |stray| {
             operator.health.beat(Loop::Sweeps);
-            if let Err(error) = clear(operator, &stray).await {
+            let span = of_stray(&stray);
+            if let Err(error) = clear(operator, &stray).instrument(span.clone()).await {
                 operator.metrics.failed(&error);
                 let error = &error as &dyn std::error::Error;
+                let _of = span.entered();
                 tracing::warn!(
                     pod = stray.name_any(),
                     error,
@@ -75,6 +79,15 @@ async fn sweep(operator: &Operator, is_known: impl Fn(&str) -> bool) {
             }
         })
         .await;
+}
+
+/// The pod remembers whose it is.
+fn of_stray(pod: &Pod) -> Span {
+    let request = request_of(pod);
+    let name = request.as_ref().map(|request| request.name.as_str()).unwrap_or_default();
+    let namespace = request.as_ref().and_then(|request| request.namespace.as_deref()).unwrap_or_default();
+    let label = |label: &str| pod.labels().get(label).map(String::as_str).unwrap_or_default();
+    log::of_request(namespace, name, label(pod::UID_LABEL), label(pod::ATTEMPT_LABEL).parse().ok())
 }
 
 async fn clear(operator: &Operator, stray: &Pod) -> Result<(), Error> {

@@ -30,7 +30,7 @@ fn absent(url: &str) -> BTreeSet<String> {
     modulo::fill_output_paths(&dir, &mut derivation).unwrap();
     let drv_path = drover_session::drv_path_of(&dir, &derivation).unwrap();
     let plan = plan(Resolved { drv_path, derivation }, url, Trust::Verified);
-    match ask(&plan, &Caches::default(), "app", &|path| path.ends_with("-lib")) {
+    match ask(&plan, &Caches::default(), &|path| path.ends_with("-lib")) {
         Lookup::Missing { absent } => absent,
         other => panic!("{other:?}"),
     }
@@ -142,7 +142,7 @@ fn shelf<'a>(files: impl IntoIterator<Item = (&'a StorePath, &'a [u8])>) -> temp
 
 /// The answer for a request that carries this derivation, from these caches.
 fn asked(resolved: Resolved, shelf: &tempfile::TempDir, trust: Trust) -> Lookup {
-    ask(&plan(resolved, &url(shelf), trust), &Caches::default(), "top", &|_| false)
+    ask(&plan(resolved, &url(shelf), trust), &Caches::default(), &|_| false)
 }
 
 #[test]

@@ -29,8 +29,10 @@ use futures::channel::mpsc::UnboundedSender;
 use futures::future::{BoxFuture, join_all};
 use kube::runtime::reflector::ObjectRef;
 use tokio::sync::watch;
+use tracing::Instrument as _;
 
 use crate::clock::Clock;
+use crate::log as lines;
 use crate::metrics::Metrics;
 use crate::world::{SessionEnd, SessionView, Stage};
 use handed_on::HandedOn;
@@ -119,6 +121,8 @@ impl Sessions {
                 return;
             }
         }
+        let namespace = assignment.request.namespace.clone().unwrap_or_default();
+        let span = lines::of_request(&namespace, &assignment.request.name, uid, Some(assignment.attempt));
         let (request, pod_uid) = (assignment.request.clone(), assignment.pod_uid.clone());
         let (trigger, clock) = (self.trigger.clone(), self.clock.clone());
         let progress = Arc::new(Progress::new(request, assignment.attempt, pod_uid, trigger, clock));
@@ -129,13 +133,14 @@ impl Sessions {
         let sessions = self.metrics.sessions.clone();
         sessions.inc();
         let conversation = self.conversation.clone();
-        tokio::spawn(async move {
+        let session = async move {
             let held = async { conversation.hold(assignment, progress.clone(), stopped).await };
             // The builder lingers; what it says to the next session is worth more than a request without an end.
             let end = AssertUnwindSafe(held).catch_unwind().await.unwrap_or_else(|_| run::fault());
             sessions.dec();
             progress.end(end);
-        });
+        };
+        tokio::spawn(session.instrument(span));
     }
 
     /// What the request's session says; None if there is none.

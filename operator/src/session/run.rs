@@ -19,6 +19,7 @@ use super::meter::{FLOOR, Meter};
 use super::pipe::Pipes;
 use super::{Progress, reach};
 use crate::keys::ClientKey;
+use crate::log::carried;
 use crate::settings::Timeouts;
 use crate::world::{SessionEnd, Stage};
 
@@ -106,7 +107,7 @@ pub async fn talk(
     let ended = cut.ended();
     let mut build = tokio::task::spawn_blocking({
         let (meter, progress) = (meter.clone(), progress.clone());
-        move || {
+        carried(move || {
             let mut job = match plan.open(&caches) {
                 Ok(job) => job,
                 Err(error) => return infrastructure(error.to_string()),
@@ -127,7 +128,7 @@ pub async fn talk(
                 Ok(outcome) => job::finished(&job.dir, &outcome, reached_after),
                 Err(failure) => job::failed(&failure.with_last_words(&tail.lines())),
             }
-        }
+        })
     });
     let end = tokio::select! {
         end = &mut build => end,
@@ -142,10 +143,10 @@ pub async fn talk(
 }
 
 fn observe(progress: &Progress, meter: &Meter, event: &Event) {
-    tracing::debug!(request = %progress.request, ?event, "session");
+    tracing::debug!(?event, "session");
     match event {
         Event::CacheSetAside { cache, path, why } => {
-            tracing::warn!(request = %progress.request, cache, %path, why, "a cache is set aside");
+            tracing::warn!(cache, %path, why, "a cache is set aside");
         }
         Event::BuildStarted => meter.rest(true),
         Event::Built { .. } => meter.rest(false),
