@@ -67,7 +67,9 @@ where
 /// Has panics logged as everything else is, with the span that they happened in.
 pub fn note_panics() {
     std::panic::set_hook(Box::new(|panic| {
-        let text = panic.payload_as_str().unwrap_or("it said nothing");
+        let text = panic.payload().downcast_ref::<String>().map(String::as_str);
+        let text =
+            text.or_else(|| panic.payload().downcast_ref::<&str>().copied()).unwrap_or("it said nothing");
         let location = panic.location().map(ToString::to_string);
         let thread = std::thread::current().name().map(str::to_owned);
         tracing::error!(

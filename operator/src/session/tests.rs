@@ -15,11 +15,13 @@ use drover_serve::{BuildOptions, BuildResult, BuildStatus};
 use futures::channel::mpsc::unbounded;
 use kube::runtime::reflector::ObjectRef;
 use tokio::sync::watch;
+use tracing::Instrument as _;
 
 use super::job::JobPlan;
 use super::pipe::Pipes;
 use super::{Progress, Talk, talk};
 use crate::clock::Clock;
+use crate::log::{of_request, testing::Lines};
 use crate::world::{SessionEnd, Stage};
 
 /// Long enough for whatever moves, and short enough to be waited for.
@@ -90,7 +92,7 @@ fn begin(stall: Duration) -> (Session, Far) {
         reached_after: Duration::ZERO,
         kept: Arc::default(),
     };
-    let end = tokio::spawn(talk(said, pipes, progress.clone(), stopped));
+    let end = tokio::spawn(talk(said, pipes, progress.clone(), stopped).in_current_span());
     (Session { end, progress, stop, dir }, Far { stdin: far_stdin, stdout: far_stdout, stderr: far_stderr })
 }
 
@@ -154,6 +156,24 @@ async fn a_build_goes_through_with_its_log() {
         std::fs::read_dir(dir.path().join("cache/log")).unwrap().map(|entry| entry.unwrap().path()).collect();
     assert_eq!(logs.len(), 1);
     assert_eq!(std::fs::read(&logs[0]).unwrap(), b"one\ntwo\n");
+}
+
+/// On its blocking thread as well.
+#[tokio::test]
+async fn what_a_session_logs_names_its_request() {
+    let lines = Lines::default();
+    let _captured = lines.capture();
+    let (session, far) = of_request("team", "x", "u-1", Some(2)).in_scope(|| begin(LONG));
+    let stdout = far.stdout.try_clone().unwrap();
+    let builder = far.serve(stdout, |_| {});
+    session.end().await;
+    builder.join().unwrap();
+    let parsed = lines.parsed();
+    assert!(parsed.iter().any(|line| line["message"] == "session"), "{parsed:#?}");
+    for line in parsed {
+        assert_eq!([&line["namespace"], &line["request"], &line["uid"]], ["team", "x", "u-1"], "{line}");
+        assert_eq!(line["attempt"], 2, "{line}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

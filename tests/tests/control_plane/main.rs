@@ -19,6 +19,7 @@ mod play;
 mod poison;
 mod process;
 mod rights;
+mod signals;
 mod tools;
 mod waiting;
 mod world;

@@ -73,7 +73,8 @@ impl Operator {
         value.map(str::to_owned).with_context(|| page.clone())
     }
 
-    fn page(&self, path: &str) -> Result<String> {
+    /// The answer to a request for this path, head and all.
+    pub(crate) fn page(&self, path: &str) -> Result<String> {
         let log = self.log();
         let address = log.split("address=").nth(1).and_then(|rest| rest.split_whitespace().next());
         let mut connection = TcpStream::connect(address.context("it does not listen yet")?)?;

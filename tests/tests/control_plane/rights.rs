@@ -28,6 +28,7 @@ const PARTS: &[Part] = &[
     ("select", select),
     ("sign", sign),
     ("connect", connect),
+    ("repeat", repeat),
 ];
 
 #[test]
@@ -154,6 +155,26 @@ fn sign(world: &World) -> Result<()> {
     ))?;
     request(world, TEAM, "sign", "class: signs")?;
     has_pod(world, TEAM, "sign", 1).map(drop)
+}
+
+/// The same happens twice to a request: its class is not there.
+fn repeat(world: &World) -> Result<()> {
+    let says = |reason: &str| {
+        [TEAM, OTHER].into_iter().try_for_each(|namespace| {
+            let reason =
+                format!("--for=jsonpath={{.status.conditions[?(@.type==\"Succeeded\")].reason}}={reason}");
+            let args = ["wait", "breq", "repeat", "-n", namespace, &reason, "--timeout=60s"];
+            world.plane.kubectl(&args).map(drop)
+        })
+    };
+    for namespace in [TEAM, OTHER] {
+        request(world, namespace, "repeat", "class: later, suspend: true")?;
+    }
+    says("WaitingForClass")?;
+    class(world, "later", "", "")?;
+    says("Suspended")?;
+    world.plane.kubectl(&["delete", "builderclass", "later"])?;
+    says("WaitingForClass")
 }
 
 /// A builder starts; there is no kubelet that would have its log, but the operator asks for it.
