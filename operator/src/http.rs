@@ -39,7 +39,11 @@ pub fn serve(address: SocketAddr, pages: Pages) -> Result<SocketAddr, Error> {
     listener.set_nonblocking(true).map_err(fail)?;
     let address = listener.local_addr().map_err(fail)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(fail)?;
-    let listener = runtime.block_on(async { tokio::net::TcpListener::from_std(listener) }).map_err(fail)?;
+    let listener = {
+        // The caller may be in a runtime of its own, and cannot wait here.
+        let _inside = runtime.enter();
+        tokio::net::TcpListener::from_std(listener).map_err(fail)?
+    };
     std::thread::Builder::new()
         .name("http".into())
         .spawn(move || runtime.block_on(accept(listener, pages)))
