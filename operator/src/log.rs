@@ -2,7 +2,7 @@
 //!
 //! Whatever is done for a request is done inside a span from [`of_request`], and every line from there carries its fields; work
 //! that goes on elsewhere takes the span along ([`carried`] for threads, `instrument` for tasks). In JSON all fields are flat
-//! and have the names that `docs/logs.md` lists; as text, a line begins with them.
+//! and keep their names, which scripts rely on; as text, a line begins with them.
 
 use std::fmt::Debug;
 use std::io::Write as _;
