@@ -5,6 +5,8 @@ use drover_tests::{Cluster, images};
 use xtask::{checkout, images as recipe};
 
 const NAMESPACE: &str = "drover-test-images";
+/// Of the builder, compressed: it is pulled for every builder that starts on a new node.
+const BUILDER_LIMIT: u64 = 15 << 20;
 
 #[test]
 fn made_again_they_have_the_same_digests() -> Result<()> {
@@ -13,7 +15,12 @@ fn made_again_they_have_the_same_digests() -> Result<()> {
     let second = recipe::make(again.path())?;
     for (a, b) in first.iter().zip(&second) {
         assert_eq!(a.written, b.written, "{}", a.reference);
+        println!("{}: {:.1} MiB compressed", a.reference, a.written.compressed as f64 / f64::from(1 << 20));
+        let sbom = b.file.with_extension("spdx.json");
+        serde_json::from_slice::<serde_json::Value>(&std::fs::read(&sbom)?)
+            .with_context(|| format!("{} is no JSON", sbom.display()))?;
     }
+    assert!(first[0].written.compressed <= BUILDER_LIMIT, "{} bytes", first[0].written.compressed);
     Ok(())
 }
 

@@ -4,9 +4,11 @@
 //! the OpenSSH client with its libraries. The same sources and the same Debian packages give the same digest, wherever the
 //! checkout lies.
 
+mod crates;
 pub mod oci;
 mod operator;
 mod programs;
+pub mod sbom;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -38,16 +40,29 @@ pub struct Image {
 pub fn make(out: &Path) -> Result<[Image; 2]> {
     fs::create_dir_all(out).with_context(|| format!("could not make {}", out.display()))?;
     let programs = programs::compile()?;
-    let image = |name: &str, reference: &'static str, config: &Config, layer: Layer| -> Result<Image> {
-        let file = out.join(name);
-        let written = oci::write(&file, reference, config, &[layer])?;
-        Ok(Image { file, reference, written })
-    };
+    let crates = crates::of(&programs::NAMES)?;
     let debian = rootfs::ssh()?;
+    let image = |name: &str, reference: &'static str, config: &Config, layer: Layer, packages: &[String]| {
+        let program = crates.id(name)?;
+        let sbom = sbom::document(name, &program, &crates, &sbom::debian(&debian, packages)?)?;
+        let sbom = serde_json::to_vec_pretty(&sbom)?;
+        let beside = out.join(format!("{name}.spdx.json"));
+        fs::write(&beside, &sbom).with_context(|| format!("could not write {}", beside.display()))?;
+        let layer = layer.bytes(sbom::PATH, 0o644, sbom).bytes(
+            "licenses/crates",
+            0o644,
+            crates.licences(&crates.closure(&program))?,
+        );
+        let file = out.join(format!("{name}.tar"));
+        let written = oci::write(&file, reference, config, &[layer])?;
+        anyhow::Ok(Image { file, reference, written })
+    };
     let (config, layer) = builder(&programs, &debian)?;
-    let builder = image("drover-builder.tar", BUILDER, &config, layer)?;
+    // libc6 is among its notices for what is linked statically, which the list has as glibc.
+    let packages = ["busybox-static", "ca-certificates"].map(str::to_owned);
+    let builder = image("drover-builder", BUILDER, &config, layer, &packages)?;
     let (config, layer) = operator::image(&programs, &debian)?;
-    Ok([builder, image("drover-operator.tar", OPERATOR, &config, layer)?])
+    Ok([builder, image("drover-operator", OPERATOR, &config, layer, &operator::notices(&debian)?)?])
 }
 
 /// A small image for pods of tests, and the pause image of the node: busybox from `rootfs`, asleep unless told otherwise.

@@ -75,7 +75,7 @@ fn parse_libraries(listed: &str) -> Result<Vec<String>> {
 }
 
 /// Every package that was unpacked with ssh: more than the image has files of, and none too few.
-fn notices(debian: &Path) -> Result<Vec<String>> {
+pub(super) fn notices(debian: &Path) -> Result<Vec<String>> {
     let mut packages = Vec::new();
     for entry in std::fs::read_dir(debian.join("usr/share/doc"))? {
         let entry = entry?;

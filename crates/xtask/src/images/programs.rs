@@ -6,7 +6,10 @@ use anyhow::{Context, Result};
 
 use crate::run;
 
-const TARGET: &str = "x86_64-unknown-linux-gnu";
+pub(super) const TARGET: &str = "x86_64-unknown-linux-gnu";
+
+/// The packages whose programs are made, and the programs.
+pub(super) const NAMES: [&str; 2] = ["drover-builder", "drover-operator"];
 
 /// Compiles `drover-builder` and `drover-operator` and returns the directory that holds them.
 ///
@@ -25,13 +28,13 @@ pub(super) fn compile() -> Result<PathBuf> {
 
     let mut cargo = run::cargo();
     cargo.args(["build", "--release", "--target", TARGET, "--target-dir"]).arg(&target_dir);
-    cargo.args(["-p", "drover-builder", "-p", "drover-operator"]);
+    cargo.args(NAMES.iter().flat_map(|name| ["-p", name]));
     // Separated by 0x1f: a path may hold a space. It goes before RUSTFLAGS, whatever that says.
     cargo.env("CARGO_ENCODED_RUSTFLAGS", rustflags.join("\x1f")).env_remove("RUSTFLAGS");
     cargo.env(format!("CFLAGS_{}", TARGET.replace('-', "_")), cflags);
     run::run(&mut cargo)?;
     let programs = target_dir.join(TARGET).join("release");
-    for name in ["drover-builder", "drover-operator"] {
+    for name in NAMES {
         check_static(&programs.join(name))?;
     }
     Ok(programs)

@@ -13,6 +13,10 @@ use crate::root::Root;
 use crate::run;
 
 const FINISH: &str = include_str!("../scripts/finish-rootfs.sh");
+/// Writes `NAME VERSION` of every package that was unpacked into the file `versions`.
+const VERSIONS: &str = include_str!("../scripts/versions.sh");
+/// The part that the images are made of.
+const SSH: &str = "ssh";
 
 /// A version of Nix that Drover must get along with: those that Debian's releases carry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -99,7 +103,7 @@ pub fn tcc() -> Result<PathBuf> {
 
 /// An OpenSSH client and the certificates of Debian's stable release, for the operator's image.
 pub fn ssh() -> Result<PathBuf> {
-    unpacked("ssh", "trixie", &["openssh-client", "ca-certificates"])
+    unpacked(SSH, "trixie", &["openssh-client", "ca-certificates"])
 }
 
 /// A whole OpenSSH server, and a client, for tests of what people have in front of a builder.
@@ -122,7 +126,9 @@ pub fn prometheus() -> Result<PathBuf> {
 fn unpacked(name: &str, suite: &str, packages: &[&str]) -> Result<PathBuf> {
     // The mirror is no part of the key: what a suite holds is the same everywhere.
     let packages = [packages, &["busybox-static"]].concat();
-    let recipe = format!("{suite}\n{}\n{FINISH}", packages.join(","));
+    // What images are made of says its versions, and nothing else has to.
+    let versions = if name == SSH { VERSIONS } else { "" };
+    let recipe = format!("{suite}\n{}\n{FINISH}{versions}", packages.join(","));
     super::ensure(name, &recipe, |dir| {
         if !host::is_root() {
             bail!("making a root filesystem takes root");
@@ -139,6 +145,9 @@ fn unpacked(name: &str, suite: &str, packages: &[&str]) -> Result<PathBuf> {
         // Packages of releases before Debian 13 still ship files under /bin and /lib: merge them from the start.
         mmdebstrap.arg(r#"--setup-hook=for d in bin sbin lib lib64; do mkdir -p "$1/usr/$d"; ln -s "usr/$d" "$1/$d"; done"#);
         mmdebstrap.args(["--dpkgopt=path-exclude=/usr/share/man/*", "--dpkgopt=path-exclude=/usr/share/locale/*"]);
+        if !versions.is_empty() {
+            mmdebstrap.arg(format!("--extract-hook={versions}"));
+        }
         mmdebstrap.arg(format!("--include={}", packages.join(","))).arg(suite).arg(&root).arg(host::mirror()?);
         run::stdout(&mut mmdebstrap)?;
         run::stdout(Command::new("sh").args(["-c", FINISH, "finish-rootfs.sh"]).arg(&root))?;
