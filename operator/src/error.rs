@@ -13,6 +13,9 @@ pub enum Error {
     /// Opening a cache that a class names.
     #[error("cannot open the cache {url}: {why}")]
     Cache { url: String, why: String },
+    /// `drover-operator check`.
+    #[error("cannot say that it is well: {why}")]
+    Check { why: String },
     /// A request to the API server.
     #[error("cannot {act}: {source}")]
     Kube { act: &'static str, source: Box<kube::Error> },
@@ -68,6 +71,7 @@ impl Error {
     pub fn category(&self) -> &'static str {
         match self {
             Self::Cache { .. } => "cache",
+            Self::Check { .. } => "check",
             Self::Kube { source, .. } => match source.as_ref() {
                 kube::Error::Api(status) if status.is_conflict() => "conflict",
                 kube::Error::Api(_) => "api",

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::{Parser, ValueEnum};
+use drover_operator::check::Check;
 use drover_operator::health::Health;
 use drover_operator::http::Pages;
 use drover_operator::lease::{Election, Timing};
@@ -24,6 +25,7 @@ use tracing_subscriber::EnvFilter;
 /// Builds Nix derivations in ephemeral pods.
 #[derive(Parser)]
 #[command(name = "drover-operator", version)]
+#[command(after_help = "`drover-operator check` is what the chart runs beside the operator; see its --help.")]
 struct Flags {
     /// Namespace of the operator: its seed and the Secrets that classes name are here
     #[arg(long, env = "DROVER_NAMESPACE", default_value = "drover-system")]
@@ -150,15 +152,15 @@ enum LogFormat {
 }
 
 fn main() -> anyhow::Result<ExitCode> {
+    if let Some(check) = Check::asked() {
+        return run_check(check);
+    }
     let flags = Flags::parse();
     if init::is_needed() {
         return init::run();
     }
     start_log(&flags)?;
-    // The only provider in the tree; without this, the first connection would panic if there were another.
-    rustls::crypto::ring::default_provider()
-        .install_default()
-        .map_err(|_| anyhow::anyhow!("another TLS provider was installed first"))?;
+    provide_tls()?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .max_blocking_threads(usize::from(flags.max_sessions) + 64)
@@ -168,6 +170,27 @@ fn main() -> anyhow::Result<ExitCode> {
     // Sessions that still run block threads that nothing can end; the builders go on without us.
     runtime.shutdown_background();
     result.map(|()| ExitCode::SUCCESS)
+}
+
+/// The only provider in the tree; without this, the first connection would panic if there were another.
+fn provide_tls() -> anyhow::Result<()> {
+    rustls::crypto::ring::default_provider()
+        .install_default()
+        .map_err(|_| anyhow::anyhow!("another TLS provider was installed first"))
+}
+
+/// `check`, which has arguments of its own.
+fn run_check(check: Check) -> anyhow::Result<ExitCode> {
+    if init::is_needed() {
+        return init::run();
+    }
+    provide_tls()?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let config = kube::Config::infer().await.context("cannot find an API server to talk to")?;
+        check.run(config).await?;
+        Ok(ExitCode::SUCCESS)
+    })
 }
 
 fn start_log(flags: &Flags) -> anyhow::Result<()> {
