@@ -1,6 +1,8 @@
 {{/* Names are at most 63 characters, as labels are. */}}
 {{- define "drover.fullname" -}}
-{{- if contains .Chart.Name .Release.Name -}}
+{{- if .Values.fullnameOverride -}}
+{{- .Values.fullnameOverride | trunc 53 | trimSuffix "-" -}}
+{{- else if contains .Chart.Name .Release.Name -}}
 {{- .Release.Name | trunc 53 | trimSuffix "-" -}}
 {{- else -}}
 {{- printf "%s-%s" .Release.Name .Chart.Name | trunc 53 | trimSuffix "-" -}}
@@ -19,6 +21,18 @@ app.kubernetes.io/component: operator
 
 {{- define "drover.labels" -}}
 {{ include "drover.selectorLabels" . }}
+{{ include "drover.commonLabels" . }}
+{{- end -}}
+
+{{/* Those of pods that are no operator. */}}
+{{- define "drover.checkLabels" -}}
+app.kubernetes.io/name: drover
+app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/component: check
+{{ include "drover.commonLabels" . }}
+{{- end -}}
+
+{{- define "drover.commonLabels" -}}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
@@ -56,3 +70,53 @@ from the range that it is in. */}}
     except: {{- toYaml . | nindent 6 }}
     {{- end }}
 {{- end }}
+
+{{/* The namespace in which requests are shown and tested. */}}
+{{- define "drover.requests" -}}
+{{- if .Values.tests.namespace -}}
+{{- .Values.tests.namespace -}}
+{{- else -}}
+{{- first (default (list .Release.Namespace) .Values.watchNamespaces) -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Whether Helm can make objects of Drover's kinds together with everything else. */}}
+{{- define "drover.hasDefinitions" -}}
+{{- if .Capabilities.APIVersions.Has "drover.build/v1alpha1" }}yes{{ end -}}
+{{- end -}}
+
+{{/* A pod that runs `drover-operator check ARGS`; of a map with context, args and account. */}}
+{{- define "drover.checkPod" -}}
+{{- $values := .context.Values -}}
+serviceAccountName: {{ .account }}
+restartPolicy: Never
+enableServiceLinks: false
+{{- with $values.imagePullSecrets }}
+imagePullSecrets: {{- toYaml . | nindent 2 }}
+{{- end }}
+securityContext: {{- toYaml $values.podSecurityContext | nindent 2 }}
+containers:
+  - name: check
+    image: {{ include "drover.image" (dict "image" $values.image "appVersion" .context.Chart.AppVersion) }}
+    imagePullPolicy: {{ $values.image.pullPolicy }}
+    args: {{- toYaml (concat (list "check") .args) | nindent 6 }}
+    {{- with $values.extraEnv }}
+    env: {{- toYaml . | nindent 6 }}
+    {{- end }}
+    resources:
+      requests: {cpu: 10m, memory: 16Mi}
+      limits: {memory: 64Mi}
+    securityContext: {{- toYaml $values.securityContext | nindent 6 }}
+    {{- with $values.extraVolumeMounts }}
+    volumeMounts: {{- toYaml . | nindent 6 }}
+    {{- end }}
+{{- with $values.extraVolumes }}
+volumes: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with $values.nodeSelector }}
+nodeSelector: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with $values.tolerations }}
+tolerations: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end -}}

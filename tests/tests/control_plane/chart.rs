@@ -173,7 +173,7 @@ fn additions_arrive() -> Result<()> {
 fn template(options: &[&str]) -> Result<String> {
     run::stdout(
         std::process::Command::new(go::helm()?)
-            .args(["template", "drover", "--namespace", "drover-system"])
+            .args(["template", "drover", "--no-hooks", "--namespace", "drover-system"])
             .arg(xtask::checkout().join("charts/drover"))
             .args(options),
     )

@@ -292,7 +292,7 @@ async fn operate(
 pub(crate) fn template(options: &[&str]) -> Result<String> {
     run::stdout(
         std::process::Command::new(go::helm()?)
-            .args(["template", "drover", "--namespace", SYSTEM])
+            .args(["template", "drover", "--no-hooks", "--namespace", SYSTEM])
             .arg(xtask::checkout().join("charts/drover"))
             .args(options),
     )
