@@ -34,6 +34,13 @@ impl Installation {
     /// Brings up the cluster, loads the images, serves an empty cache and installs the chart with a default class that
     /// uses it. What an earlier call left of requests and cache is gone. `dir` is empty and below /tmp.
     pub fn up(dir: &Path) -> Result<Self> {
+        let this = Self::prepare(dir)?;
+        this.upgrade(&[])?;
+        Ok(this)
+    }
+
+    /// All of that but the chart: a release is there or not, as an earlier call left it.
+    pub fn prepare(dir: &Path) -> Result<Self> {
         let cluster = Cluster::up()?;
         let [builder, operator] = images()?;
         cluster.load(&builder.file)?;
@@ -48,18 +55,29 @@ impl Installation {
         this.cluster.kubectl(&["delete", "namespace", TENANT, "--ignore-not-found", "--wait"])?;
         let values = this.values(&[&builder.written.digest, &operator.written.digest]);
         std::fs::write(this.values_file(), serde_json::to_vec_pretty(&values)?)?;
-        this.upgrade(&[])?;
         this.cluster.kubectl(&["create", "namespace", TENANT])?;
         Ok(this)
     }
 
     /// `helm upgrade` with the same values and these (`--set`), until the new operator is there and the old one is gone.
     pub fn upgrade(&self, set: &[&str]) -> Result<()> {
-        let mut helm = self.cluster.helm_command()?;
-        helm.args(["upgrade", "--install", RELEASE]).arg(checkout().join("charts/drover"));
-        helm.args(["--namespace", RELEASE, "--create-namespace", "--wait", "--timeout=120s", "--values"]);
-        helm.arg(self.values_file()).args(set.iter().flat_map(|set| ["--set", set]));
+        let mut helm = self.helm("upgrade", &checkout().join("charts/drover"))?;
+        helm.args(["--install", "--create-namespace"]).args(set.iter().flat_map(|set| ["--set", set]));
         run::stdout(&mut helm).map(drop).map_err(|error| error.context(self.operator_log()))
+    }
+
+    /// `helm ACT` of the release with this chart and the values of [`Self::up`], until all is as it says; to be completed.
+    pub fn helm(&self, act: &str, chart: &Path) -> Result<Command> {
+        let mut helm = self.cluster.helm_command()?;
+        helm.args([act, RELEASE]).arg(chart).args([
+            "--namespace",
+            RELEASE,
+            "--wait",
+            "--timeout=120s",
+            "--values",
+        ]);
+        helm.arg(self.values_file());
+        Ok(helm)
     }
 
     /// Puts programs into the cache, for builds that need more than a shell: `PATH/bin/sleep` and other applets of busybox.
@@ -161,4 +179,21 @@ impl Installation {
             },
         })
     }
+}
+
+/// What Helm's notes tell to type: each begins at the start of a line with the name of a program, and a here-document ends
+/// where it says.
+pub fn commands(notes: &str) -> Vec<String> {
+    let mut commands: Vec<String> = Vec::new();
+    let mut inside = false;
+    for line in notes.lines() {
+        if inside {
+            commands.last_mut().into_iter().for_each(|command| *command += &format!("{line}\n"));
+            inside = line != "EOF";
+        } else if ["kubectl ", "helm "].iter().any(|program| line.starts_with(program)) {
+            commands.push(format!("{line}\n"));
+            inside = line.ends_with("<<'EOF'");
+        }
+    }
+    commands
 }

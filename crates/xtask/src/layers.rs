@@ -101,6 +101,7 @@ impl Layer {
                 rootfs::node()?;
                 rootfs::prometheus()?;
                 go::helm()?;
+                go::kubeconform()?;
                 go::kubernetes().map(drop)
             }
             Self::Node => {

@@ -199,6 +199,7 @@ fn print_parts() -> Result<ExitCode> {
     println!("node        {}", parts::rootfs::node()?.display());
     println!("kubernetes  {}", parts::go::kubernetes()?.display());
     println!("helm        {}", parts::go::helm()?.display());
+    println!("kubeconform {}", parts::go::kubeconform()?.display());
     println!("versitygw   {}", parts::go::versitygw()?.display());
     Ok(ExitCode::SUCCESS)
 }

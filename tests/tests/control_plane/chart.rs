@@ -110,7 +110,8 @@ fn builders_are_cut_off() -> Result<()> {
     let policies = install(&plane, &["--set-json", r#"builder={"networkPolicy": {"caches": []}}"#])?;
     ensure!(!reaches(&policies, Peer::Address("203.0.113.8"), 443)?, "none is none");
 
-    let without = template(&["--set", "builder.networkPolicy.create=false"])?;
+    let without = ["--set", "builder.networkPolicy.create=false", "--set", "networkPolicy.create=false"];
+    let without = template(&without)?;
     ensure!(!without.contains("NetworkPolicy"), "it can be left out");
     Ok(())
 }

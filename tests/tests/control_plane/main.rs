@@ -2,7 +2,10 @@
 
 mod by_path;
 mod chart;
+mod chart_conforms;
 mod chart_crds;
+mod chart_values;
+mod check;
 mod command_line;
 mod corpus;
 mod crd;

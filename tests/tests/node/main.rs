@@ -6,6 +6,7 @@ mod corpus;
 mod docs;
 mod ends;
 mod fixtures;
+mod helm;
 mod images;
 mod restart;
 mod sandbox;

@@ -1,4 +1,4 @@
-//! What is built from Go modules: Kubernetes' programs, Helm, an S3 server, and the Go toolchain itself where the machine's is too old.
+//! What is built from Go modules: Kubernetes' programs, Helm, kubeconform, an S3 server, and the Go toolchain itself where the machine's is too old.
 //!
 //! The module files under `go/` pin every dependency by its hash: building is downloading what go.sum names, and compiling.
 
@@ -17,6 +17,8 @@ const KUBE_MOD: &str = include_str!("../../go/kube/go.mod");
 const KUBE_SUM: &str = include_str!("../../go/kube/go.sum");
 const HELM_MOD: &str = include_str!("../../go/helm/go.mod");
 const HELM_SUM: &str = include_str!("../../go/helm/go.sum");
+const CONFORM_MOD: &str = include_str!("../../go/kubeconform/go.mod");
+const CONFORM_SUM: &str = include_str!("../../go/kubeconform/go.sum");
 const S3_MOD: &str = include_str!("../../go/s3/go.mod");
 const S3_SUM: &str = include_str!("../../go/s3/go.sum");
 
@@ -48,6 +50,15 @@ pub fn helm() -> Result<PathBuf> {
         build(dir, HELM_MOD, HELM_SUM, "-s -w", &["helm.sh/helm/v4/cmd/helm".to_owned()])
     })?;
     Ok(dir.join("helm"))
+}
+
+/// kubeconform, which holds manifests against JSON schemas; a static program.
+pub fn kubeconform() -> Result<PathBuf> {
+    let dir = super::ensure("kubeconform", &format!("{CONFORM_MOD}{CONFORM_SUM}"), |dir| {
+        let package = "github.com/yannh/kubeconform/cmd/kubeconform".to_owned();
+        build(dir, CONFORM_MOD, CONFORM_SUM, "-s -w", &[package])
+    })?;
+    Ok(dir.join("kubeconform"))
 }
 
 /// versitygw, an S3 server over a directory, a static program. Making it takes about a minute and a half on 2 cores.
