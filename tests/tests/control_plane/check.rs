@@ -56,10 +56,7 @@ fn a_check_waits_for_the_definitions() -> Result<()> {
     plane.kubectl(&["apply", "--server-side", "-f", &file("buildrequests.yaml")])?;
     let out = check(&config, &["definitions", "--timeout-seconds=3"])?;
     ensure!(!out.status.success() && said(&out).contains("no builderclasses"), "{}", said(&out));
-    let waiting = std::thread::spawn({
-        let config = config.clone();
-        move || check(&config, &["definitions"])
-    });
+    let waiting = std::thread::spawn(move || check(&config, &["definitions"]));
     plane.kubectl(&["apply", "--server-side", "-f", &file("builderclasses.yaml")])?;
     let out = waiting.join().map_err(|_| anyhow::anyhow!("the check panicked"))??;
     ensure!(out.status.success(), "{}", said(&out));

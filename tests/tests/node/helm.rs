@@ -23,7 +23,7 @@ fn a_release_lives_and_goes() -> Result<()> {
     test.upgrade_from_the_last_version().map_err(|error| error.context(test.drover.operator_log()))?;
     test.helm_test()?;
     test.uninstall_while_something_is_built()?;
-    test.from_nothing_to_nothing().map_err(|error| error.context(test.drover.operator_log()))
+    test.a_release_from_nothing().map_err(|error| error.context(test.drover.operator_log()))
 }
 
 struct Test {
@@ -110,7 +110,7 @@ impl Test {
 
     /// A first installation with a class, on a cluster that has never heard of Drover; the commands that Helm prints, as they
     /// stand there; and an end that leaves nothing.
-    fn from_nothing_to_nothing(&self) -> Result<()> {
+    fn a_release_from_nothing(&self) -> Result<()> {
         self.start_over()?;
         let chart = checkout().join(xtask::chart::CHART);
         let gone = ["--set", "crds.keep=false"];
