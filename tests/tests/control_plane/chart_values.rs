@@ -104,6 +104,7 @@ fn notes_can_be_typed() -> Result<()> {
             Ok(helm)
         };
         let chart = checkout().join(chart::CHART).display().to_string();
+        plane.kubectl(&["delete", "crd", "builderclasses.drover.build", "--ignore-not-found", "--wait"])?;
         // Nothing runs here: what hooks wait for never comes. What all releases have in common passes from one to the next.
         let mut install = helm(&["install", "drover", &chart, "--no-hooks", "--take-ownership"])?;
         run::stdout(install.args(options.split_whitespace()))?;
