@@ -104,7 +104,6 @@ fn notes_can_be_typed() -> Result<()> {
             Ok(helm)
         };
         let chart = checkout().join(chart::CHART).display().to_string();
-        plane.kubectl(&["delete", "crd", "builderclasses.drover.build", "--ignore-not-found", "--wait"])?;
         // Nothing runs here: what hooks wait for never comes. What all releases have in common passes from one to the next.
         let mut install = helm(&["install", "drover", &chart, "--no-hooks", "--take-ownership"])?;
         run::stdout(install.args(options.split_whitespace()))?;
@@ -134,6 +133,7 @@ fn notes_can_be_typed() -> Result<()> {
                 run::stdout(&mut shell).with_context(|| command.clone())?;
             }
         }
+        plane.kubectl(&["delete", "builderclass", "--all"])?;
     }
     Ok(())
 }
