@@ -236,6 +236,8 @@ mod tests {
             client.join().unwrap();
             done.send(()).unwrap();
         });
-        is_done.recv_timeout(Duration::from_secs(60)).expect("a client went, and the wait for it never ended");
+        is_done
+            .recv_timeout(Duration::from_secs(60))
+            .expect("a client went, and the wait for it never ended");
     }
 }
