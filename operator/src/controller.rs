@@ -84,9 +84,15 @@ pub async fn run(parts: Parts, shutdown: impl Future<Output = ()> + Send + Sync 
     };
     let unreadable = watches.unreadable(Watch::Requests);
     // Not `Controller::new`: its watch says nothing of deletions, and a pod would live on until the next sweep.
-    let (known, changes) = watches.requests(queue.clone(), unreadable.clone());
+    let (known, changes) = watches.requests(&settings.scope.namespaces, queue.clone(), unreadable.clone());
     let (pods, watch_pods) = watches.pods(&settings.builder_namespace);
-    let (classes, watch_classes) = watches.classes(known.clone());
+    let (classes, watch_classes) = match &settings.scope.classes {
+        Some(given) => (watches.given(given), None),
+        None => {
+            let (classes, watch) = watches.classes(known.clone());
+            (classes, Some(watch))
+        }
+    };
     let controller = Controller::for_stream(changes, known.clone())
         .with_config(controller::Config::default().concurrency(concurrency))
         .graceful_shutdown_on(shutdown)
@@ -115,7 +121,9 @@ pub async fn run(parts: Parts, shutdown: impl Future<Output = ()> + Send + Sync 
     // They end with this function, and it with any of them.
     let mut helpers = JoinSet::new();
     helpers.spawn(health.clone().never_ends("watch-pods", watch_pods));
-    helpers.spawn(health.clone().never_ends("watch-classes", watch_classes));
+    if let Some(watch_classes) = watch_classes {
+        helpers.spawn(health.clone().never_ends("watch-classes", watch_classes));
+    }
     let sweeps = sweep::run(operator.clone(), known, unreadable, wake.clone());
     helpers.spawn(health.clone().never_ends("sweeps", sweeps));
     helpers.spawn(health.clone().never_ends("heartbeat", ask_for_a_sign(operator.clone(), trigger)));

@@ -25,6 +25,9 @@ pub enum Error {
     /// Reading or writing a local file.
     #[error("cannot {act} {}: {source}", path.display())]
     File { act: &'static str, path: PathBuf, source: std::io::Error },
+    /// A file with classes that says something else.
+    #[error("cannot take the classes from {}: {why}", path.display())]
+    ClassFile { path: PathBuf, why: String },
     /// The builder's host key, read from its log.
     #[error("cannot learn the builder's host key: {why}")]
     HostKey { why: String },
@@ -79,7 +82,7 @@ impl Error {
                 _ => "api-transport",
             },
             Self::KubeTimeout { .. } => "api-timeout",
-            Self::File { .. } => "file",
+            Self::File { .. } | Self::ClassFile { .. } => "file",
             Self::HostKey { .. } => "host-key",
             Self::Lease { .. } => "lease",
             Self::Panic { .. } => "panic",

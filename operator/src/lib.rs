@@ -11,6 +11,7 @@
 
 pub mod backoff;
 pub mod check;
+pub mod class_file;
 pub mod clock;
 pub mod controller;
 pub mod error;
@@ -34,6 +35,7 @@ pub mod quantity;
 pub mod queue;
 pub mod ready;
 pub mod refusal;
+pub mod scope;
 pub mod secrets;
 pub mod seed;
 pub mod session;

@@ -15,9 +15,10 @@ use drover_operator::http::Pages;
 use drover_operator::lease::{Election, Timing};
 use drover_operator::metrics::Metrics;
 use drover_operator::process::{Process, SeedSource, Stop};
+use drover_operator::scope::Scope;
 use drover_operator::session::Ssh;
 use drover_operator::settings::{Settings, Timeouts};
-use drover_operator::{http, init, log};
+use drover_operator::{class_file, http, init, log};
 use ring::rand::SecureRandom as _;
 use tracing::subscriber::set_global_default;
 use tracing_subscriber::EnvFilter;
@@ -59,6 +60,14 @@ struct Flags {
     /// File with the seed (32 bytes), instead of a Secret
     #[arg(long, env = "DROVER_SEED_FILE", conflicts_with = "seed_secret")]
     seed_file: Option<PathBuf>,
+
+    /// Namespace whose requests are taken; can be repeated. Without any, requests of all namespaces are
+    #[arg(long, env = "DROVER_WATCH_NAMESPACES", value_delimiter = ',')]
+    watch_namespaces: Vec<String>,
+
+    /// File with the classes that there are (BuilderClass, YAML), instead of those of the cluster
+    #[arg(long, env = "DROVER_CLASS_FILE")]
+    class_file: Option<PathBuf>,
 
     /// Address for /healthz, /readyz and /metrics
     #[arg(long, env = "DROVER_LISTEN", default_value = "0.0.0.0:8080")]
@@ -238,6 +247,10 @@ async fn run(flags: Flags) -> anyhow::Result<()> {
             work_dir: flags.work_dir,
             concurrency: flags.concurrency,
             timeouts: flags.timeouts.into(),
+            scope: Scope {
+                namespaces: flags.watch_namespaces,
+                classes: flags.class_file.as_deref().map(class_file::read).transpose()?,
+            },
         },
         metrics: metrics.clone(),
         health: health.clone(),

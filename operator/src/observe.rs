@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use drover_api::{AllowedNamespaces, BuildRequest, BuilderClass, default_class};
 use k8s_openapi::api::core::v1::{ContainerStatus, Namespace, Pod};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use kube::api::ListParams;
 use kube::core::{DeserializeGuard, Selector, SelectorExt as _};
 use kube::runtime::reflector::ObjectRef;
@@ -63,7 +64,9 @@ pub async fn observe(
             }
             (lookup, others, slot)
         }
-        Class::Absent => (Lookup::Unknown, Others::default(), operator.queue.slot(&uid, next, None)),
+        Class::Absent | Class::OutOfSight { .. } => {
+            (Lookup::Unknown, Others::default(), operator.queue.slot(&uid, next, None))
+        }
     };
     Ok(Some(World {
         class,
@@ -162,6 +165,9 @@ async fn pods_listed(operator: &Operator, uid: &str) -> Result<Vec<PodView>, Err
 
 /// The class that the request names, or the default; and whether the request's namespace may use it.
 async fn class_of(operator: &Operator, request: &BuildRequest, freshness: Freshness) -> Result<Class, Error> {
+    let scope = &operator.settings.scope;
+    // What a file says does not change while this process lives.
+    let freshness = if scope.classes.is_some() { Freshness::Watched } else { freshness };
     let api = || Api::<BuilderClass>::all(operator.client.clone());
     let class = match (&request.spec.class, freshness) {
         (Some(name), Freshness::Watched) => {
@@ -181,20 +187,17 @@ async fn class_of(operator: &Operator, request: &BuildRequest, freshness: Freshn
     let namespace = request.namespace().unwrap_or_default();
     let allowed = match &class.spec.allowed_namespaces {
         None => true,
-        Some(allowed) => is_allowed(operator, allowed, &namespace).await?,
+        Some(allowed) if allowed.names.contains(&namespace) => true,
+        Some(AllowedNamespaces { selector: None, .. }) => false,
+        Some(_) if !scope.is_cluster() => return Ok(Class::OutOfSight { name: class.name_any() }),
+        Some(AllowedNamespaces { selector: Some(selector), .. }) => {
+            is_selected(operator, selector, &namespace).await?
+        }
     };
     Ok(Class::Found { name: class.name_any(), spec: Box::new(class.spec.clone()), allowed })
 }
 
-async fn is_allowed(
-    operator: &Operator,
-    allowed: &AllowedNamespaces,
-    namespace: &str,
-) -> Result<bool, Error> {
-    if allowed.names.iter().any(|name| name == namespace) {
-        return Ok(true);
-    }
-    let Some(selector) = &allowed.selector else { return Ok(false) };
+async fn is_selected(operator: &Operator, selector: &LabelSelector, namespace: &str) -> Result<bool, Error> {
     // A selector that Kubernetes would not take selects nothing.
     let Ok(selector) = Selector::try_from(selector.clone()) else { return Ok(false) };
     let api: Api<Namespace> = Api::all(operator.client.clone());

@@ -227,6 +227,7 @@ mod tests {
                 work_dir: "/tmp".into(),
                 concurrency: 1,
                 timeouts: Timeouts::default(),
+                scope: Default::default(),
             },
             metrics: Arc::default(),
             health: Arc::default(),

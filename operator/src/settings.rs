@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use crate::scope::Scope;
+
 /// Identity of the operator towards the API server: field manager and User-Agent.
 pub const FIELD_MANAGER: &str = "drover-operator";
 /// Field manager of status, which is another writer than that of objects.
@@ -63,4 +65,5 @@ pub struct Settings {
     /// Requests that are looked at at the same time.
     pub concurrency: u16,
     pub timeouts: Timeouts,
+    pub scope: Scope,
 }

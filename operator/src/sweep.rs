@@ -25,6 +25,7 @@ use crate::observe::request_of;
 use crate::operator::{Operator, call};
 use crate::pod;
 use crate::ready::Watch;
+use crate::scope::Scope;
 use crate::watches::readable::Unreadable;
 
 /// Twice within the minute in which nothing may be left, since one sweep can fail.
@@ -60,7 +61,9 @@ async fn sweep(operator: &Operator, is_known: impl Fn(&str) -> bool) {
     operator.events.retain(&is_known);
     let strays = operator.pods.state().into_iter().filter(|found| {
         let uid = found.labels().get(pod::UID_LABEL);
-        found.metadata.deletion_timestamp.is_none() && uid.is_some_and(|uid| !is_known(uid))
+        found.metadata.deletion_timestamp.is_none()
+            && uid.is_some_and(|uid| !is_known(uid))
+            && is_ours(&operator.settings.scope, found)
     });
     // One that cannot be deleted keeps no other from it.
     futures::stream::iter(strays)
@@ -90,6 +93,14 @@ fn of_stray(pod: &Pod) -> Span {
     log::of_request(namespace, name, label(pod::UID_LABEL), label(pod::ATTEMPT_LABEL).parse().ok())
 }
 
+/// Whether the pod's request would be this operator's: of other namespaces it knows nothing, and may not even ask.
+fn is_ours(scope: &Scope, pod: &Pod) -> bool {
+    match request_of(pod).and_then(|request| request.namespace) {
+        Some(namespace) => scope.has(&namespace),
+        None => scope.is_cluster(),
+    }
+}
+
 async fn clear(operator: &Operator, stray: &Pod) -> Result<(), Error> {
     if exists(operator, stray).await? {
         return Ok(());
@@ -106,4 +117,23 @@ async fn exists(operator: &Operator, pod: &Pod) -> Result<bool, Error> {
         Api::namespaced(operator.client.clone(), request.namespace.as_deref().unwrap_or_default());
     let found = call("look for a pod's request", api.get_metadata_opt(&request.name)).await?;
     Ok(found.is_some_and(|found| found.uid().as_ref() == pod.labels().get(pod::UID_LABEL)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn builders_of_another_operator_are_let_be() {
+        let pod = |annotations: serde_json::Value| -> Pod {
+            serde_json::from_value(serde_json::json!({"metadata": {"name": "p", "annotations": annotations}}))
+                .unwrap()
+        };
+        let of =
+            |namespace: &str| pod(serde_json::json!({pod::REQUEST_ANNOTATION: format!("{namespace}/x")}));
+        let some = Scope { namespaces: vec!["team".into()], ..Scope::default() };
+        assert!(is_ours(&some, &of("team")) && is_ours(&Scope::default(), &of("other")));
+        assert!(!is_ours(&some, &of("other")) && !is_ours(&some, &pod(serde_json::json!({}))));
+        assert!(is_ours(&Scope::default(), &pod(serde_json::json!({}))));
+    }
 }

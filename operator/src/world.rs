@@ -44,6 +44,8 @@ pub struct World {
 pub enum Class {
     /// None has the name, or none is the default.
     Absent,
+    /// It chooses namespaces by labels that this operator has no right to read.
+    OutOfSight { name: String },
     Found {
         name: String,
         spec: Box<BuilderClassSpec>,

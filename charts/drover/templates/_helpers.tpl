@@ -120,3 +120,11 @@ nodeSelector: {{- toYaml . | nindent 2 }}
 tolerations: {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- end -}}
+
+{{/* The class as the operator reads it from a file, where it watches only some namespaces. */}}
+{{- define "drover.classFile" -}}
+apiVersion: drover.build/v1alpha1
+kind: BuilderClass
+metadata: {name: {{ .Values.class.name }}}
+spec: {{- toYaml .Values.class.spec | nindent 2 }}
+{{- end }}

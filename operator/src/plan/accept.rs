@@ -43,6 +43,13 @@ pub fn accept(world: &World) -> Result<Accepted<'_>, Refusal> {
     let given = convert::drv_path(spec, &dir).map_err(invalid)?;
     let (class_name, class, allowed) = match &world.class {
         Class::Found { name, spec, allowed } => (name, spec, *allowed),
+        Class::OutOfSight { name } => {
+            let message = format!(
+                "BuilderClass {name} selects namespaces by their labels, which an operator that watches only some \
+                 namespaces does not read; name this one in allowedNamespaces.names"
+            );
+            return Err(Refusal::Wait { reason: Reason::WaitingForClass, message });
+        }
         Class::Absent => {
             let message = match &spec.class {
                 Some(name) => format!("there is no BuilderClass {name}"),

@@ -13,6 +13,7 @@ fn settings() -> Settings {
         work_dir: "/tmp".into(),
         concurrency: 4,
         timeouts: Default::default(),
+        scope: Default::default(),
     }
 }
 

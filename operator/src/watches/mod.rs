@@ -1,6 +1,7 @@
 //! What the operator keeps of the cluster: [`readable`] objects, cut down by [`strip`] to what it needs; and whom it tells of
 //! their changes.
 
+mod merge;
 pub mod readable;
 pub mod strip;
 
@@ -39,16 +40,16 @@ pub struct Watches {
 }
 
 impl Watches {
-    /// All requests, and each one that changes or goes. The queue hears of it before anybody else does, and of all of it.
+    /// All requests of these namespaces, or of all if there are none; and each one that changes or goes. The queue hears of it before anybody else does, and of all of it.
     pub fn requests(
         &self,
+        namespaces: &[String],
         queue: Arc<Queue>,
         unreadable: Arc<Unreadable>,
     ) -> (Store<BuildRequest>, impl Stream<Item = watcher::Result<BuildRequest>> + Send + use<>) {
-        let api: Api<DeserializeGuard<BuildRequest>> = Api::all(self.client.clone());
         let (store, writer) = reflector::store();
         let poisoned = queue.clone();
-        let events = watch(api, config()).default_backoff();
+        let events = self.everywhere(namespaces);
         let events = readable(events, unreadable, move |uid| poisoned.unreadable(uid));
         let events = events.inspect(move |event| {
             if let Ok(event) = event {
@@ -112,6 +113,37 @@ impl Watches {
         (store, told)
     }
 
+    /// These classes and no others, ever.
+    pub fn given(&self, classes: &[BuilderClass]) -> Store<BuilderClass> {
+        let (store, mut writer) = reflector::store();
+        let list = classes.iter().cloned().map(Event::InitApply);
+        for event in std::iter::once(Event::Init).chain(list).chain([Event::InitDone]) {
+            writer.apply_watcher_event(&event);
+        }
+        self.ready.mark(Watch::Classes);
+        self.health.watch_delivered(Watch::Classes, true);
+        store
+    }
+
+    fn everywhere(
+        &self,
+        namespaces: &[String],
+    ) -> impl Stream<Item = watcher::Result<Event<DeserializeGuard<BuildRequest>>>> + Send + use<> {
+        merge::merge(
+            self.of_requests(namespaces)
+                .into_iter()
+                .map(|api| watch(api, config()).default_backoff().boxed())
+                .collect(),
+        )
+    }
+
+    fn of_requests(&self, namespaces: &[String]) -> Vec<Api<DeserializeGuard<BuildRequest>>> {
+        match namespaces {
+            [] => vec![Api::all(self.client.clone())],
+            some => some.iter().map(|one| Api::namespaced(self.client.clone(), one)).collect(),
+        }
+    }
+
     pub fn unreadable(&self, watch: Watch) -> Arc<Unreadable> {
         Arc::new(Unreadable::new(watch, self.metrics.clone()))
     }
@@ -136,4 +168,34 @@ impl Watches {
 
 fn config() -> watcher::Config {
     watcher::Config::default().page_size(PAGE)
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::channel::mpsc::unbounded;
+    use kube::client::Body;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn only_namespaces_that_are_watched_are_asked_for() {
+        let nobody = tower::service_fn(async |_: hyper::Request<Body>| {
+            Ok::<_, std::io::Error>(hyper::Response::new(Body::empty()))
+        });
+        let watches = Watches {
+            client: Client::new(nobody, "default"),
+            ready: Arc::default(),
+            health: Arc::default(),
+            metrics: Arc::default(),
+            trigger: unbounded().0,
+        };
+        let asked = |namespaces: &[String]| -> Vec<String> {
+            watches.of_requests(namespaces).iter().map(|api| api.resource_url().to_owned()).collect()
+        };
+        assert_eq!(asked(&[]), ["/apis/drover.build/v1alpha1/buildrequests"]);
+        assert_eq!(
+            asked(&["a".into(), "b".into()]),
+            ["a", "b"].map(|one| format!("/apis/drover.build/v1alpha1/namespaces/{one}/buildrequests"))
+        );
+    }
 }

@@ -118,6 +118,7 @@ fn settings(world: &World) -> Settings {
         concurrency: 4,
         // Longer than a watch lasts, so that an event that was lost only is late.
         timeouts: Timeouts::default(),
+        scope: Default::default(),
     }
 }
 

@@ -52,6 +52,7 @@ impl Server {
                 work_dir: self.cache.clone(),
                 concurrency: 16,
                 timeouts: Timeouts::default(),
+                scope: Default::default(),
             },
             seed: Seed::generate().unwrap(),
             metrics,

@@ -16,6 +16,7 @@ mod fixtures;
 mod lease;
 mod ledger;
 mod monitoring;
+mod namespaced;
 mod operator;
 mod outages;
 mod play;

@@ -197,7 +197,7 @@ fn class(world: &World, name: &str, before: &str, after: &str) -> Result<()> {
     Ok(())
 }
 
-fn request(world: &World, namespace: &str, name: &str, more: &str) -> Result<()> {
+pub(crate) fn request(world: &World, namespace: &str, name: &str, more: &str) -> Result<()> {
     let comma = if more.is_empty() { "" } else { ", " };
     world.plane.apply(&format!(
         "{{apiVersion: drover.build/v1alpha1, kind: BuildRequest, metadata: {{name: {name}, namespace: {namespace}}}, \
@@ -208,7 +208,7 @@ fn request(world: &World, namespace: &str, name: &str, more: &str) -> Result<()>
 }
 
 /// Waits until a pod was made for this attempt; its name.
-fn has_pod(world: &World, namespace: &str, request: &str, attempt: u32) -> Result<String> {
+pub(crate) fn has_pod(world: &World, namespace: &str, request: &str, attempt: u32) -> Result<String> {
     let about = format!("{namespace}/{request}");
     let mut name = String::new();
     run::wait_for(&format!("the pod of attempt {attempt} of {about}"), LIMIT, || {

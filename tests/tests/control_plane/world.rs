@@ -271,6 +271,7 @@ async fn operate(
         work_dir,
         concurrency: 4,
         timeouts: Default::default(),
+        scope: Default::default(),
     };
     let shutdown = async {
         let _ = stopped.await;
