@@ -12,7 +12,7 @@ use xtask::run;
 
 use crate::play::Node;
 use crate::process::Operator;
-use crate::world::{BUILDERS, LIMIT, SYSTEM, TEAM, World};
+use crate::world::{BUILDERS, LIMIT, OPERATOR, SYSTEM, TEAM, World};
 
 /// A second namespace: rights over all of them are not shown to be needed by one.
 const OTHER: &str = "other-team";
@@ -23,6 +23,7 @@ type Part = (&'static str, fn(&World) -> Result<()>);
 const PARTS: &[Part] = &[
     ("build", build),
     ("lose", lose),
+    ("collide", collide),
     ("cancel", cancel),
     ("expire", expire),
     ("select", select),
@@ -118,6 +119,26 @@ fn lose(world: &World) -> Result<()> {
         has_pod(world, namespace, "lose", 2)?;
     }
     Ok(())
+}
+
+/// Something else has the name that the builder gets. What a watch that lags shows in the same way no test can order.
+fn collide(world: &World) -> Result<()> {
+    request(world, TEAM, "collide", "suspend: true")?;
+    let uid = world.get("collide")?["metadata"]["uid"].as_str().unwrap_or_default().replace('-', "");
+    let name = format!("collide-{}-1", &uid[..8]);
+    world.plane.apply(&format!(
+        "{{apiVersion: v1, kind: Pod, metadata: {{name: {name}, namespace: {BUILDERS}}}, \
+         spec: {{containers: [{{name: other, image: drover.test/none:1}}]}}}}"
+    ))?;
+    world.change("collide", r#"{"suspend": false}"#)?;
+    run::wait_for("somebody to look what is there", LIMIT, || {
+        Ok(world
+            .audit()?
+            .iter()
+            .any(|entry| entry.act() == "get pods" && entry.name == name && entry.user == OPERATOR))
+    })?;
+    world.plane.kubectl(&["delete", "pod", "-n", BUILDERS, &name, "--grace-period=0", "--force"])?;
+    has_pod(world, TEAM, "collide", 1).map(drop)
 }
 
 fn cancel(world: &World) -> Result<()> {
