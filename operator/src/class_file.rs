@@ -18,7 +18,7 @@ const MAX_BYTES: u64 = 1 << 20;
 /// Reads all that are in the file.
 pub fn read(path: &Path) -> Result<Vec<BuilderClass>, Error> {
     let fail = |source| Error::File { act: "read the classes from", path: path.to_owned(), source };
-    let wrong = |why: String| Error::ClassFile { path: PathBuf::from(path), why };
+    let wrong = |why: String| Error::Classes { path: PathBuf::from(path), why };
     let bytes = std::fs::metadata(path).map_err(fail)?.len();
     if bytes > MAX_BYTES {
         return Err(wrong(format!("it has {bytes} bytes; {MAX_BYTES} are read at most")));

@@ -27,7 +27,7 @@ pub enum Error {
     File { act: &'static str, path: PathBuf, source: std::io::Error },
     /// A file with classes that says something else.
     #[error("cannot take the classes from {}: {why}", path.display())]
-    ClassFile { path: PathBuf, why: String },
+    Classes { path: PathBuf, why: String },
     /// The builder's host key, read from its log.
     #[error("cannot learn the builder's host key: {why}")]
     HostKey { why: String },
@@ -82,7 +82,7 @@ impl Error {
                 _ => "api-transport",
             },
             Self::KubeTimeout { .. } => "api-timeout",
-            Self::File { .. } | Self::ClassFile { .. } => "file",
+            Self::File { .. } | Self::Classes { .. } => "file",
             Self::HostKey { .. } => "host-key",
             Self::Lease { .. } => "lease",
             Self::Panic { .. } => "panic",

@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use futures::stream::select_all;
 use futures::{Stream, StreamExt as _};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::core::DeserializeGuard;
 use kube::core::error_boundary::InvalidObject;
 use kube::runtime::watcher::{self, Event};
@@ -139,10 +140,12 @@ impl Merged {
 impl Identity {
     /// Enough of an object that is gone for those who hear of it.
     fn husk(self, name: String) -> InvalidObject {
-        let mut metadata = k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta::default();
-        metadata.name = Some(name);
-        metadata.namespace = Some(self.namespace);
-        metadata.uid = self.uid;
+        let metadata = ObjectMeta {
+            name: Some(name),
+            namespace: Some(self.namespace),
+            uid: self.uid,
+            ..ObjectMeta::default()
+        };
         InvalidObject { error: String::new(), metadata }
     }
 }
@@ -254,8 +257,8 @@ mod tests {
                     }
                 }
             }
-            for of in 0..3 {
-                relist(&mut merged, of, &there[of], &mut feed);
+            for (of, there) in there.iter().enumerate() {
+                relist(&mut merged, of, there, &mut feed);
             }
             let mut found: Vec<_> = store.state().iter().map(|one| said_of(&**one)).collect();
             found.sort();

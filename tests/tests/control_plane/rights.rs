@@ -230,6 +230,7 @@ pub(crate) fn request(world: &World, namespace: &str, name: &str, more: &str) ->
 
 /// Waits until a pod was made for this attempt; its name.
 pub(crate) fn has_pod(world: &World, namespace: &str, request: &str, attempt: u32) -> Result<String> {
+    let number = attempt.to_string();
     let about = format!("{namespace}/{request}");
     let mut name = String::new();
     run::wait_for(&format!("the pod of attempt {attempt} of {about}"), LIMIT, || {
@@ -239,7 +240,7 @@ pub(crate) fn has_pod(world: &World, namespace: &str, request: &str, attempt: u3
             entry.act() == "create pods"
                 && entry.is_done()
                 && metadata["annotations"]["drover.build/request"] == about
-                && metadata["labels"]["drover.build/attempt"] == attempt.to_string()
+                && metadata["labels"]["drover.build/attempt"] == number.as_str()
         });
         name = made.and_then(|entry| entry.body["metadata"]["name"].as_str()).unwrap_or_default().to_owned();
         Ok(made.is_some())
