@@ -52,8 +52,9 @@ pub enum Error {
 }
 
 /// Every word that [`Error::category`] says.
-pub const CATEGORIES: [&str; 14] = [
+pub const CATEGORIES: [&str; 15] = [
     "cache",
+    "check",
     "conflict",
     "api",
     "not-leading",
