@@ -206,7 +206,6 @@ pub(crate) fn a_played_build_is_counted(operator: &Running) -> Result<()> {
         "drover_requests{reason=\"Building\"} 0",
         "drover_sessions 0",
         "drover_builders_orphaned 0",
-        "drover_ready 1",
         "drover_watch_errors_total{watch=\"requests\"} 0",
     ] {
         ensure!(page.contains(&format!("\n{line}\n")), "{line} is not in\n{page}");
