@@ -207,8 +207,9 @@ async fn passes(operator: &Operator, request: &BuildRequest) -> Result<Action, E
             return Ok(Action::await_change());
         };
         let plan = plan(&world, operator.clock.now());
-        if plan.status.is_some() && strip::is_stripped(&world.request) {
-            // It was made from what little the watch keeps, and would write that.
+        if plan.status.is_some() && !world.live && strip::is_stripped(&world.request) {
+            // It was made from what little the watch keeps, and would write that. What the API server itself has shown is
+            // whole, whatever marks somebody has put on it.
             freshness = Freshness::Live;
             continue;
         }

@@ -54,9 +54,19 @@ impl Doors {
 
 /// Asks for what the next attempt wants to know.
 pub async fn look_up(operator: &Operator, world: &World, attempt: u32) -> Result<Answer, Error> {
-    let plan = job_plan(operator, world).await?;
+    let plan = match job_plan(operator, world).await {
+        Err(error) if !matches!(error, Error::Secret { .. }) => return Err(error),
+        plan => plan,
+    };
     let (uid, queue) = (world.request.uid().unwrap_or_default(), operator.queue.clone());
     let Some(ticket) = queue.lookups.ask(&uid, attempt) else { return Ok(Answer::Coming) };
+    let plan = match plan {
+        Ok(plan) => plan,
+        Err(error) => {
+            queue.lookups.answer(&uid, ticket, Lookup::Unusable { why: error.to_string() });
+            return Ok(Answer::There);
+        }
+    };
     let (Some(plan), Class::Found { name: class, .. }) = (plan, &world.class) else {
         queue.lookups.answer(&uid, ticket, nothing_absent());
         return Ok(Answer::There);
@@ -151,7 +161,7 @@ fn read(drv_path: &StorePath, caches: &[Arc<dyn Cache>]) -> Resolution {
 
 /// Blocks. A cache that cannot be asked counts as one that has nothing of the outputs and all of the inputs: the attempt that
 /// follows meets the same cache, and says what is wrong with it. But an input that `is_coming` from another request is waited
-/// for.
+/// for. A key that is none is no cache's trouble: no attempt comes farther.
 fn ask(plan: &JobPlan, caches: &Caches, is_coming: &dyn Fn(&str) -> bool) -> Lookup {
     let dir = StoreDir::default();
     let cannot = |why: &dyn std::fmt::Display| {
@@ -164,6 +174,7 @@ fn ask(plan: &JobPlan, caches: &Caches, is_coming: &dyn Fn(&str) -> bool) -> Loo
     let inputs = || plan.derivation.input_srcs.iter();
     let job = match plan.open(caches) {
         Ok(job) => job,
+        Err(error @ Error::Secret { .. }) => return Lookup::Unusable { why: error.to_string() },
         Err(error) => {
             cannot(&error);
             return Lookup::Missing { absent: coming(&mut inputs()) };

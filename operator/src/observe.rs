@@ -20,6 +20,8 @@ use crate::world::{Class, Lookup, Others, PodEnd, PodView, World};
 
 /// Requests in one answer of a list: each may be 1.5 MB.
 const PAGE: u32 = 100;
+/// Longest name of an object (Kubernetes: apimachinery, DNS1123SubdomainMaxLength).
+const MAX_NAME: usize = 253;
 
 /// Where the reading is done.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -168,19 +170,26 @@ async fn class_of(operator: &Operator, request: &BuildRequest, freshness: Freshn
     let scope = &operator.settings.scope;
     // What a file says does not change while this process lives.
     let freshness = if scope.classes.is_some() { Freshness::Watched } else { freshness };
-    let api = || Api::<BuilderClass>::all(operator.client.clone());
+    // One that cannot be read is as good as none, and keeps nobody else from the others.
+    let api = || Api::<DeserializeGuard<BuilderClass>>::all(operator.client.clone());
     let class = match (&request.spec.class, freshness) {
+        // It would become part of an address.
+        (Some(name), _) if !may_be_a_name(name) => None,
         (Some(name), Freshness::Watched) => {
             operator.classes.get(&ObjectRef::new(name)).map(|class| BuilderClass::clone(&class))
         }
-        (Some(name), Freshness::Live) => call("read the class", api().get_opt(name)).await?,
+        (Some(name), Freshness::Live) => {
+            let class = call("read the class", api().get_opt(name)).await?;
+            class.and_then(|class| class.0.ok())
+        }
         (None, Freshness::Watched) => {
             let classes = operator.classes.state();
             default_class(classes.iter().map(|class| &**class)).cloned()
         }
         (None, Freshness::Live) => {
             let classes = call("list the classes", api().list(&ListParams::default())).await?;
-            default_class(&classes.items).cloned()
+            let readable = classes.items.iter().filter_map(|class| class.0.as_ref().ok());
+            default_class(readable).cloned()
         }
     };
     let Some(class) = class else { return Ok(Class::Absent) };
@@ -195,6 +204,18 @@ async fn class_of(operator: &Operator, request: &BuildRequest, freshness: Freshn
         }
     };
     Ok(Class::Found { name: class.name_any(), spec: Box::new(class.spec.clone()), allowed })
+}
+
+/// Whether an object can be called so (Kubernetes: apimachinery, IsDNS1123Subdomain). What users write becomes part of an
+/// address, where other characters have other meanings.
+pub fn may_be_a_name(name: &str) -> bool {
+    let inside = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
+    let label = |label: &str| {
+        label.bytes().all(|byte| inside(byte) || byte == b'-')
+            && label.bytes().next().is_some_and(inside)
+            && label.bytes().last().is_some_and(inside)
+    };
+    name.len() <= MAX_NAME && name.split('.').all(label)
 }
 
 async fn is_selected(operator: &Operator, selector: &LabelSelector, namespace: &str) -> Result<bool, Error> {
@@ -297,6 +318,20 @@ status: {status}
         .unwrap();
         assert_eq!(request_of(&pod).unwrap(), ObjectRef::new("hello").within("team"));
         view(&pod).unwrap()
+    }
+
+    #[test]
+    fn names_of_objects() {
+        for name in ["a", "small", "a-b.c9", &"a".repeat(253)] {
+            assert!(may_be_a_name(name), "{name}");
+        }
+        for name in [
+            "", "A", "a b", "a/b", "..", "../a", "a..b", ".a", "a.", "-a", "a-", "a?b", "a#b", "a%20b", "ä",
+            "a\n",
+        ] {
+            assert!(!may_be_a_name(name), "{name:?}");
+        }
+        assert!(!may_be_a_name(&"a".repeat(254)));
     }
 
     #[test]

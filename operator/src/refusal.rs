@@ -26,6 +26,11 @@ impl Refusals {
         self.lock().remove(uid);
     }
 
+    /// Forgets all requests but these.
+    pub fn retain(&self, mut is_there: impl FnMut(&str) -> bool) {
+        self.lock().retain(|uid, _| is_there(uid));
+    }
+
     fn lock(&self) -> MutexGuard<'_, HashMap<String, PodRefusal>> {
         // One insertion or removal at a time: whole after a panic.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
@@ -38,6 +43,10 @@ pub fn refusal(error: &kube::Error, attempt: u32, at: Timestamp) -> Option<PodRe
     let kind = match status.code {
         // Quotas (Kubernetes: plugin/pkg/admission/resourcequota), limit ranges, Pod Security, a namespace that ends.
         403 => RefusalKind::Quota,
+        // Nothing else of a new pod's address can be missing but its namespace.
+        404 => RefusalKind::Quota,
+        // A policy's webhook that does not answer (Kubernetes: apiserver/pkg/admission/plugin/webhook/generic).
+        500 if status.message.contains("failed calling webhook \"") => RefusalKind::Quota,
         // Policies choose their own code: a webhook's is 400 if it gives none (Kubernetes:
         // apiserver/pkg/admission/plugin/webhook/errors), a ValidatingAdmissionPolicy's 422.
         400 | 422 if is_policy(&status.message) => RefusalKind::Quota,
@@ -60,6 +69,22 @@ mod tests {
     use super::*;
 
     #[test]
+    fn what_nobody_asks_about_goes() {
+        let refusals = Refusals::default();
+        let refusal = PodRefusal {
+            attempt: 1,
+            kind: RefusalKind::Quota,
+            message: "no".into(),
+            at: Timestamp::UNIX_EPOCH,
+        };
+        for uid in ["a", "b"] {
+            refusals.set(uid, refusal.clone());
+        }
+        refusals.retain(|uid| uid == "a");
+        assert_eq!((refusals.get("a", 1), refusals.get("b", 1)), (Some(refusal), None));
+    }
+
+    #[test]
     fn what_can_change_is_waited_for() {
         let kind = |code: u16, message: &str| {
             let status = Status::failure(message, "Reason").with_code(code);
@@ -77,7 +102,9 @@ mod tests {
             ),
             quota
         );
-        for code in [401, 404, 409, 429, 500, 503] {
+        assert_eq!(kind(404, "namespaces \"drover-builders\" not found"), quota);
+        assert_eq!(kind(500, "Internal error occurred: failed calling webhook \"a.b\": no route"), quota);
+        for code in [401, 409, 429, 500, 503] {
             assert_eq!(kind(code, "no"), None, "{code}");
         }
     }

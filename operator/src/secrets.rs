@@ -11,6 +11,7 @@ use k8s_openapi::api::core::v1::Secret;
 use kube::Api;
 
 use crate::error::Error;
+use crate::observe::may_be_a_name;
 use crate::operator::{Operator, call};
 
 type Entries = BTreeMap<String, ByteString>;
@@ -41,10 +42,24 @@ pub async fn credentials(operator: &Operator, caches: &[ClassCache]) -> Result<V
 
 async fn read(operator: &Operator, act: &'static str, reference: &SecretKeyRef) -> Result<Entries, Error> {
     let namespace = &operator.settings.namespace;
+    // It would become part of an address.
+    if !may_be_a_name(&reference.name) {
+        return Err(fail(reference)("no Secret can have that name".into()));
+    }
     let api: Api<Secret> = Api::namespaced(operator.client.clone(), namespace);
-    let secret = call(act, api.get_opt(&reference.name)).await?;
+    let secret = match call(act, api.get_opt(&reference.name)).await {
+        Err(Error::Kube { source, .. }) if is_forbidden(&source) => {
+            return Err(fail(reference)(source.to_string()));
+        }
+        answer => answer?,
+    };
     let secret = secret.ok_or_else(|| fail(reference)(format!("it is not in namespace {namespace}")))?;
     Ok(secret.data.unwrap_or_default())
+}
+
+/// For somebody to mend, as a Secret that is missing is.
+fn is_forbidden(error: &kube::Error) -> bool {
+    matches!(error, kube::Error::Api(status) if status.is_forbidden())
 }
 
 fn fail(reference: &SecretKeyRef) -> impl FnOnce(String) -> Error {

@@ -85,6 +85,8 @@ pub enum Lookup {
         /// Direct inputs, full paths, that none of the class's caches has. Not those that could not be asked for.
         absent: BTreeSet<String>,
     },
+    /// The class's caches cannot be asked as the class says: a Secret that it names is not there, or not what it should be.
+    Unusable { why: String },
     /// The request cannot have them: a verdict.
     Refused { reason: Reason, message: String },
     /// All of them.
@@ -160,7 +162,7 @@ pub struct PodRefusal {
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum RefusalKind {
-    /// A quota or an admission policy: it may come otherwise.
+    /// A quota, an admission policy, a namespace that is not there: it may come otherwise.
     Quota,
     /// No such pod can be.
     Invalid,

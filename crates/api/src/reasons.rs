@@ -61,13 +61,17 @@ reasons! {
     Pending Progress "The operator has not looked at the request yet.",
     Accepted Progress "The spec is valid and its class may be used.",
     Suspended Progress "`spec.suspend` is true. Set it to false to go on.",
-    WaitingForClass Progress "The class does not exist, or no class is the default. Make one.",
+    WaitingForClass Progress
+        "The class does not exist, no class is the default, or a Secret that the class names is not as it should be; the \
+         message says which.",
     WaitingForInput Progress
         "An input, or the `.drv` that `spec.drvPath` names, is not in the class's caches yet; the message names it, and the \
          request that will build it if there is one.",
     WaitingForSameBuild Progress "Another request in the namespace is building the same derivation.",
     WaitingForConcurrency Progress "The class's `concurrency` is used up; a builder that ends makes room.",
-    WaitingForQuota Progress "A quota or an admission policy refuses the pod; the message is its own.",
+    WaitingForQuota Progress
+        "A quota, an admission policy or the lack of the builders' namespace keeps the pod from being made; the message is \
+         the API server's.",
     WaitingForNode Progress "No node has room for the pod. A cluster autoscaler would add one.",
     StartingBuilder Progress "The pod has a node and starts.",
     ImagePull Progress "The builder's image cannot be pulled yet; the message is the kubelet's.",

@@ -52,11 +52,11 @@ enum Type {
 words! {
     Accepted Normal "The spec is valid and its class may be used.",
     Suspended Normal "`spec.suspend` is true.",
-    WaitingForClass Warning "The class does not exist, or no class is the default.",
+    WaitingForClass Warning "The class does not exist, no class is the default, or it names a Secret that is not as it should be.",
     WaitingForInput Normal "An input is in none of the class's caches yet.",
     WaitingForSameBuild Normal "Another request is building the same derivation.",
     WaitingForConcurrency Normal "The class's `concurrency` is used up.",
-    WaitingForQuota Warning "A quota or an admission policy refuses the pod.",
+    WaitingForQuota Warning "A quota, an admission policy or the lack of the builders' namespace keeps the pod from being made.",
     PodCreated Normal "An attempt has its pod; the note names both.",
     WaitingForNode Normal "No node has room for the pod.",
     Scheduled Normal "The pod has a node; the note names it.",

@@ -39,6 +39,12 @@ pub(super) fn begin(world: &World, mut draft: Draft, accepted: &Accepted<'_>, no
             let requeue = if world.live && !is_coming(world) { Requeue::Live } else { Requeue::Now };
             return Plan { status: None, actions, requeue };
         }
+        Lookup::Unusable { why } => {
+            let message = format!("BuilderClass {} cannot be used: {why}", accepted.class_name);
+            let reason = Reason::WaitingForClass;
+            draft.phase(conditions::ACCEPTED, Status::Unknown, reason, &message);
+            return wait(world, draft, Hold { reason, message, within: None }, now);
+        }
         Lookup::Refused { reason, message } => {
             note_accepted(&mut draft, accepted);
             draft.fail(*reason, message, &[]);

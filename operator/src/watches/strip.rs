@@ -16,6 +16,10 @@ const STRIPPED: &str = "drover.build/stripped";
 /// Leaves of a request what plans ask for. One that came to its end keeps its verdict and what its deletion depends on.
 pub fn request(request: &mut BuildRequest) {
     metadata(&mut request.metadata);
+    if let Some(annotations) = &mut request.metadata.annotations {
+        // Nobody else's mark counts.
+        annotations.remove(STRIPPED);
+    }
     let verdict = request.status.as_ref().and_then(|status| conditions::verdict(&status.conditions));
     if let (Some(_), Some(status)) = (verdict, &mut request.status) {
         request.spec.derivation = None;
@@ -42,7 +46,11 @@ pub fn pod(pod: &mut Pod) {
         annotations.retain(|name, _| name == pod::REQUEST_ANNOTATION);
     }
     if let Some(spec) = pod.spec.take() {
-        pod.spec = Some(PodSpec { node_name: spec.node_name, ..PodSpec::default() });
+        pod.spec = Some(PodSpec {
+            node_name: spec.node_name,
+            active_deadline_seconds: spec.active_deadline_seconds,
+            ..PodSpec::default()
+        });
     }
     if let Some(status) = pod.status.take() {
         pod.status = Some(PodStatus {
@@ -78,7 +86,7 @@ mod tests {
                 "apiVersion": "drover.build/v1alpha1", "kind": "BuildRequest",
                 "metadata": {
                     "name": "a", "uid": "u", "resourceVersion": "7", "generation": 2,
-                    "annotations": {LAST_APPLIED: text(5000), "mine": "yes"},
+                    "annotations": {LAST_APPLIED: text(5000), "mine": "yes", STRIPPED: "not by us"},
                     "managedFields": [{"manager": text(5000)}],
                 },
                 "spec": {"ttlSecondsAfterSucceeded": 5, "derivation": {
@@ -120,7 +128,7 @@ mod tests {
                 "labels": {pod::UID_LABEL: "r", pod::ATTEMPT_LABEL: "1"},
                 "annotations": {pod::REQUEST_ANNOTATION: "team/a", "other": "x"},
             },
-            "spec": {"nodeName": "node", "containers": [{"name": pod::CONTAINER, "args": ["--key"]}]},
+            "spec": {"nodeName": "node", "activeDeadlineSeconds": 60, "containers": [{"name": pod::CONTAINER, "args": ["--key"]}]},
             "status": {
                 "phase": "Failed", "reason": "Evicted", "message": "m", "podIP": "10.0.0.1",
                 "conditions": [{"type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI"}],
@@ -132,6 +140,7 @@ mod tests {
         let view = crate::observe::view(&pod);
         let request = crate::observe::request_of(&pod);
         super::pod(&mut pod);
+        assert!(view.as_ref().is_some_and(|view| view.deadline.is_some() && view.disruption.is_some()));
         assert_eq!(crate::observe::view(&pod), view);
         assert_eq!(crate::observe::request_of(&pod), request);
         assert_eq!(pod.status.and_then(|status| status.pod_ip).as_deref(), Some("10.0.0.1"));

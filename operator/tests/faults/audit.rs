@@ -253,9 +253,18 @@ pub(crate) fn end_of(request: Option<&Value>) -> String {
 
 /// The reason of `Succeeded`, whatever its status.
 pub(crate) fn reason_of(request: &Value) -> &str {
+    of_summary(request, "reason")
+}
+
+/// Its message.
+pub(crate) fn message_of(request: &Value) -> &str {
+    of_summary(request, "message")
+}
+
+fn of_summary<'a>(request: &'a Value, field: &str) -> &'a str {
     let conditions = request["status"]["conditions"].as_array().into_iter().flatten();
     let mut found = conditions.filter(|condition| condition["type"] == "Succeeded");
-    found.next().and_then(|condition| condition["reason"].as_str()).unwrap_or_default()
+    found.next().and_then(|condition| condition[field].as_str()).unwrap_or_default()
 }
 
 /// The condition with the verdict, if it was spoken.

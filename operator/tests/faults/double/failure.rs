@@ -67,6 +67,12 @@ impl Failure {
         Self::new(500, "InternalError", "Internal error occurred: etcdserver: leader changed".into())
     }
 
+    /// A webhook that may not be passed over does not answer (Kubernetes: apiserver/pkg/admission/plugin/webhook/errors).
+    pub(crate) fn webhook(name: &str) -> Self {
+        let message = format!("Internal error occurred: failed calling webhook {name:?}: connection refused");
+        Self::new(500, "InternalError", message)
+    }
+
     pub(crate) fn too_many_requests() -> Self {
         Self::new(429, "TooManyRequests", "too many requests, please try again later".into())
     }
