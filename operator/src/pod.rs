@@ -8,7 +8,8 @@ mod caches;
 use std::collections::{BTreeMap, BTreeSet};
 
 use drover_api::{
-    BuildRequest, BuilderClassSpec, EgressMode, FEATURES_OF_ALL, Placement, Resources, SandboxFloor, Trust,
+    BuildRequest, BuildRequestSpec, BuilderClassSpec, EgressMode, FEATURES_OF_ALL, Placement, Resources,
+    SandboxFloor, Trust,
 };
 use drover_nix::derivation::{modulo, proof};
 use drover_nix::{BasicDerivation, StoreDir};
@@ -18,6 +19,7 @@ use kube::ResourceExt as _;
 use serde_json::{Value, json};
 
 use crate::error::Error;
+use crate::quantity::nanos;
 use crate::settings::{BUILDER_PORT, Settings};
 
 /// Labels and annotations of builder pods.
@@ -317,22 +319,37 @@ impl PodPlan<'_> {
         selector
     }
 
-    /// The request's, or the class's, or a little: requests are never absent.
     fn resources(&self) -> Resources {
-        let of_class = self.class.resources.as_ref().and_then(|resources| resources.default.clone());
-        let mut resources = self.request.spec.resources.clone().or(of_class).unwrap_or_default();
+        let mut resources = resources(&self.request.spec, self.class);
         for extra in self.scheduling().flat_map(|s| &s.resources) {
             resources.requests.insert(extra.0.clone(), extra.1.clone());
             resources.limits.insert(extra.0.clone(), extra.1.clone());
         }
-        for (name, amount) in DEFAULT_REQUESTS {
-            // A limit alone is a request, too: Kubernetes copies it.
-            if !resources.limits.contains_key(name) {
-                resources.requests.entry(name.into()).or_insert_with(|| Quantity(amount.into()));
-            }
-        }
         resources
     }
+}
+
+/// What a builder gets by itself: the request's, or the class's, or a little. Requests are never absent, and neither is a limit
+/// where the class has a maximum: whoever names none would have no bound at all.
+pub fn resources(request: &BuildRequestSpec, class: &BuilderClassSpec) -> Resources {
+    let of_class = class.resources.as_ref();
+    let default = of_class.and_then(|resources| resources.default.clone());
+    let mut resources = request.resources.clone().or(default).unwrap_or_default();
+    for (name, amount) in DEFAULT_REQUESTS {
+        // A limit alone is a request, too: Kubernetes copies it.
+        if resources.limits.contains_key(name) {
+            continue;
+        }
+        let amount = Quantity(amount.into());
+        let most = of_class.and_then(|resources| resources.maximum.get(name));
+        if most.is_none_or(|most| nanos(&amount) <= nanos(most)) {
+            resources.requests.entry(name.into()).or_insert(amount);
+        }
+        if let Some(most) = most {
+            resources.limits.insert(name.into(), most.clone());
+        }
+    }
+    resources
 }
 
 /// Merges `over` into `under`: objects by key; lists of things that have names by name; other lists and values are

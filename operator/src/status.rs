@@ -25,6 +25,10 @@ const MAX_LINE: usize = 1024;
 /// object has to stay well below the 1.5 MiB that etcd takes.
 const MAX_ATTEMPT_MESSAGE: usize = 1024;
 const ATTEMPTS_WITH_MESSAGE: usize = 10;
+/// Bytes of all outputs' references together, and of one output's signatures: what a build refers to is its maker's choice, and
+/// what a cache signs the cache's. Lists that do not fit are left out as a whole.
+const MAX_REFERENCES: usize = 128 << 10;
+const MAX_SIGNATURES: usize = 4 << 10;
 
 #[derive(Clone, Debug)]
 pub struct Draft {
@@ -177,7 +181,7 @@ impl Draft {
             Some((_, output)) if outputs.len() == 1 => output.path.clone(),
             _ => format!("{} outputs are in the cache", outputs.len()),
         };
-        self.status.outputs = outputs;
+        self.status.outputs = shortened(outputs);
         let collected = if reason == Reason::Built { Reason::OutputsCollected } else { reason };
         self.phase(conditions::BUILT, Status::True, reason, "");
         self.phase(conditions::OUTPUTS_COLLECTED, Status::True, collected, "");
@@ -221,6 +225,27 @@ impl Draft {
         let conditions = &mut self.status.conditions;
         conditions::set_summary(conditions, verdict, reason, message, self.generation, self.now);
     }
+}
+
+/// As much of the outputs as an object can hold. The shortest lists stay.
+fn shortened(mut outputs: BTreeMap<String, OutputStatus>) -> BTreeMap<String, OutputStatus> {
+    let size = |list: &[String]| list.iter().map(|item| item.len() + "\"\",".len()).sum::<usize>();
+    let mut by_size: Vec<&mut OutputStatus> = outputs.values_mut().collect();
+    by_size.sort_by_key(|output| size(&output.references));
+    let mut total: usize = 0;
+    for output in by_size {
+        total = total.saturating_add(size(&output.references));
+        if total > MAX_REFERENCES {
+            output.references_omitted = Some(output.references.len() as u64);
+            output.references = Vec::new();
+        }
+        let mut signatures: usize = 0;
+        output.signatures.retain(|signature| {
+            signatures = signatures.saturating_add(signature.len());
+            signatures <= MAX_SIGNATURES
+        });
+    }
+    outputs
 }
 
 /// The first line: conditions stand in tables. `failure` has the rest.
@@ -295,6 +320,31 @@ mod tests {
         );
         let size = serde_json::to_vec(&request.status).unwrap().len();
         assert!(size < 64 << 10, "{size} bytes");
+    }
+
+    /// Outputs that refer to all of their inputs, and caches that sign without end.
+    #[test]
+    fn the_largest_outputs_stay_small() {
+        let output = |references: usize, signatures: usize| OutputStatus {
+            path: "/nix/store/x".into(),
+            references: (0..references)
+                .map(|number| format!("/nix/store/{number:032}-{}", "n".repeat(200)))
+                .collect(),
+            signatures: (0..signatures).map(|number| format!("key-{number}:{}", "s".repeat(88))).collect(),
+            ..OutputStatus::default()
+        };
+        let mut outputs: BTreeMap<_, _> = (0..15).map(|n| (format!("o{n}"), output(16_384, 5000))).collect();
+        outputs.insert("out".into(), output(100, 3));
+        let mut draft = Draft::new(&BuildRequest::new("a", Default::default()), at(1));
+        draft.succeed(Reason::Built, outputs);
+        let status = draft.finish().unwrap();
+        let size = serde_json::to_vec(&status).unwrap().len();
+        assert!(size < 256 << 10, "{size} bytes");
+        // What is there is whole, and what is not says so.
+        let (out, other) = (&status.outputs["out"], &status.outputs["o0"]);
+        assert_eq!((out.references.len(), out.references_omitted, out.signatures.len()), (100, None, 3));
+        assert_eq!((other.references.len(), other.references_omitted), (0, Some(16_384)));
+        assert!(!other.signatures.is_empty());
     }
 
     #[test]

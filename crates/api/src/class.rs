@@ -123,7 +123,8 @@ pub struct ClassResources {
     /// Used where a request says nothing.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub default: Option<Resources>,
-    /// Upper bound of each resource, for requests and limits alike. What is absent is not bounded.
+    /// Upper bound of each resource, for requests and limits alike; of CPU, memory and disk it is also the limit of those who
+    /// name none. What is absent is not bounded.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub maximum: BTreeMap<String, Quantity>,
 }

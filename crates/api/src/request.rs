@@ -74,7 +74,7 @@ pub struct BuildRequestSpec {
 
     /// Name of the BuilderClass. Default: the class that has `spec.default: true`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(min = 1, max = 253))]
+    #[schemars(length(min = 1, max = 253), regex(pattern = "^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$"))]
     pub class: Option<String>,
 
     /// Seconds that the builder may run. Default: the class's pod deadline alone.

@@ -211,7 +211,10 @@ pub struct OutputStatus {
     /// Full store paths that the content refers to.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub references: Vec<String>,
-    /// Signatures over path, hash, size and references: `key name:base64`.
+    /// How many there are, where they are too many to be listed here. The cache has them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub references_omitted: Option<u64>,
+    /// Signatures over path, hash, size and references: `key name:base64`. Some of them, where there are many.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub signatures: Vec<String>,
     /// What the path follows from, if it follows from the content: `fixed:r:sha256:…` and its like.

@@ -15,6 +15,10 @@ use crate::{Failure, Job, Reason};
 
 /// Requests for narinfo files that are under way at once. They are small, so latency is all that they cost.
 const LOOKUPS: usize = 16;
+/// Paths that a build may need, and references between them: a cache, or a builder, may name ever more. A large system has
+/// some ten thousand paths and some hundred thousand references.
+const MAX_PATHS: usize = 262_144;
+const MAX_REFERENCES: usize = 1 << 20;
 /// How many missing paths a message names.
 const NAMED: usize = 10;
 
@@ -46,7 +50,7 @@ impl Closure {
             let mut unknown = BTreeSet::new();
             for (path, found) in look_up(&job.caches, &wanted) {
                 match found {
-                    Ok(Some((cache, narinfo))) => plan.found(path, Known::InCache(cache, narinfo)),
+                    Ok(Some((cache, narinfo))) => plan.found(path, Known::InCache(cache, narinfo))?,
                     Ok(None) => {
                         unknown.insert(path);
                     }
@@ -64,7 +68,7 @@ impl Closure {
                 .map_err(Failure::builder("asking the builder for inputs"))?;
             for path in unknown {
                 match infos.remove(&path) {
-                    Some(info) => plan.found(path, Known::OnBuilder(info)),
+                    Some(info) => plan.found(path, Known::OnBuilder(info))?,
                     None => plan.missing(path),
                 }
             }
@@ -103,6 +107,7 @@ struct Plan {
     known: BTreeMap<StorePath, Known>,
     wanted: BTreeSet<StorePath>,
     missing: BTreeSet<StorePath>,
+    references: usize,
     /// The first cache that failed rather than said no; one that cannot be asked before one that gave a path wrong or is not
     /// trusted.
     trouble: Option<drover_cache::Error>,
@@ -111,16 +116,27 @@ struct Plan {
 impl Plan {
     fn new(roots: &BTreeSet<StorePath>) -> Self {
         let (known, missing) = (BTreeMap::new(), BTreeSet::new());
-        Self { known, wanted: roots.clone(), missing, trouble: None }
+        Self { known, wanted: roots.clone(), missing, references: 0, trouble: None }
     }
 
-    fn found(&mut self, path: StorePath, known: Known) {
+    fn found(&mut self, path: StorePath, known: Known) -> Result<(), Failure> {
         self.wanted.remove(&path);
+        self.references += known.info().references.len();
         let new = known.info().references.iter().filter(|reference| {
             **reference != path && !self.known.contains_key(reference) && !self.missing.contains(reference)
         });
         self.wanted.extend(new.cloned());
         self.known.insert(path, known);
+        let paths = self.known.len() + self.wanted.len() + self.missing.len();
+        let (what, most) = match (paths > MAX_PATHS, self.references > MAX_REFERENCES) {
+            (true, _) => ("paths", MAX_PATHS),
+            (_, true) => ("references between paths", MAX_REFERENCES),
+            _ => return Ok(()),
+        };
+        let message = format!(
+            "the inputs come with more than {most} {what}, as the caches and the builder describe them"
+        );
+        Err(Failure::verdict(Reason::InputHashMismatch, message))
     }
 
     fn trouble(&mut self, error: drover_cache::Error) {
@@ -244,4 +260,45 @@ pub(crate) fn look_up_one(caches: &[Arc<dyn Cache>], path: &StorePath) -> Found 
         }
     }
     trouble.map_or(Ok(None), Err)
+}
+
+#[cfg(test)]
+mod tests {
+    use drover_serve::testing::{file_nar, info_of};
+
+    use super::*;
+
+    fn path(number: usize) -> StorePath {
+        StorePath::from_parts([0; 20], &number.to_string()).unwrap()
+    }
+
+    /// Of something that refers to these.
+    fn known(number: usize, references: impl Iterator<Item = usize>) -> Known {
+        let references: Vec<StorePath> = references.map(path).collect();
+        Known::OnBuilder(info_of(path(number), &references.iter().collect::<Vec<_>>(), &file_nar(b"")))
+    }
+
+    /// Feeds it with what `references` says of each path, until it has had enough.
+    fn fed(references: impl Fn(usize) -> std::ops::Range<usize>) -> (usize, Failure) {
+        let mut plan = Plan::new(&[path(0)].into());
+        for number in 0.. {
+            if let Err(failure) = plan.found(path(number), known(number, references(number))) {
+                return (number, failure);
+            }
+        }
+        unreachable!("it has an end")
+    }
+
+    #[test]
+    fn what_has_no_end_is_given_up() {
+        const STEP: usize = 4096;
+        // Each names paths that nobody has named before.
+        let (seen, failure) = fed(|number| number * STEP + 1..(number + 1) * STEP + 1);
+        assert_eq!((seen, failure.reason), (MAX_PATHS / STEP - 1, Reason::InputHashMismatch));
+        assert!(failure.message.contains("262144 paths"), "{}", failure.message);
+        // Each names the same ones, over and over.
+        let (seen, failure) = fed(|_| 0..STEP);
+        assert_eq!(seen, MAX_REFERENCES / STEP);
+        assert!(failure.message.contains("references"), "{}", failure.message);
+    }
 }

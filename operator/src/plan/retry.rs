@@ -112,10 +112,8 @@ fn more_memory(
 
 /// What an attempt gets by itself: the limit or, without one, what is set aside.
 fn memory_of(world: &World, class: &BuilderClassSpec) -> Quantity {
-    let of_class = class.resources.as_ref().and_then(|resources| resources.default.as_ref());
-    let resources = world.request.spec.resources.as_ref().or(of_class);
-    let given = resources
-        .and_then(|resources| resources.limits.get("memory").or_else(|| resources.requests.get("memory")));
+    let resources = pod::resources(&world.request.spec, class);
+    let given = resources.limits.get("memory").or_else(|| resources.requests.get("memory"));
     given.cloned().unwrap_or_else(|| Quantity(pod::DEFAULT_MEMORY.into()))
 }
 

@@ -205,6 +205,27 @@ resources: {default: {requests: {cpu: '4'}, limits: {memory: 8Gi}}}
     assert_eq!((&args[7], &args[8]), (&"--system-features".into(), &"ca-derivations,kvm".into()));
 }
 
+/// Whoever names no limit has that of the class's maximum, not none.
+#[test]
+fn the_maximum_bounds_those_who_name_no_limit() {
+    let resources_of = |maximum: &str, default: &str, wanted: Option<&str>| {
+        let class = class(&format!("resources: {{maximum: {maximum}, default: {default}}}"));
+        let mut request = request();
+        request.spec.resources = wanted.map(|wanted| serde_yaml::from_str(wanted).unwrap());
+        pod(&request, &class, &[])["spec"]["containers"][0]["resources"].clone()
+    };
+    let maximum = "{cpu: '4', memory: 8Gi, example.org/device: '2'}";
+    let bounded = resources_of(maximum, "{limits: {memory: 1Gi}}", Some("{requests: {cpu: '1'}}"));
+    assert_eq!(bounded["limits"], json!({"cpu": "4", "memory": "8Gi"}), "a device is not given unasked");
+    assert_eq!(bounded["requests"], json!({"cpu": "1", "memory": "256Mi", "ephemeral-storage": "1Gi"}));
+    assert_eq!(resources_of(maximum, "{}", None)["limits"], json!({"cpu": "4", "memory": "8Gi"}));
+    let named = resources_of(maximum, "{}", Some("{limits: {cpu: '2', memory: 2Gi}}"));
+    assert_eq!(named["limits"], json!({"cpu": "2", "memory": "2Gi"}));
+    // Less than what is asked for by default.
+    let little = resources_of("{memory: 64Mi}", "{}", None);
+    assert_eq!((&little["limits"]["memory"], &little["requests"]["memory"]), (&"64Mi".into(), &Value::Null));
+}
+
 #[test]
 fn who_may_open_connections() {
     // A pod that fetches and one that does not, under each mode.

@@ -241,6 +241,7 @@ pub fn outputs(dir: &StoreDir, outcome: &Outcome) -> BTreeMap<String, OutputStat
         nar_hash: output.nar_hash.to_string(),
         nar_size: output.nar_size,
         references: output.references.iter().map(|path| dir.full(path)).collect(),
+        references_omitted: None,
         signatures: output.signatures.iter().map(ToString::to_string).collect(),
         ca: output.ca.as_ref().map(ToString::to_string),
     };

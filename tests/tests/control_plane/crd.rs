@@ -126,6 +126,8 @@ const MISTAKES: &[(&str, &str, &[&str])] = &[
     ("out: {}", "out: {hashAlgo: md5, method: git}", &["spec.derivation.outputs[out]", "sha1 or sha256"]),
     ("out: {}", "out: {hashAlgo: md5, method: text}", &["spec.derivation.outputs[out]", "sha256"]),
     ("name: hello\n    system", "name: a b\n    system", &["spec.derivation.name", "should match"]),
+    ("class: fast", "class: Fast Lane", &["spec.class", "should match"]),
+    ("class: fast", "class: ../fast", &["spec.class", "should match"]),
     ("class: fast", "timeoutSeconds: 0", &["spec.timeoutSeconds", "greater than or equal to 1"]),
     ("class: fast", "timeoutSeconds: long", &["spec.timeoutSeconds", "integer"]),
     ("class: fast", "retries: {build: -1}", &["spec.retries.build", "greater than or equal to 0"]),
