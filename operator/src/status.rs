@@ -75,13 +75,12 @@ impl Draft {
 
     /// Sets one of the phases' conditions.
     pub fn phase(&mut self, condition: &str, status: Status, reason: Reason, message: &str) {
-        let message = headline(message);
         conditions::set(
             &mut self.status.conditions,
             condition,
             status,
             reason,
-            message,
+            &headline(message),
             self.generation,
             self.now,
         );
@@ -160,7 +159,7 @@ impl Draft {
             attempt.end_time = Some(Time(now));
             attempt.reason = Some(reason.as_str().to_owned());
             attempt.message =
-                (!message.is_empty()).then(|| cut(headline(message), MAX_ATTEMPT_MESSAGE).to_owned());
+                (!message.is_empty()).then(|| cut(&headline(message), MAX_ATTEMPT_MESSAGE).to_owned());
             attempt.infrastructure = infrastructure;
         }
     }
@@ -203,7 +202,7 @@ impl Draft {
         let skip = log_tail.len().saturating_sub(LOG_TAIL_LINES);
         self.status.failure = Some(FailureStatus {
             reason: reason.as_str().to_owned(),
-            message: cut(message, MAX_MESSAGE).to_owned(),
+            message: plain(cut(message, MAX_MESSAGE)),
             log_tail: log_tail[skip..].iter().map(|line| cut(line, MAX_LINE).to_owned()).collect(),
         });
         self.end(Phase::Failed);
@@ -221,9 +220,8 @@ impl Draft {
     }
 
     fn summary(&mut self, verdict: Option<bool>, reason: Reason, message: &str) {
-        let message = headline(message);
         let conditions = &mut self.status.conditions;
-        conditions::set_summary(conditions, verdict, reason, message, self.generation, self.now);
+        conditions::set_summary(conditions, verdict, reason, &headline(message), self.generation, self.now);
     }
 }
 
@@ -249,8 +247,14 @@ fn shortened(mut outputs: BTreeMap<String, OutputStatus>) -> BTreeMap<String, Ou
 }
 
 /// The first line: conditions stand in tables. `failure` has the rest.
-fn headline(message: &str) -> &str {
-    cut(message.lines().next().unwrap_or_default(), MAX_MESSAGE).trim_end_matches([';', ':'])
+fn headline(message: &str) -> String {
+    let first = cut(message.lines().next().unwrap_or_default(), MAX_MESSAGE);
+    plain(first).trim_end_matches([';', ':']).to_owned()
+}
+
+/// Without what a terminal would take for an order: builders, and through them builds, have a say in messages.
+fn plain(text: &str) -> String {
+    text.replace(|c: char| c.is_control() && !matches!(c, '\n' | '\t'), "")
 }
 
 /// At most `limit` bytes of `text`, ending between two characters.
@@ -376,6 +380,33 @@ mod tests {
     fn conditions_get_the_first_line() {
         assert_eq!(headline("failed with exit code 7;\nlast 2 log lines:"), "failed with exit code 7");
         assert_eq!(headline(""), "");
+    }
+
+    /// A build prints what it likes, and its last lines are part of its builder's message.
+    #[test]
+    fn nobody_orders_a_terminal_about() {
+        let request = BuildRequest::new("a", Default::default());
+        let mut draft = Draft::new(&request, at(1));
+        draft.progress(Phase::Running, Reason::Connecting, "lost\u{1b}[2J");
+        draft.begin_attempt(1, None);
+        draft.fail(Reason::BuildFailed, "exit\u{9b}31m code\r 7;\n> \u{8}\u{7}ä\tb", &[]);
+        let status = draft.finish().unwrap();
+        let said = serde_json::to_value(&status).unwrap();
+        fn texts<'a>(value: &'a serde_json::Value, all: &mut Vec<&'a str>) {
+            match value {
+                serde_json::Value::String(text) => all.push(text),
+                serde_json::Value::Array(list) => list.iter().for_each(|value| texts(value, all)),
+                serde_json::Value::Object(map) => map.values().for_each(|value| texts(value, all)),
+                _ => {}
+            }
+        }
+        let mut all = vec![];
+        texts(&said, &mut all);
+        assert!(
+            all.iter().all(|text| !text.contains(['\u{1b}', '\u{9b}', '\r', '\u{8}', '\u{7}'])),
+            "{all:?}"
+        );
+        assert_eq!(status.failure.unwrap().message, "exit31m code 7;\n> ä\tb");
     }
 
     #[test]

@@ -65,9 +65,9 @@ pub struct BuildRequestSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub derivation: Option<DerivationSpec>,
 
-    /// Full store path of the `.drv` file that the derivation comes from. The build's log is kept under its name, and
-    /// where the class's caches have it and the `.drv` files below it, they prove the output paths. Without
-    /// `derivation` it is read from the caches and resolved.
+    /// Full store path of the `.drv` file that the derivation comes from. Where the class's caches have it and the `.drv`
+    /// files below it, they prove the output paths, and the build's log is kept under its name; where the derivation proves
+    /// them alone, `status.drvPath` is the name. Without `derivation` it is read from the caches and resolved.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(schema_with = "schema::drv_path")]
     pub drv_path: Option<String>,

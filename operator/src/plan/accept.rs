@@ -3,8 +3,8 @@
 use std::collections::BTreeSet;
 
 use drover_api::convert::{self, Target};
-use drover_api::{BuilderClassSpec, FieldError, MAX_OUTPUTS, Placement, Reason, Resources};
-use drover_nix::derivation::STRUCTURED_ATTRS;
+use drover_api::{BuilderClassSpec, FieldError, MAX_OUTPUTS, Placement, Reason, Resources, Trust};
+use drover_nix::derivation::{STRUCTURED_ATTRS, proof};
 use drover_nix::{BasicDerivation, StoreDir, StorePath};
 use kube::ResourceExt as _;
 
@@ -68,7 +68,8 @@ pub fn accept(world: &World) -> Result<Accepted<'_>, Refusal> {
     let (derivation, drv_path) = match target {
         Target::Derivation(derivation) => {
             let computed = || drover_session::drv_path_of(&dir, &derivation);
-            match given.map_or_else(computed, Ok) {
+            let believed = given.filter(|_| is_name_believed(class, &dir, &derivation));
+            match believed.map_or_else(computed, Ok) {
                 Ok(path) => (derivation, path),
                 Err(error) => return never(Reason::InvalidDerivation, format!("spec.derivation: {error}")),
             }
@@ -91,6 +92,12 @@ pub fn accept(world: &World) -> Result<Accepted<'_>, Refusal> {
         return never(Reason::WrongSystem, message);
     }
     Ok(Accepted { derivation, drv_path, class_name, class })
+}
+
+/// Whether the `.drv` that a request gives beside its derivation may name the build: its log in the cache, and what its outputs
+/// are said to come from. Where the derivation proves its paths alone, nobody looks into that file, and it could be another's.
+fn is_name_believed(class: &BuilderClassSpec, dir: &StoreDir, derivation: &BasicDerivation) -> bool {
+    class.trust == Trust::Claimed || proof::prove_alone(dir, derivation).is_err()
 }
 
 /// What was found at a `drvPath` that is all that the request says: derivation, and the `.drv` that it goes by.

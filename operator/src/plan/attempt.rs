@@ -238,7 +238,8 @@ fn wait_for(
         }
         return go_on(draft, actions, PATIENCE);
     }
-    let age = Duration::try_from(now.duration_since(pod.created)).unwrap_or_default();
+    // The API server's clock may be ahead of this one, which is no reason to say nothing.
+    let age = now.duration_since(pod.created).unsigned_abs();
     if age < SCHEDULING_GRACE {
         // No word yet, and so nothing of what was noted above either: it comes with the next write.
         return Plan { status: None, actions, requeue: Requeue::After(SCHEDULING_GRACE - age) };

@@ -377,6 +377,22 @@ fn a_pod_without_a_node_says_what_the_scheduler_says_and_is_not_waited_for_witho
     assert!(sim.message().contains("in 1m: 0/1 nodes"), "{}", sim.message());
 }
 
+/// The API server's clock is ahead, and so was that of the operator before.
+#[test]
+fn clocks_that_disagree_keep_nothing_back() {
+    let mut sim = with_pod(5, &[]);
+    sim.pods[0].created = sim.now.saturating_add(SignedDuration::from_hours(2)).unwrap();
+    sim.reconcile();
+    assert_eq!(sim.reason(), "WaitingForNode");
+
+    let mut sim = building(1, 0);
+    happens(&mut sim, Event::PodGone);
+    assert_eq!((sim.reason(), sim.pods_created), ("Retrying", 1));
+    sim.now = sim.now.saturating_sub(SignedDuration::from_hours(2)).unwrap();
+    sim.reconcile();
+    assert_eq!(sim.pods_created, 2);
+}
+
 #[test]
 fn an_image_that_does_not_come_is_named_once_and_not_waited_for_without_end() {
     let mut sim = with_pod(0, &[Event::Schedule, Event::ImageFails]);

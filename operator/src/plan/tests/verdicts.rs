@@ -2,7 +2,8 @@
 
 use std::collections::BTreeSet;
 
-use drover_api::{BuildRequestSpec, DerivationSpec, OutputSpec};
+use drover_api::{BuildRequestSpec, DerivationSpec, OutputSpec, Trust};
+use drover_nix::StoreDir;
 use jiff::SignedDuration;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
@@ -71,6 +72,39 @@ fn every_kind_of_output_gets_a_pod() {
         assert_eq!((sim.pods_created, sim.verdicts.as_slice()), (1, [true].as_slice()), "{output:?}");
         assert_eq!(sim.status().outputs, outputs());
     }
+}
+
+/// Its log would stand in the place of somebody else's.
+#[test]
+fn only_a_name_that_is_proven_names_the_build() {
+    let dir = StoreDir::default();
+    let named = |output: OutputSpec, trust: Trust| {
+        let mut derivation = derivation();
+        derivation.env.insert("out".into(), output.path.clone().unwrap_or_default());
+        derivation.outputs.insert("out".into(), output);
+        let Class::Found { name, mut spec, allowed } = class() else { unreachable!() };
+        spec.trust = trust;
+        let class = Class::Found { name, spec, allowed };
+        let sim = Sim::new(BuildRequestSpec { derivation: Some(derivation), ..self::spec() }, class);
+        let world = sim.world(true);
+        let accepted = accept(&world).unwrap();
+        let own = drover_session::drv_path_of(&dir, &accepted.derivation).unwrap();
+        assert_ne!(dir.full(&own), DRV);
+        if accepted.drv_path == own { "own" } else { "given" }
+    };
+    let fixed = || OutputSpec {
+        hash_algo: Some("sha256".into()),
+        hash: Some("0".repeat(64)),
+        method: Some("nar".into()),
+        ..OutputSpec::default()
+    };
+    let elsewhere =
+        || OutputSpec { path: Some(format!("/nix/store/{}-hello", "0".repeat(32))), ..OutputSpec::default() };
+    assert_eq!(named(fixed(), Trust::Verified), "own");
+    assert_eq!(named(OutputSpec::default(), Trust::Verified), "own");
+    // The proof goes through the file.
+    assert_eq!(named(elsewhere(), Trust::Verified), "given");
+    assert_eq!(named(fixed(), Trust::Claimed), "given");
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! What an attempt waits for before it begins, and what ends a request that never had one.
 
-use drover_api::BuildRequestSpec;
+use drover_api::{BuildRequestSpec, Trust};
 use jiff::SignedDuration;
 
 use super::sim::*;
@@ -201,11 +201,15 @@ fn a_derivation_below_that_is_nowhere_proves_nothing() {
     let mut world = sim.world(true);
     world.resolution = Resolution::Absent { path: below[11..].parse().unwrap() };
     let failure = |world: &World| plan(world, sim.now).status.unwrap().failure.unwrap();
+    let trust = |world: &mut World, trust| {
+        let Class::Found { spec, .. } = &mut world.class else { unreachable!() };
+        spec.trust = trust;
+    };
+    trust(&mut world, Trust::Verified);
     let verified = failure(&world);
     assert_eq!(verified.reason, "PathNotProven");
     assert!(verified.message.contains(below) && verified.message.contains(DRV), "{}", verified.message);
-    let Class::Found { spec, .. } = &mut world.class else { unreachable!() };
-    spec.trust = drover_api::Trust::Claimed;
+    trust(&mut world, Trust::Claimed);
     assert_eq!(failure(&world).reason, "InputMissing");
 }
 

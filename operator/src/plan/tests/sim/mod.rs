@@ -16,7 +16,7 @@ use drover_api::conditions;
 use drover_api::convert::{self, Target};
 use drover_api::{
     BuildRequest, BuildRequestSpec, BuildRequestStatus, BuilderClassSpec, DerivationSpec, OutputSpec,
-    OutputStatus, Reason,
+    OutputStatus, Reason, Trust,
 };
 use drover_nix::StoreDir;
 use drover_session::Resolved;
@@ -232,7 +232,12 @@ fn found() -> Arc<Resolved> {
 }
 
 pub(in crate::plan::tests) fn class() -> Class {
-    let spec = BuilderClassSpec { systems: vec!["x86_64-linux".into()], ..BuilderClassSpec::default() };
+    let spec = BuilderClassSpec {
+        systems: vec!["x86_64-linux".into()],
+        // Proofs of paths are made elsewhere; here the given name is to be taken.
+        trust: Trust::Claimed,
+        ..BuilderClassSpec::default()
+    };
     Class::Found { name: "small".into(), spec: Box::new(spec), allowed: true }
 }
 
