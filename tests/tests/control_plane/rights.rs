@@ -166,8 +166,11 @@ fn select(world: &World) -> Result<()> {
     Ok(())
 }
 
+/// The first test vector of RFC 8032: a class whose key is none gets no builders.
+const KEY: &str = "nWGxne/9WmC6hEr0kuwsxERJxWl7MmkZcDusAxyuf2DXWpgBgrEKt9VL/tPJZAc6DuFy89qmIyWvAhpo9wdRGg==";
+
 fn sign(world: &World) -> Result<()> {
-    let key = format!("--from-literal=key=test-1:{}==", "A".repeat(86));
+    let key = format!("--from-literal=key=test-1:{KEY}");
     world.plane.kubectl(&["create", "secret", "generic", "signing", "-n", SYSTEM, &key])?;
     world.plane.apply(&format!(
         "{{apiVersion: drover.build/v1alpha1, kind: BuilderClass, metadata: {{name: signs}}, spec: {{systems: \
