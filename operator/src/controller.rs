@@ -39,7 +39,7 @@ use crate::session::{Conversation, Sessions, Trigger};
 use crate::settings::Settings;
 use crate::sweep;
 use crate::watches::readable::Unreadable;
-use crate::watches::{Watches, strip};
+use crate::watches::{self, Watches, strip};
 
 /// Passes within one reconcile: a plan that changes what is known is followed by another one at once.
 const MAX_PASSES: usize = 8;
@@ -74,7 +74,7 @@ pub async fn run(parts: Parts, shutdown: impl Future<Output = ()> + Send + Sync 
     let concurrency = settings.concurrency;
     let queue = Arc::new(Queue::new(trigger.clone()));
     let ready = Arc::new(Ready::new());
-    health.watches_begin();
+    health.watches_begin(watches::sources(&settings.scope.namespaces));
     let watches = Watches {
         client: client.clone(),
         ready: ready.clone(),

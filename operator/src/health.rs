@@ -10,6 +10,7 @@
 //!
 //! Synchronous; times are this process's monotonic clock, and come in as an argument where something is judged.
 
+use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -66,7 +67,7 @@ impl Loop {
 /// One line of an answer.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Check {
-    pub name: &'static str,
+    pub name: Cow<'static, str>,
     /// Why not.
     pub result: Result<(), String>,
 }
@@ -82,9 +83,33 @@ struct State {
     /// Tasks that ended and should not have.
     ended: BTreeSet<&'static str>,
     /// None until the process leads.
-    watches: Option<[WatchState; Watch::ALL.len()]>,
+    watches: Option<Vec<(Source, WatchState)>>,
     lease: Lease,
     stopping: bool,
+}
+
+/// One connection to the API server that tells of one kind of objects.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Source {
+    pub watch: Watch,
+    /// None: the only connection of its watch.
+    pub namespace: Option<String>,
+}
+
+impl From<Watch> for Source {
+    fn from(watch: Watch) -> Self {
+        Self { watch, namespace: None }
+    }
+}
+
+impl Source {
+    /// `watch-requests`, or `watch-requests/NAMESPACE`.
+    fn check(&self) -> Cow<'static, str> {
+        match &self.namespace {
+            None => self.watch.check().into(),
+            Some(namespace) => format!("{}/{namespace}", self.watch.check()).into(),
+        }
+    }
 }
 
 #[derive(Clone, Copy, Default, Debug)]
@@ -147,26 +172,28 @@ impl Health {
         task.await;
     }
 
-    /// The process leads, and its watches begin.
-    pub fn watches_begin(&self) {
-        self.lock().watches = Some(Default::default());
+    /// The process leads, and its watches begin: these, each of which counts by itself. One that goes on says nothing for
+    /// another that does not.
+    pub fn watches_begin(&self, sources: impl IntoIterator<Item = Source>) {
+        let sources = sources.into_iter().map(|source| (source, WatchState::default()));
+        self.lock().watches = Some(sources.collect());
     }
 
     /// A watch has delivered something; `listed`: all that there is.
-    pub fn watch_delivered(&self, watch: Watch, listed: bool) {
-        self.watch(watch, |state| {
+    pub fn watch_delivered(&self, source: &Source, listed: bool) {
+        self.watch(source, |state| {
             state.has_listed |= listed;
             state.failures = None;
         });
     }
 
     /// A watch broke, and will be tried again.
-    pub fn watch_failed(&self, watch: Watch) {
-        self.watch_failed_at(watch, Instant::now());
+    pub fn watch_failed(&self, source: &Source) {
+        self.watch_failed_at(source, Instant::now());
     }
 
-    fn watch_failed_at(&self, watch: Watch, now: Instant) {
-        self.watch(watch, |state| {
+    fn watch_failed_at(&self, source: &Source, now: Instant) {
+        self.watch(source, |state| {
             let first = match state.failures {
                 Some((first, last)) if now.duration_since(last) < STREAK => first,
                 _ => now,
@@ -175,9 +202,11 @@ impl Health {
         });
     }
 
-    fn watch(&self, watch: Watch, change: impl FnOnce(&mut WatchState)) {
-        if let Some(states) = &mut self.lock().watches {
-            change(&mut states[watch.index()]);
+    fn watch(&self, source: &Source, change: impl FnOnce(&mut WatchState)) {
+        let mut state = self.lock();
+        let found = state.watches.iter_mut().flatten().find(|(known, _)| known == source);
+        if let Some((_, state)) = found {
+            change(state);
         }
     }
 
@@ -216,7 +245,7 @@ impl Health {
                     )),
                     false => Ok(()),
                 };
-                Some(Check { name: of.name(), result })
+                Some(Check { name: of.name().into(), result })
             })
             .collect();
         let ended: Vec<&str> = state.ended.iter().copied().collect();
@@ -226,7 +255,7 @@ impl Health {
             [] => Ok(()),
             names => Err(format!("ended, and should not have: {}", names.join(", "))),
         };
-        checks.push(Check { name: "tasks", result });
+        checks.push(Check { name: "tasks".into(), result });
         checks
     }
 
@@ -234,18 +263,19 @@ impl Health {
     pub fn ready(&self, now: Instant) -> Vec<Check> {
         let state = self.lock();
         let stopping = if state.stopping { Err("the process was told to end".to_owned()) } else { Ok(()) };
-        let mut checks = vec![Check { name: "shutdown", result: stopping }];
-        checks.push(Check { name: "lease", result: state.lease(now) });
+        let mut checks = vec![Check { name: "shutdown".into(), result: stopping }];
+        checks.push(Check { name: "lease".into(), result: state.lease(now) });
         match (&state.watches, &state.lease) {
             (Some(watches), _) => checks.extend(
-                Watch::ALL
-                    .into_iter()
-                    .map(|watch| Check { name: watch.check(), result: watches[watch.index()].judge(now) }),
+                watches
+                    .iter()
+                    .map(|(source, state)| Check { name: source.check(), result: state.judge(now) }),
             ),
             // It stands by: to be there is all that it can do, and it is.
             (None, Lease::Seen(_)) => {}
             (None, _) => {
-                checks.push(Check { name: "watches", result: Err("they have not begun yet".into()) });
+                let result = Err("they have not begun yet".into());
+                checks.push(Check { name: "watches".into(), result });
             }
         }
         checks
@@ -298,8 +328,17 @@ mod tests {
 
     const SECOND: Duration = Duration::from_secs(1);
 
-    fn failing(checks: &[Check]) -> Vec<&'static str> {
-        checks.iter().filter(|check| check.result.is_err()).map(|check| check.name).collect()
+    fn failing(checks: &[Check]) -> Vec<&str> {
+        checks.iter().filter(|check| check.result.is_err()).map(|check| &*check.name).collect()
+    }
+
+    /// A leader with one connection for each watch.
+    fn begin(health: &Health) {
+        health.watches_begin(Watch::ALL.map(Source::from));
+    }
+
+    fn list_all(health: &Health) {
+        Watch::ALL.into_iter().for_each(|watch| health.watch_delivered(&watch.into(), true));
     }
 
     #[test]
@@ -344,13 +383,13 @@ mod tests {
         assert_eq!(failing(&health.ready(now)), ["lease", "watches"]);
         health.lease_held(Gate::open());
         assert_eq!(failing(&health.ready(now)), ["watches"]);
-        health.watches_begin();
+        begin(&health);
         assert_eq!(failing(&health.ready(now)), ["watch-classes", "watch-pods", "watch-requests"]);
-        health.watch_delivered(Watch::Pods, true);
-        health.watch_delivered(Watch::Classes, false);
+        health.watch_delivered(&Watch::Pods.into(), true);
+        health.watch_delivered(&Watch::Classes.into(), false);
         assert_eq!(failing(&health.ready(now)), ["watch-classes", "watch-requests"]);
-        health.watch_delivered(Watch::Classes, true);
-        health.watch_delivered(Watch::Requests, true);
+        health.watch_delivered(&Watch::Classes.into(), true);
+        health.watch_delivered(&Watch::Requests.into(), true);
         assert!(failing(&health.ready(now)).is_empty());
         health.stopping();
         assert_eq!(failing(&health.ready(now)), ["shutdown"]);
@@ -360,10 +399,10 @@ mod tests {
     fn a_watch_that_stays_broken_is_not_ready_and_still_live() {
         let health = Health::new();
         health.lease_unused();
-        health.watches_begin();
-        Watch::ALL.into_iter().for_each(|watch| health.watch_delivered(watch, true));
+        begin(&health);
+        list_all(&health);
         let begin = Instant::now();
-        let fail_at = |seconds: u32| health.watch_failed_at(Watch::Pods, begin + SECOND * seconds);
+        let fail_at = |seconds: u32| health.watch_failed_at(&Watch::Pods.into(), begin + SECOND * seconds);
         fail_at(0);
         fail_at(30);
         assert!(failing(&health.ready(begin + SECOND * 60)).is_empty(), "not for long enough");
@@ -378,8 +417,32 @@ mod tests {
         assert!(failing(&health.ready(begin + SECOND * 231)).is_empty());
         fail_at(261);
         assert_eq!(failing(&health.ready(begin + SECOND * 262)), ["watch-pods"]);
-        health.watch_delivered(Watch::Pods, false);
+        health.watch_delivered(&Watch::Pods.into(), false);
         assert!(failing(&health.ready(begin + SECOND * 262)).is_empty());
+    }
+
+    #[test]
+    fn one_namespace_does_not_speak_for_another() {
+        let health = Health::new();
+        health.lease_unused();
+        let source =
+            |namespace: &str| Source { watch: Watch::Requests, namespace: Some(namespace.to_owned()) };
+        let (good, bad) = (source("good"), source("bad"));
+        health.watches_begin([good.clone(), bad.clone()]);
+        health.watch_delivered(&good, true);
+        // What is not watched is nobody's business.
+        health.watch_delivered(&source("other"), true);
+        let now = Instant::now();
+        let checks = health.ready(now);
+        assert_eq!(failing(&checks), ["watch-requests/bad"]);
+        assert!(checks.iter().any(|check| check.name == "watch-requests/good" && check.result.is_ok()));
+        health.watch_delivered(&bad, true);
+        assert!(failing(&health.ready(now)).is_empty());
+        for seconds in [0, 30, 60] {
+            health.watch_failed_at(&bad, now + SECOND * seconds);
+            health.watch_delivered(&good, true);
+        }
+        assert_eq!(failing(&health.ready(now + SECOND * 61)), ["watch-requests/bad"]);
     }
 
     #[test]
@@ -399,8 +462,8 @@ mod tests {
     fn a_leader_that_lost_its_lease_is_not_ready() {
         let (health, gate) = (Health::new(), Gate::open());
         health.lease_held(gate.clone());
-        health.watches_begin();
-        Watch::ALL.into_iter().for_each(|watch| health.watch_delivered(watch, true));
+        begin(&health);
+        list_all(&health);
         assert!(failing(&health.ready(Instant::now())).is_empty());
         gate.close();
         assert_eq!(failing(&health.ready(Instant::now())), ["lease"]);

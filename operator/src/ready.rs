@@ -6,7 +6,7 @@
 use tokio::sync::watch;
 
 /// One of the operator's watches.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Watch {
     Classes = 1,
     Pods = 2,

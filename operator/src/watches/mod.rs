@@ -17,7 +17,7 @@ use kube::runtime::watcher::{self, Event};
 use kube::runtime::{WatchStreamExt as _, watcher as watch};
 use kube::{Api, Client};
 
-use crate::health::Health;
+use crate::health::{Health, Source};
 use crate::metrics::Metrics;
 use crate::observe::request_of;
 use crate::pod;
@@ -57,7 +57,7 @@ impl Watches {
             }
         });
         let kept = reflector::reflector(writer, events.modify(strip::request));
-        (store, kept.inspect(self.note(Watch::Requests)).touched_objects())
+        (store, kept.inspect(self.mark(Watch::Requests)).touched_objects())
     }
 
     /// All builder pods, while the future is polled; the request of each that changes is asked to be looked at.
@@ -65,9 +65,10 @@ impl Watches {
         let api: Api<DeserializeGuard<Pod>> = Api::namespaced(self.client.clone(), namespace);
         let (store, writer) = reflector::store();
         let events = watch(api, config().labels(pod::UID_LABEL)).default_backoff();
+        let events = events.inspect(self.note(Watch::Pods.into()));
         let events = readable(events, self.unreadable(Watch::Pods), |_| {});
         let kept = reflector::reflector(writer, events.modify(strip::pod));
-        let changes = kept.inspect(self.note(Watch::Pods)).touched_objects();
+        let changes = kept.inspect(self.mark(Watch::Pods)).touched_objects();
         let trigger = self.trigger.clone();
         let told = changes.for_each(move |pod| {
             match pod {
@@ -90,11 +91,11 @@ impl Watches {
     ) -> (Store<BuilderClass>, impl Future<Output = ()> + Send + use<>) {
         let api: Api<DeserializeGuard<BuilderClass>> = Api::all(self.client.clone());
         let (store, writer) = reflector::store();
-        let events = watch(api, config()).default_backoff();
+        let events = watch(api, config()).default_backoff().inspect(self.note(Watch::Classes.into()));
         let events = readable(events, self.unreadable(Watch::Classes), |_| {});
         let events = events.modify(|class: &mut BuilderClass| strip::metadata(&mut class.metadata));
         let kept = reflector::reflector(writer, events);
-        let changes = kept.inspect(self.note(Watch::Classes)).touched_objects();
+        let changes = kept.inspect(self.mark(Watch::Classes)).touched_objects();
         let trigger = self.trigger.clone();
         let told = changes.for_each(move |class| {
             match class {
@@ -121,7 +122,7 @@ impl Watches {
             writer.apply_watcher_event(&event);
         }
         self.ready.mark(Watch::Classes);
-        self.health.watch_delivered(Watch::Classes, true);
+        self.health.watch_delivered(&Watch::Classes.into(), true);
         store
     }
 
@@ -129,39 +130,54 @@ impl Watches {
         &self,
         namespaces: &[String],
     ) -> impl Stream<Item = watcher::Result<Event<DeserializeGuard<BuildRequest>>>> + Send + use<> {
-        merge::merge(
-            self.of_requests(namespaces)
-                .into_iter()
-                .map(|api| watch(api, config()).default_backoff().boxed())
-                .collect(),
-        )
-    }
-
-    fn of_requests(&self, namespaces: &[String]) -> Vec<Api<DeserializeGuard<BuildRequest>>> {
-        match namespaces {
-            [] => vec![Api::all(self.client.clone())],
-            some => some.iter().map(|one| Api::namespaced(self.client.clone(), one)).collect(),
-        }
+        let watches = of_requests(namespaces).into_iter().map(|source| {
+            let api: Api<DeserializeGuard<BuildRequest>> = match &source.namespace {
+                None => Api::all(self.client.clone()),
+                Some(one) => Api::namespaced(self.client.clone(), one),
+            };
+            watch(api, config()).default_backoff().inspect(self.note(source)).boxed()
+        });
+        merge::merge(watches.collect())
     }
 
     pub fn unreadable(&self, watch: Watch) -> Arc<Unreadable> {
         Arc::new(Unreadable::new(watch, self.metrics.clone()))
     }
 
-    /// Marks the watch as ready when its first list is in the store, and says how it does. For the stream behind the reflector.
-    fn note<K>(&self, watch: Watch) -> impl FnMut(&watcher::Result<Event<K>>) + Send + use<K> {
-        let (ready, health) = (self.ready.clone(), self.health.clone());
+    /// Says how this connection does. For the stream as it comes, before several become one.
+    fn note<K>(&self, source: Source) -> impl FnMut(&watcher::Result<Event<K>>) + Send + use<K> {
+        let health = self.health.clone();
         move |event| match event {
             // The answer to a list may still not come to its end.
             Ok(Event::Init) => {}
-            Ok(event) => {
-                let listed = matches!(event, Event::InitDone);
-                if listed {
-                    ready.mark(watch);
-                }
-                health.watch_delivered(watch, listed);
+            Ok(event) => health.watch_delivered(&source, matches!(event, Event::InitDone)),
+            Err(_) => health.watch_failed(&source),
+        }
+    }
+
+    /// Marks the watch as ready when its first list is in the store. For the stream behind the reflector.
+    fn mark<K>(&self, watch: Watch) -> impl FnMut(&watcher::Result<Event<K>>) + Send + use<K> {
+        let ready = self.ready.clone();
+        move |event| {
+            if let Ok(Event::InitDone) = event {
+                ready.mark(watch);
             }
-            Err(_) => health.watch_failed(watch),
+        }
+    }
+}
+
+/// All connections of all watches, as `/readyz` lists them.
+pub fn sources(namespaces: &[String]) -> Vec<Source> {
+    let others = [Watch::Classes, Watch::Pods].map(Source::from);
+    others.into_iter().chain(of_requests(namespaces)).collect()
+}
+
+/// One for each of these namespaces, or one for all if there are none.
+fn of_requests(namespaces: &[String]) -> Vec<Source> {
+    match namespaces {
+        [] => vec![Watch::Requests.into()],
+        some => {
+            some.iter().map(|one| Source { watch: Watch::Requests, namespace: Some(one.clone()) }).collect()
         }
     }
 }
@@ -172,30 +188,61 @@ fn config() -> watcher::Config {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Mutex;
+    use std::time::{Duration, Instant};
+
     use futures::channel::mpsc::unbounded;
     use kube::client::Body;
 
     use super::*;
 
+    /// One namespace answers and one refuses: what is asked for, and what `/readyz` says of it.
     #[tokio::test]
-    async fn only_namespaces_that_are_watched_are_asked_for() {
-        let nobody = tower::service_fn(async |_: hyper::Request<Body>| {
-            Ok::<_, std::io::Error>(hyper::Response::new(Body::empty()))
-        });
+    async fn each_namespace_is_asked_for_and_answers_for_itself() {
+        let asked: Arc<Mutex<Vec<String>>> = Arc::default();
+        let server = {
+            let asked = asked.clone();
+            tower::service_fn(move |request: hyper::Request<Body>| {
+                let path = request.uri().path().to_owned();
+                asked.lock().unwrap().push(path.clone());
+                let (code, body) = match path.contains("/bad/") {
+                    true => (403, r#"{"kind":"Status","apiVersion":"v1","status":"Failure","code":403}"#),
+                    false => (200, r#"{"metadata":{"resourceVersion":"1"},"items":[]}"#),
+                };
+                let mut response = hyper::Response::new(Body::from(body.as_bytes().to_vec()));
+                *response.status_mut() = hyper::StatusCode::from_u16(code).unwrap();
+                async move { Ok::<_, std::io::Error>(response) }
+            })
+        };
         let watches = Watches {
-            client: Client::new(nobody, "default"),
+            client: Client::new(server, "default"),
             ready: Arc::default(),
             health: Arc::default(),
             metrics: Arc::default(),
             trigger: unbounded().0,
         };
-        let asked = |namespaces: &[String]| -> Vec<String> {
-            watches.of_requests(namespaces).iter().map(|api| api.resource_url().to_owned()).collect()
+        let namespaces = ["bad".to_owned(), "good".to_owned()];
+        watches.health.lease_unused();
+        watches.health.watches_begin(sources(&namespaces));
+        let failing = || -> Vec<String> {
+            let checks = watches.health.ready(Instant::now());
+            checks.iter().filter(|check| check.result.is_err()).map(|check| check.name.to_string()).collect()
         };
-        assert_eq!(asked(&[]), ["/apis/drover.build/v1alpha1/buildrequests"]);
-        assert_eq!(
-            asked(&["a".into(), "b".into()]),
-            ["a", "b"].map(|one| format!("/apis/drover.build/v1alpha1/namespaces/{one}/buildrequests"))
-        );
+        let all = ["watch-classes", "watch-pods", "watch-requests/bad", "watch-requests/good"];
+        assert_eq!(failing(), all);
+        let mut events = Box::pin(watches.everywhere(&namespaces));
+        let until = async {
+            while failing().iter().any(|name| name.ends_with("/good")) {
+                assert!(events.next().await.is_some(), "a watch has no end");
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(30), until).await.expect("one of them lists");
+        assert_eq!(failing(), &all[..3]);
+        let asked: Vec<String> = asked.lock().unwrap().clone();
+        for one in ["bad", "good"] {
+            let path = format!("/apis/drover.build/v1alpha1/namespaces/{one}/buildrequests");
+            assert!(asked.contains(&path), "{asked:?}");
+        }
+        assert_eq!(of_requests(&[]), [Source::from(Watch::Requests)]);
     }
 }
