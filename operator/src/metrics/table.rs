@@ -238,7 +238,8 @@ pub const QUEUE_WAIT: Spec = Spec {
     labels: NO_LABELS,
     series: one,
     rare: none,
-    help: "From the creation of a request to its first attempt, whatever it waited for; exact to a second",
+    help: "From the creation of a request, or the end of the attempt before, to the begin of an attempt, whatever it waited \
+           for and whatever becomes of it; exact to a second",
 };
 
 pub const POD_START: Spec = Spec {
@@ -248,8 +249,8 @@ pub const POD_START: Spec = Spec {
     labels: NO_LABELS,
     series: one,
     rare: none,
-    help: "From the begin of an attempt to its builder's first answer: finding a node, pulling the image, starting; exact \
-           to a second",
+    help: "From the begin of an attempt to its builder's first answer: finding a node, pulling the image, starting. Each \
+           attempt whose builder answered counts, whatever becomes of it; exact to a second",
 };
 
 /// The phases of an attempt, in order.

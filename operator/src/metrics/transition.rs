@@ -37,7 +37,7 @@ pub enum Observation {
     Reconnected {
         times: u32,
     },
-    /// The first attempt began, so long after the request was made.
+    /// An attempt began, so long after the request was made or the attempt before had ended.
     Begun {
         waited: Duration,
     },
@@ -69,12 +69,14 @@ pub fn observe(before: &BuildRequest, after: &BuildRequestStatus, now: Timestamp
     let mut seen = Vec::new();
     let verdict = conditions::verdict(&after.conditions);
     let created = before.metadata.creation_timestamp.as_ref().map_or(now, |time| time.0);
-    if was.attempts.is_empty()
-        && let Some(begun) = after.attempts.first().and_then(|first| first.start_time.as_ref())
-    {
-        seen.push(Observation::Begun { waited: between(created, begun.0) });
-    }
     for (at, attempt) in after.attempts.iter().enumerate() {
+        let since = match at.checked_sub(1).and_then(|before| after.attempts.get(before)) {
+            None => Some(created),
+            Some(before) => before.end_time.as_ref().map(|time| time.0),
+        };
+        if let (None, Some(since), Some(begun)) = (was.attempts.get(at), since, &attempt.start_time) {
+            seen.push(Observation::Begun { waited: between(since, begun.0) });
+        }
         attempts(was.attempts.get(at), attempt, verdict.is_none(), &mut seen);
     }
     answered(was, after, now, &mut seen);
@@ -105,22 +107,22 @@ fn attempts(was: Option<&Attempt>, is: &Attempt, goes_on: bool, seen: &mut Vec<O
     }
 }
 
-/// The builder of the attempt that runs has answered. One that is found again after its connection broke has done so before.
+/// The builder of the last attempt has answered, whatever has become of it since. One that is found again after its
+/// connection broke has done so before.
 fn answered(was: &BuildRequestStatus, is: &BuildRequestStatus, now: Timestamp, seen: &mut Vec<Observation>) {
-    let ready =
-        |status: &BuildRequestStatus| conditions::is_true(&status.conditions, conditions::BUILDER_READY);
-    let Some(attempt) = is.attempts.last().filter(|_| ready(is)) else { return };
+    let has_answered = |status: &BuildRequestStatus| {
+        conditions::find(&status.conditions, conditions::BUILDER_READY).is_some_and(|ready| {
+            ready.status == Status::True.as_str()
+                || (ready.reason == Reason::ConnectionLost.as_str()
+                    && ready.status == Status::Unknown.as_str())
+        })
+    };
+    let Some(attempt) = is.attempts.last().filter(|_| has_answered(is)) else { return };
     let same = was.attempts.last().is_some_and(|last| last.number == attempt.number);
-    let lost = conditions::find(&was.conditions, conditions::BUILDER_READY).is_some_and(|ready| {
-        ready.reason == Reason::ConnectionLost.as_str() && ready.status == Status::Unknown.as_str()
-    });
-    if (same && (ready(was) || lost)) || attempt.start_time.is_none() {
-        return;
-    }
-    let begun = attempt.start_time.as_ref().map_or(now, |time| time.0);
+    let Some(begun) = attempt.start_time.as_ref().filter(|_| !same || !has_answered(was)) else { return };
     let at = conditions::find(&is.conditions, conditions::BUILDER_READY)
         .map_or(now, |ready| ready.last_transition_time.0);
-    seen.push(Observation::Answered { took: between(begun, at) });
+    seen.push(Observation::Answered { took: between(begun.0, at) });
 }
 
 fn ended(
@@ -305,11 +307,53 @@ mod tests {
                 Reconnected { times: 2 },
                 AttemptEnded { fault: "infrastructure", reason: "Evicted" },
                 Retried { budget: "infrastructure", reason: "Evicted" },
+                Begun { waited: secs(2) },
                 Answered { took: secs(2) },
                 AttemptEnded { fault: "build", reason: "BuildFailed" },
                 Ended { result: "failed", reason: "BuildFailed", took: secs(20) },
             ]
         );
+    }
+
+    /// What was waited for counts, whatever the attempt comes to, and also where one write tells all of it.
+    #[test]
+    fn an_attempt_counts_as_far_as_it_got() {
+        use Observation::*;
+        let ready: fn(&mut Draft) =
+            |draft| draft.phase(conditions::BUILDER_READY, Status::True, Reason::BuilderReady, "");
+        let waits = |story: &Story| -> Vec<Observation> {
+            let waits = story.seen.iter().copied();
+            waits.filter(|seen| matches!(seen, Begun { .. } | Answered { .. })).collect()
+        };
+        // Its builder never answered.
+        let mut story = Story::new();
+        story.write(103, |draft| draft.begin_attempt(1, None)).write(110, |draft| {
+            draft.fail(Reason::StartTimedOut, "no answer", &[]);
+        });
+        assert_eq!(waits(&story), [Begun { waited: secs(3) }]);
+        // It answered, and that is heard of together with its end, or with the break of its connection.
+        let mut story = Story::new();
+        story.write(103, |draft| draft.begin_attempt(1, None)).write(110, |draft| {
+            ready(draft);
+            draft.fail(Reason::BuildFailed, "exit code 1", &[]);
+        });
+        assert_eq!(waits(&story), [Begun { waited: secs(3) }, Answered { took: secs(7) }]);
+        let mut story = Story::new();
+        story
+            .write(103, |draft| draft.begin_attempt(1, None))
+            .write(110, |draft| {
+                ready(draft);
+                draft.phase(conditions::BUILDER_READY, Status::Unknown, Reason::ConnectionLost, "broke");
+            })
+            .write(115, ready);
+        assert_eq!(waits(&story), [Begun { waited: secs(3) }, Answered { took: secs(7) }]);
+        // An old end and a new begin in one write, as after an operator was away.
+        let mut story = Story::new();
+        story.write(103, |draft| draft.begin_attempt(1, None)).write(120, |draft| {
+            draft.end_attempt(Reason::BuilderLost, "", true);
+            draft.begin_attempt(2, None);
+        });
+        assert_eq!(waits(&story), [Begun { waited: secs(3) }, Begun { waited: secs(0) }]);
     }
 
     #[test]
