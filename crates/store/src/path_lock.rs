@@ -31,8 +31,9 @@ pub struct PathLock {
 }
 
 impl PathLock {
-    /// Locks all of `paths`, in sorted order. None if `wait` is [`Wait::Try`] and one is held by someone else, be it
-    /// another session of this process.
+    /// Locks all of `paths`. None if `wait` is [`Wait::Try`] and one is held by someone else, be it another session of this
+    /// process. Whoever waits holds none of them meanwhile: others may hold one and wait for another in an order of their
+    /// own, as who fetches paths that refer to each other does.
     pub fn acquire<'a>(
         store: &LocalStore,
         paths: impl IntoIterator<Item = &'a StorePath>,
@@ -49,18 +50,35 @@ impl PathLock {
         wait: Wait,
     ) -> Result<Option<Self>, Error> {
         store.must_write("lock a path")?;
-        // The one order that everybody keeps, so that two who lock the same paths cannot wait for each other.
+        // One order for everybody, so that of two who want the same paths one gets all of them.
         names.sort();
         names.dedup();
+        names.iter_mut().for_each(|name| name.push_str(".lock"));
+        if let (Wait::Block, [name]) = (wait, &names[..]) {
+            let file = lock_file(store, name, Wait::Block)?;
+            return Ok(file.map(|file| Self { store: store.clone(), locks: vec![(name.clone(), file)] }));
+        }
+        loop {
+            let busy = match Self::try_all(store, &names)? {
+                Ok(held) => return Ok(Some(held)),
+                Err(_) if wait == Wait::Try => return Ok(None),
+                Err(busy) => busy,
+            };
+            // Let go of at once: it only says that there is a point in trying again.
+            drop(lock_file(store, busy, Wait::Block)?);
+        }
+    }
+
+    /// All locks, or the first that someone else has.
+    fn try_all<'n>(store: &LocalStore, names: &'n [String]) -> Result<Result<Self, &'n str>, Error> {
         let mut held = Self { store: store.clone(), locks: Vec::with_capacity(names.len()) };
-        for mut name in names {
-            name.push_str(".lock");
-            match lock_file(store, &name, wait)? {
-                Some(file) => held.locks.push((name, file)),
-                None => return Ok(None),
+        for name in names {
+            match lock_file(store, name, Wait::Try)? {
+                Some(file) => held.locks.push((name.clone(), file)),
+                None => return Ok(Err(name)),
             }
         }
-        Ok(Some(held))
+        Ok(Ok(held))
     }
 
     /// Releases and removes the lock files. Whoever waits for them starts over and looks again whether the paths are
@@ -110,6 +128,15 @@ fn lock_file(store: &LocalStore, name: &str, wait: Wait) -> Result<Option<File>,
         if stat.st_size == 0 {
             return Ok(Some(file));
         }
+        // A retired file has lost its name. One that has not was written to by somebody who knows nothing of locks: a build
+        // that may write to the store's directory can. It would be passed over for ever.
+        let named = rustix::fs::statat(directory, name, AtFlags::SYMLINK_NOFOLLOW);
+        if named.is_ok_and(|named| (named.st_dev, named.st_ino) == (stat.st_dev, stat.st_ino)) {
+            match rustix::fs::unlinkat(directory, name, AtFlags::empty()) {
+                Ok(()) | Err(Errno::NOENT) => {}
+                Err(errno) => return Err(Error::sys("remove the spoilt lock file", path())(errno)),
+            }
+        }
     }
 }
 
@@ -124,11 +151,16 @@ pub(crate) fn flock(file: impl AsFd, operation: FlockOperation) -> Result<bool, 
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::MetadataExt as _;
     use std::sync::mpsc;
     use std::thread;
+    use std::time::{Duration, Instant};
 
     use super::*;
     use crate::testing::{store, store_path};
+
+    /// For what must happen, and does not.
+    const LONG: Duration = Duration::from_secs(20);
 
     #[test]
     fn excludes_and_lets_go() {
@@ -169,22 +201,71 @@ mod tests {
         let (_dir, store) = store();
         let path = store_path("a");
         let name = store.real_path(&path).with_file_name(format!("{path}.lock"));
-        // Retired but not unlinked yet: as a waiter sees it that opened the file before.
         let old = File::create(&name).unwrap();
-        std::fs::write(&name, "d").unwrap();
+        assert!(flock(&old, FlockOperation::LockExclusive).unwrap());
+        let waiter = {
+            let (store, path) = (store.clone(), path.clone());
+            thread::spawn(move || PathLock::acquire(&store, [&path], Wait::Block).unwrap().unwrap())
+        };
+        // The waiter has the old file open, or will find none.
+        retire(&name, &old);
+        drop(old);
+        let _lock = waiter.join().unwrap();
+        assert_eq!(std::fs::metadata(&name).unwrap().len(), 0);
+        assert!(PathLock::acquire(&store, [&path], Wait::Try).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_file_that_somebody_wrote_to_is_no_lock_for_ever() {
+        let (_dir, store) = store();
+        let path = store_path("a");
+        let name = store.real_path(&path).with_file_name(format!("{path}.lock"));
+        for wait in [Wait::Try, Wait::Block] {
+            std::fs::write(&name, "not a lock").unwrap();
+            let (send, receive) = mpsc::channel();
+            let (store, path) = (store.clone(), path.clone());
+            thread::spawn(move || send.send(PathLock::acquire(&store, [&path], wait).unwrap().unwrap()));
+            let lock = receive.recv_timeout(LONG).expect("it is tried for ever");
+            assert_eq!(std::fs::metadata(&name).unwrap().len(), 0);
+            lock.release_deleting();
+        }
+    }
+
+    #[test]
+    fn who_waits_for_one_lock_holds_no_other() {
+        let (_dir, store) = store();
+        let mut paths = [store_path("a"), store_path("b")];
+        paths.sort();
+        let [first, last] = paths;
+        // Somebody has the last of the two and will want the first, as who fetches the first because the last refers to it.
+        let held = PathLock::acquire(&store, [&last], Wait::Block).unwrap().unwrap();
         let (send, receive) = mpsc::channel();
         let waiter = {
+            let (store, paths) = (store.clone(), [first.clone(), last.clone()]);
             thread::spawn(move || {
-                let lock = PathLock::acquire(&store, [&path], Wait::Block).unwrap();
+                let lock = PathLock::acquire(&store, &paths, Wait::Block).unwrap().unwrap();
                 send.send(()).unwrap();
                 lock
             })
         };
-        std::fs::remove_file(&name).unwrap();
-        receive.recv().unwrap();
-        assert!(waiter.join().unwrap().is_some());
-        assert_eq!(std::fs::metadata(&name).unwrap().len(), 0);
-        drop(old);
+        // The kernel lists who waits for what.
+        let inode =
+            std::fs::metadata(store.real_path(&last).with_file_name(format!("{last}.lock"))).unwrap().ino();
+        let waits = |line: &str| line.contains("->") && line.contains(&format!(":{inode} "));
+        let begun = Instant::now();
+        while !std::fs::read_to_string("/proc/locks").unwrap().lines().any(waits) {
+            assert!(begun.elapsed() < LONG, "nobody waits");
+            thread::yield_now();
+        }
+        let (send, got) = mpsc::channel();
+        let other = thread::spawn(move || {
+            send.send(PathLock::acquire(&store, [&first], Wait::Block).unwrap().unwrap())
+        });
+        drop(got.recv_timeout(LONG).expect("both wait for each other"));
+        other.join().unwrap().unwrap();
+        drop(held);
+        receive.recv_timeout(LONG).unwrap();
+        drop(waiter.join().unwrap());
     }
 
     #[test]
