@@ -9,6 +9,7 @@
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io::{Read as _, Write as _};
+use std::os::unix::fs::FileExt as _;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError, Weak};
@@ -51,6 +52,8 @@ struct RootsFile {
 #[derive(Debug, Default)]
 struct State {
     added: HashSet<StorePath>,
+    /// Bytes of the file that are entries. What lies behind them was written in part by a write that failed.
+    len: u64,
     /// To the collector that was running when the last root was added.
     collector: Option<UnixStream>,
 }
@@ -133,14 +136,14 @@ impl RootsFile {
         let mut written = false;
         loop {
             if gc_lock(FlockOperation::NonBlockingLockShared)? {
-                let result = if written { Ok(()) } else { self.append(&entries) };
+                let result = if written { Ok(()) } else { self.append(state, &entries) };
                 gc_lock(FlockOperation::Unlock)?;
                 return result;
             }
             // Before this collector is told and not, as Nix does it, after: otherwise it could end, and the next one
             // read our file, in between.
             if !written {
-                self.append(&entries)?;
+                self.append(state, &entries)?;
                 written = true;
             }
             match self.tell_collector(state, paths) {
@@ -162,8 +165,11 @@ impl RootsFile {
         }
     }
 
-    fn append(&self, entries: &[u8]) -> Result<(), Error> {
-        (&self.file).write_all(entries).map_err(Error::io("write the temporary roots", &self.path))
+    fn append(&self, state: &mut State, entries: &[u8]) -> Result<(), Error> {
+        let written = append_at(&self.file, state.len, entries);
+        written.map_err(Error::io("write the temporary roots", &self.path))?;
+        state.len += entries.len() as u64;
+        Ok(())
     }
 
     /// Names each path to the running collector and waits until it has none of them in hand.
@@ -196,6 +202,15 @@ impl Drop for RootsFile {
             let _ = rustix::fs::unlink(&self.path);
         }
     }
+}
+
+/// Writes all of `entries` or nothing. A piece of one, left by a disk that was full for a moment, would become the beginning
+/// of the next, and that be a root of nothing.
+fn append_at(file: &File, at: u64, entries: &[u8]) -> io::Result<()> {
+    file.write_all_at(entries, at).inspect_err(|_| {
+        // If even that fails, the next entry is written over it.
+        let _ = file.set_len(at);
+    })
 }
 
 /// Opens or makes a file to lock, for its owner only.
@@ -232,6 +247,22 @@ mod tests {
         roots.add_all([&a, &b]).unwrap();
         let expected = format!("/nix/store/{a}\0/nix/store/{b}\0");
         assert_eq!(std::fs::read(roots_file(&store)).unwrap(), expected.as_bytes());
+    }
+
+    #[test]
+    fn what_was_written_in_part_is_taken_back() {
+        use rustix::fs::{MemfdFlags, SealFlags};
+        // A file that takes no more than a page, as a disk that is full takes a piece of what is written.
+        const ROOM: usize = 4096;
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let file = File::from(rustix::fs::memfd_create("roots", flags).unwrap());
+        file.set_len(ROOM as u64).unwrap();
+        rustix::fs::fcntl_add_seals(&file, SealFlags::GROW).unwrap();
+        append_at(&file, 0, b"whole\0").unwrap();
+        append_at(&file, 6, &[b'x'; ROOM]).unwrap_err();
+        let mut left = Vec::new();
+        (&file).read_to_end(&mut left).unwrap();
+        assert_eq!(left, b"whole\0");
     }
 
     #[test]
