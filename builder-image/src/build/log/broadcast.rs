@@ -15,14 +15,16 @@ struct Inner {
     readers: Vec<Outlet>,
     /// Those that had all of it when it ended, and need not be shown it again.
     had: Vec<Weak<Shared>>,
+    /// Nothing comes any more.
+    ended: bool,
     history: History,
 }
 
 impl BuildLog {
     /// With a session's readers. In `spool` more of it is kept than memory has room for.
     pub(crate) fn new(log: &Log, spool: Option<File>) -> Self {
-        let (readers, had) = (log.outlets.clone(), Vec::new());
-        Self { inner: Mutex::new(Inner { readers, had, history: History::new(spool) }) }
+        let (readers, had, ended) = (log.outlets.clone(), Vec::new(), false);
+        Self { inner: Mutex::new(Inner { readers, had, ended, history: History::new(spool) }) }
     }
 
     /// Adds a session's readers, as far as they are not there yet, and shows them what is kept.
@@ -35,13 +37,20 @@ impl BuildLog {
                 continue;
             }
             outlet.shared.put(inner.history.pieces());
-            inner.readers.push(outlet.clone());
+            if inner.ended {
+                // Those that are gone need no remembering: a build's end may be asked for very often.
+                inner.had.retain(|had| had.strong_count() > 0);
+                inner.had.push(weak);
+            } else {
+                inner.readers.push(outlet.clone());
+            }
         }
     }
 
     /// Nothing comes any more: lets go of the readers, who may be gone long before the log is.
     pub(crate) fn end(&self) {
         let mut inner = self.lock();
+        inner.ended = true;
         inner.had = inner.readers.drain(..).map(|reader| Arc::downgrade(&reader.shared)).collect();
     }
 

@@ -34,7 +34,6 @@ pub(crate) struct Log {
 }
 
 /// One reader. The last outlet that is dropped ends its thread.
-#[derive(Clone)]
 struct Outlet {
     shared: Arc<Shared>,
 }
@@ -54,7 +53,9 @@ struct State {
     /// When the reader last took something; None while nothing waits.
     waiting_since: Option<Instant>,
     broken: bool,
-    closed: bool,
+    /// Outlets that there are. Counted here, under the lock, and not by their number of references: of two that are dropped
+    /// at once each would find the other still there, and the thread never end.
+    outlets: usize,
 }
 
 /// Something that waits for its reader.
@@ -72,7 +73,8 @@ enum Piece {
 impl Log {
     /// Writes to `sink` from a thread of its own, which may block for as long as it likes.
     pub(crate) fn to(mut sink: impl Write + Send + 'static) -> Self {
-        let shared = Arc::new(Shared { state: Mutex::default(), changed: Condvar::new() });
+        let state = State { outlets: 1, ..State::default() };
+        let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new() });
         let writer = Arc::clone(&shared);
         std::thread::spawn(move || {
             while let Some(bytes) = writer.next() {
@@ -132,11 +134,19 @@ impl Outlet {
     }
 }
 
+impl Clone for Outlet {
+    fn clone(&self) -> Self {
+        self.shared.lock().outlets += 1;
+        Self { shared: Arc::clone(&self.shared) }
+    }
+}
+
 impl Drop for Outlet {
     fn drop(&mut self) {
-        // The writer and this handle: nobody can write any more.
-        if Arc::strong_count(&self.shared) <= 2 {
-            self.shared.lock().closed = true;
+        let mut state = self.shared.lock();
+        state.outlets -= 1;
+        // Nobody can write any more.
+        if state.outlets == 0 {
             self.shared.changed.notify_all();
         }
     }
@@ -195,7 +205,7 @@ impl Shared {
                 }
                 return Some(bytes);
             }
-            if state.closed {
+            if state.outlets == 0 {
                 return None;
             }
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
@@ -283,6 +293,62 @@ mod tests {
         fn flush(&mut self) -> io::Result<()> {
             Ok(())
         }
+    }
+
+    /// Says when its thread has ended.
+    struct Ends(mpsc::Sender<()>);
+
+    impl Write for Ends {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            Ok(bytes.len())
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    impl Drop for Ends {
+        fn drop(&mut self) {
+            let _nobody_asks = self.0.send(());
+        }
+    }
+
+    #[test]
+    fn a_reader_ends_with_its_last_two_outlets_at_once() {
+        const ROUNDS: usize = 20_000;
+        let (give, take) = mpsc::sync_channel::<(Log, Arc<std::sync::atomic::AtomicBool>)>(0);
+        let other = std::thread::spawn(move || {
+            for (log, go) in take {
+                while !go.load(std::sync::atomic::Ordering::SeqCst) {
+                    std::hint::spin_loop();
+                }
+                drop(log);
+            }
+        });
+        for round in 0..ROUNDS {
+            let (ends, ended) = mpsc::channel();
+            let log = Log::to(Ends(ends));
+            let go = Arc::<std::sync::atomic::AtomicBool>::default();
+            give.send((log.clone(), Arc::clone(&go))).unwrap();
+            go.store(true, std::sync::atomic::Ordering::SeqCst);
+            drop(log);
+            assert_eq!(ended.recv_timeout(2 * STALL), Ok(()), "round {round}");
+        }
+        drop(give);
+        other.join().unwrap();
+    }
+
+    #[test]
+    fn who_reads_the_log_of_a_build_that_has_ended_is_let_go_of() {
+        let build = BuildLog::new(&Log::to(io::sink()), None);
+        build.write(b"text");
+        build.end();
+        let (ends, ended) = mpsc::channel();
+        let late = Log::to(Ends(ends));
+        build.join(&late);
+        late.flush_until(&|| false);
+        drop(late);
+        assert_eq!(ended.recv_timeout(2 * STALL), Ok(()), "the build that is kept keeps its reader");
     }
 
     #[test]
