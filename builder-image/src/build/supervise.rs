@@ -2,7 +2,7 @@
 //! derivation-building-goal.cc). It decides when a build has ended and how; it may not look at outputs.
 
 use std::io;
-use std::os::fd::AsFd as _;
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 pub(crate) use super::cancel::Cancel;
@@ -15,6 +15,8 @@ use crate::sandbox::launch::{Report, Running};
 const LOG_RETRY: Duration = Duration::from_millis(20);
 /// How much output is taken at once.
 const CHUNK: usize = 16 << 10;
+/// How much of it before limits and the build's clients are looked at again: a build can write as fast as it is read.
+const MAX_DRAINED: u64 = 1 << 20;
 /// How long a killed build may take to be gone before this program gives up on it.
 const KILL_TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -69,7 +71,7 @@ pub(crate) fn supervise(
         {
             break Some(end);
         }
-        if ready.terminal && watch.drain(&running, limits, log, false)? {
+        if ready.terminal && watch.drain(running.terminal(), limits, log, false)? {
             break None;
         }
     };
@@ -79,7 +81,7 @@ pub(crate) fn supervise(
         None => last_end(&mut running)?,
     };
     // What is left fits into the terminal's own buffer.
-    watch.drain(&running, limits, log, true)?;
+    watch.drain(running.terminal(), limits, log, true)?;
     // Waits until the helper, and so the build, is gone.
     drop(running);
     let end = watch.over_log_limit(limits).unwrap_or(end);
@@ -148,13 +150,14 @@ impl Watch {
     /// at in time. True at its end.
     fn drain(
         &mut self,
-        running: &Running,
+        terminal: impl AsFd,
         limits: &Limits,
         log: &BuildLog,
         ever: bool,
     ) -> Result<bool, Error> {
+        let before = self.logged;
         loop {
-            match rustix::io::read(running.terminal(), &mut self.chunk[..]) {
+            match rustix::io::read(&terminal, &mut self.chunk[..]) {
                 // EIO: every process that had the terminal's other end is gone.
                 Ok(0) | Err(rustix::io::Errno::IO) => return Ok(true),
                 Ok(count) => {
@@ -162,7 +165,8 @@ impl Watch {
                     self.logged += count as u64;
                     self.tail.write(&self.chunk[..count]);
                     log.write(&self.chunk[..count]);
-                    if !ever && (!log.has_room() || self.over_log_limit(limits).is_some()) {
+                    let enough = self.logged - before >= MAX_DRAINED;
+                    if !ever && (enough || !log.has_room() || self.over_log_limit(limits).is_some()) {
                         return Ok(false);
                     }
                 }
@@ -207,6 +211,25 @@ fn last_end(running: &mut Running) -> Result<End, Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::build::log::Log;
+
+    #[test]
+    fn a_build_that_never_stops_writing_is_looked_after() {
+        // For readers that are gone there is always room.
+        let gone = Log::to(std::fs::File::open("/dev/null").unwrap());
+        gone.note("this cannot be written");
+        gone.flush_until(&|| false);
+        let log = BuildLog::new(&gone, None);
+        let endless = std::fs::File::open("/dev/zero").unwrap();
+        let (send, receive) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            let mut watch = Watch::new(Instant::now());
+            let ended = watch.drain(&endless, &Limits::default(), &log, false).unwrap();
+            send.send((ended, watch.logged))
+        });
+        let (ended, logged) = receive.recv_timeout(Duration::from_secs(20)).expect("it reads for ever");
+        assert!(!ended && (MAX_DRAINED..2 * MAX_DRAINED).contains(&logged), "{logged}");
+    }
 
     #[test]
     fn which_limit_is_exceeded() {
