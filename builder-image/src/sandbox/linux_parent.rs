@@ -12,6 +12,10 @@ use super::kernel::Parent;
 use super::linux::{Linux, check};
 use super::plan::{IdMap, Isolation};
 
+/// The id of who kills a build's processes, beside theirs. Nobody's: it is below those of builds, and mapped wherever these
+/// are (see [`super::rungs`]).
+const KILLER_UID: u32 = 30_000;
+
 impl Parent for Linux {
     fn drop_groups(&mut self) -> io::Result<()> {
         Ok(rustix::thread::set_thread_groups(&[])?)
@@ -147,10 +151,11 @@ fn without_admin<T>(act: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
 pub(super) fn kill_as(uid: u32) -> io::Result<()> {
     const DONE: i32 = 0;
     let Some(child) = clone(0)? else {
-        // A process of that id may signal these only, so it cannot hit anything else.
-        let uid = process::Uid::from_raw(uid);
+        // It may signal what has its effective id as one of its own, and be signalled by who has one of its others: it cannot
+        // hit anything else, and what it kills cannot kill it first (Linux: kernel/signal.c, kill_ok_by_cred).
+        let (uid, own) = (process::Uid::from_raw(uid), process::Uid::from_raw(KILLER_UID));
         let killed =
-            rustix::thread::set_thread_res_uid(uid, uid, uid).map_err(io::Error::from).and_then(|()| {
+            rustix::thread::set_thread_res_uid(own, uid, own).map_err(io::Error::from).and_then(|()| {
                 // SAFETY: takes numbers only. -1 is every process that this one may signal, but for itself.
                 check(libc::c_long::from(unsafe { libc::kill(-1, libc::SIGKILL) })).map(drop)
             });
@@ -170,5 +175,51 @@ pub(super) fn kill_as(uid: u32) -> io::Result<()> {
         Some(DONE) => Ok(()),
         Some(errno) => Err(io::Error::from_raw_os_error(errno)),
         None => Err(io::Error::other("the process that was to kill the others was killed itself")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read as _;
+
+    use super::*;
+
+    /// Beyond those that builds of other tests have.
+    const UID: u32 = 30_130;
+    const ROUNDS: usize = 50;
+
+    #[allow(unsafe_code)]
+    #[test]
+    fn what_is_killed_cannot_kill_first() {
+        if !process::geteuid().is_root() {
+            assert_eq!(kill_as(UID).unwrap_err().raw_os_error(), Some(libc::EPERM));
+            return;
+        }
+        for round in 0..ROUNDS {
+            let (mut begun, begins) = io::pipe().unwrap();
+            let Some(child) = clone(0).unwrap() else {
+                let uid = process::Uid::from_raw(UID);
+                let changed = rustix::thread::set_thread_res_uid(uid, uid, uid);
+                let _told = rustix::io::write(&begins, &[u8::from(changed.is_ok())]);
+                // Under another id it would hit others.
+                while changed.is_ok() {
+                    // SAFETY: takes numbers only; of an id that nothing else has, it hits who comes to kill it.
+                    unsafe { libc::kill(-1, libc::SIGKILL) };
+                }
+                // SAFETY: ends this process without running destructors that belong to the process it was cloned from.
+                unsafe { libc::_exit(1) }
+            };
+            drop(begins);
+            let mut word = [0];
+            begun.read_exact(&mut word).unwrap();
+            let killed = kill_as(UID);
+            let ended = process::waitpid(Some(child), WaitOptions::NOHANG);
+            if !matches!(ended, Ok(Some(_))) {
+                // As root, who may do that.
+                process::kill_process(child, process::Signal::KILL).unwrap();
+                process::waitpid(Some(child), WaitOptions::empty()).unwrap();
+            }
+            assert!(word == [1] && killed.is_ok(), "round {round}: {killed:?}");
+        }
     }
 }
