@@ -4,7 +4,7 @@ use std::io::{self, PipeReader, PipeWriter, Read as _, Write};
 use std::sync::Arc;
 use std::sync::mpsc;
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use drover_api::{ClassCache, Reason, Trust};
 use drover_nix::{
@@ -14,6 +14,7 @@ use drover_serve::testing::{MemoryStore, file_nar};
 use drover_serve::{BuildOptions, BuildResult, BuildStatus};
 use futures::channel::mpsc::unbounded;
 use kube::runtime::reflector::ObjectRef;
+use rustix::event::{PollFd, PollFlags, poll};
 use tokio::sync::watch;
 use tracing::Instrument as _;
 
@@ -24,9 +25,12 @@ use crate::clock::Clock;
 use crate::log::{of_request, testing::Lines};
 use crate::world::{SessionEnd, Stage};
 
-/// Long enough for whatever moves, and short enough to be waited for.
+/// Where it counts, the clock moves as the test has it move: a busy machine makes nothing slow.
 const STALL: Duration = Duration::from_millis(400);
 const LONG: Duration = Duration::from_secs(60);
+
+/// As many as the watch over a session looks in a period.
+const STEPS: u32 = 20;
 
 const CONTENTS: &[u8] = &[b'x'; 20_000];
 
@@ -97,6 +101,14 @@ fn begin(stall: Duration) -> (Session, Far) {
 }
 
 impl Far {
+    /// Waits until nobody can read the log any more.
+    fn log_is_let_go(&self) {
+        // Of a pipe that is written to, an error says that it has no reader; it need not be asked for (poll(2)).
+        let mut polled = [PollFd::new(&self.stderr, PollFlags::empty())];
+        let limit = rustix::event::Timespec::try_from(LONG).unwrap();
+        assert_eq!(poll(&mut polled, Some(&limit)), Ok(1), "the log's thread has no end");
+    }
+
     /// Serves a builder that does `build` and then has what it was asked for. Ends when the session's side has.
     fn serve(
         self,
@@ -129,12 +141,19 @@ impl Session {
     }
 
     async fn reaches(&self, stage: Stage) {
-        let reached = async {
-            while self.progress.view().stage < stage {
-                tokio::task::yield_now().await;
-            }
-        };
-        tokio::time::timeout(LONG, reached).await.unwrap_or_else(|_| panic!("never came to {stage:?}"));
+        // By the machine's clock: the runtime's may stand still.
+        let begun = Instant::now();
+        while self.progress.view().stage < stage {
+            assert!(begun.elapsed() < LONG, "never came to {stage:?}");
+            tokio::task::yield_now().await;
+        }
+    }
+
+    /// Lets so much time go by, in small steps.
+    async fn pass(&self, time: Duration) {
+        for _ in 0..=STEPS {
+            tokio::time::advance(time / STEPS).await;
+        }
     }
 }
 
@@ -176,27 +195,31 @@ async fn what_a_session_logs_names_its_request() {
     }
 }
 
-#[tokio::test(flavor = "multi_thread")]
+#[tokio::test(start_paused = true)]
 async fn a_builder_that_says_nothing_is_given_up() {
     let (session, mut far) = begin(STALL);
+    session.pass(STALL / 2).await;
+    assert!(!session.end.is_finished());
+    session.pass(STALL).await;
     let (end, _dir) = session.end().await;
     let (reason, infrastructure, message) = failed(&end);
     assert_eq!((reason, infrastructure), (Reason::InfrastructureFailure, true));
     assert!(message.starts_with("greeting the builder: less than 1024 bytes"), "{message}");
-    // The session's threads have let go of its end.
+    // The session's threads let go of its ends, each when it comes to run: the one that copies, and the log's.
     far.stdin.read_to_end(&mut Vec::new()).unwrap();
+    far.log_is_let_go();
     assert_eq!(far.stderr.write(b"x").unwrap_err().kind(), io::ErrorKind::BrokenPipe);
 }
 
-/// Gives its reader a byte now and then.
-struct Trickle(PipeWriter);
+/// Of what is long, gives its reader a byte for each word that it gets.
+struct Trickle(PipeWriter, mpsc::Receiver<()>);
 
 impl Write for Trickle {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         if bytes.len() < CONTENTS.len() / 10 {
             return self.0.write(bytes);
         }
-        thread::sleep(STALL / 40);
+        self.1.recv().map_err(io::Error::other)?;
         self.0.write(&bytes[..1])
     }
 
@@ -205,23 +228,36 @@ impl Write for Trickle {
     }
 }
 
-#[tokio::test(flavor = "multi_thread")]
+#[tokio::test(start_paused = true)]
 async fn a_builder_that_trickles_is_given_up() {
     let (session, far) = begin(STALL);
-    let stdout = Trickle(far.stdout.try_clone().unwrap());
+    let (byte, bytes) = mpsc::channel();
+    let stdout = Trickle(far.stdout.try_clone().unwrap(), bytes);
     let builder = far.serve(stdout, |_| {});
+    session.reaches(Stage::Collecting).await;
+    for _ in 0..3 * STEPS {
+        // Refused once the builder has lost its client.
+        let _ = byte.send(());
+        tokio::time::advance(STALL / STEPS).await;
+    }
     let (end, _dir) = session.end().await;
     let (reason, _, message) = failed(&end);
     assert_eq!(reason, Reason::InfrastructureFailure);
     assert!(message.starts_with("collecting outputs: less than"), "{message}");
+    drop(byte);
     builder.join().unwrap();
 }
 
-#[tokio::test(flavor = "multi_thread")]
+#[tokio::test(start_paused = true)]
 async fn a_build_may_be_silent() {
     let (session, far) = begin(STALL);
     let stdout = far.stdout.try_clone().unwrap();
-    let builder = far.serve(stdout, |_| thread::sleep(3 * STALL));
+    let (go, gone) = mpsc::channel::<()>();
+    let builder = far.serve(stdout, move |_| gone.recv().unwrap());
+    session.reaches(Stage::Building).await;
+    session.pass(3 * STALL).await;
+    assert!(!session.end.is_finished());
+    go.send(()).unwrap();
     let (end, _dir) = session.end().await;
     assert!(matches!(end, SessionEnd::Finished { .. }), "{end:?}");
     builder.join().unwrap();
