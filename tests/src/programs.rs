@@ -6,18 +6,14 @@ use std::sync::OnceLock;
 
 use anyhow::{Context, Result, anyhow};
 use xtask::images::{self, Image};
-use xtask::{checkout, run};
+use xtask::{checkout, development, run};
 
 /// The path of `drover`, `drover-builder` or `drover-operator`, compiled with the development profile.
 pub fn program(name: &str) -> Result<PathBuf> {
-    static BUILT: OnceLock<Result<(), String>> = OnceLock::new();
+    static BUILT: OnceLock<Result<PathBuf, String>> = OnceLock::new();
     // Cargo holds no lock while tests run, so asking it is safe; where nothing changed it takes a blink.
-    let build = || run::run(run::cargo().args(["build", "--quiet"])).map_err(|error| format!("{error:#}"));
-    BUILT.get_or_init(build).clone().map_err(|error| anyhow!(error))?;
-    let this = std::env::current_exe()?;
-    // A test is target/debug/deps/TEST-HASH, the demo target/debug/demo.
-    let dir = this.parent().context("a program lies in a directory")?;
-    let dir = if dir.ends_with("deps") { dir.parent().unwrap_or(dir) } else { dir };
+    let build = || development::compile().map_err(|error| format!("{error:#}"));
+    let dir = BUILT.get_or_init(build).as_ref().map_err(|error| anyhow!("{error}"))?;
     let path = dir.join(name);
     path.is_file().then_some(path).with_context(|| format!("cargo build made no {name} in {}", dir.display()))
 }

@@ -9,7 +9,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
-use crate::run;
+use crate::{development, run};
 
 /// Where the files are, below the checkout.
 const DIRS: [&str; 2] = ["crds", "charts/drover/files/crds"];
@@ -49,7 +49,7 @@ pub fn check() -> Result<()> {
 }
 
 fn generate() -> Result<BTreeMap<String, String>> {
-    split(&run::stdout(run::cargo().args(["run", "--quiet", "--package", "drover", "--", "crds"]))?)
+    split(&run::stdout(Command::new(development::compile()?.join("drover")).arg("crds"))?)
 }
 
 /// The documents of a YAML stream, named by the resource: `builds.example.com` is `builds.yaml`.

@@ -14,7 +14,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::layers::Tally;
 use crate::parts::host;
-use crate::{limit, run};
+use crate::{development, limit, run};
 
 /// Counters at every edge, and comparisons reported to libFuzzer, which then tries the other operand.
 const COVERAGE: &str = "-Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
@@ -88,9 +88,7 @@ fn record() -> Result<PathBuf> {
     }
     fs::create_dir_all(&dir)?;
     // It lives with the fixtures, which this crate cannot depend on.
-    let mut record = run::cargo();
-    record.args(["run", "--quiet", "-p", "drover-tests", "--bin", "record", "--"]).arg(&dir);
-    run::run(&mut record)?;
+    run::run(Command::new(development::compile()?.join("record")).arg(&dir))?;
     Ok(dir)
 }
 

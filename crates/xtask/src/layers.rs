@@ -121,14 +121,11 @@ impl Layer {
     fn cargo_arguments(self) -> &'static [&'static [&'static str]] {
         match self {
             Self::Fuzz | Self::Mutants => &[],
-            // What tests are made of has tests of its own, beside those that take real parts.
-            Self::Unit => &[
-                &["test", "--workspace", "--exclude", "drover-tests", "--no-fail-fast"],
-                &["test", "-p", "drover-tests", "--lib"],
-            ],
-            Self::Peers => &[&["test", "-p", "drover-tests", "--test", "peers"]],
-            Self::ControlPlane => &[&["test", "-p", "drover-tests", "--test", "control_plane"]],
-            Self::Node => &[&["test", "-p", "drover-tests", "--test", "node", "--", "--test-threads=1"]],
+            // All of the workspace: see `development`.
+            Self::Unit => &[&["test", "--workspace", "--no-fail-fast"]],
+            Self::Peers => &[&["test", "--workspace", "--test", "peers"]],
+            Self::ControlPlane => &[&["test", "--workspace", "--test", "control_plane"]],
+            Self::Node => &[&["test", "--workspace", "--test", "node", "--", "--test-threads=1"]],
         }
     }
 }

@@ -5,6 +5,7 @@
 //! - [`cluster`] is a real one-node cluster; [`control_plane`] is etcd and kube-apiserver alone; [`audit`] reads what either
 //!   of them was asked.
 //! - [`images`] makes the two OCI images; [`crds`], [`chart`], [`docs`] and [`layers`] are the checks and the tests.
+//! - [`development`] is the programs as people who work on them compile them.
 //! - [`permissions`] is the list of what the operator may do, and why.
 //! - [`limit`] ends what takes too long.
 //! - [`fuzz`] runs the targets of `tests/fuzz`; [`mutants`] takes guards away and sees tests fail.
@@ -20,6 +21,7 @@ pub mod cluster;
 pub mod control_plane;
 pub mod crds;
 pub mod dashboard;
+pub mod development;
 pub mod docs;
 pub mod fuzz;
 pub mod images;

@@ -9,7 +9,7 @@ use clap::{Parser, Subcommand};
 use xtask::cluster::Cluster;
 use xtask::layers::{self, Layer, Tally};
 use xtask::parts::rootfs::Nix;
-use xtask::{bench, chart, crds, dashboard, docs, fuzz, images, mutants, parts, root, run};
+use xtask::{bench, chart, crds, dashboard, development, docs, fuzz, images, mutants, parts, root, run};
 
 /// What people who work on Drover run.
 #[derive(Parser)]
@@ -181,9 +181,7 @@ fn sum(total: Tally) -> ExitCode {
 
 /// It lives with the fixtures that it shares with tests, which this crate cannot depend on.
 fn demo() -> Result<ExitCode> {
-    let mut demo = run::cargo();
-    demo.args(["run", "--quiet", "-p", "drover-tests", "--bin", "demo"]);
-    run::run(&mut demo).map(|()| ExitCode::SUCCESS)
+    run::run(&mut Command::new(development::compile()?.join("demo"))).map(|()| ExitCode::SUCCESS)
 }
 
 fn print_parts() -> Result<ExitCode> {

@@ -60,7 +60,7 @@ impl Root {
         self
     }
 
-    /// The command that runs `program` inside. Its environment is inherited, but for PATH and HOME.
+    /// The command that runs `program` inside. Its environment is inherited, but for PATH, HOME and the XDG directories.
     pub fn command(&self, program: impl AsRef<OsStr>) -> Result<Command> {
         if !parts::host::is_root() {
             bail!("running a program in {} takes root, for its mounts", self.rootfs.display());
@@ -87,7 +87,12 @@ impl Root {
         command
             .args(words)
             .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
-            .env("HOME", "/root");
+            .env("HOME", "/root")
+            // What programs inside remember goes with the root: Nix would find in one test's cache what another's has.
+            .env_remove("XDG_CACHE_HOME")
+            .env_remove("XDG_CONFIG_HOME")
+            .env_remove("XDG_DATA_HOME")
+            .env_remove("XDG_STATE_HOME");
         Ok(command)
     }
 }

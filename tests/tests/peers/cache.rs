@@ -310,9 +310,10 @@ fn connections_are_kept_and_shared() -> Result<()> {
     let files = open(&format!("file://{}", dir.path().display()), &CacheOptions::default())?;
     let paths: Vec<StorePath> =
         (0..PATHS).map(|number| Ok(put(&files, &format!("p{number}"), 100)?.0)).collect::<Result<_>>()?;
-    // One connection a thread at most by HTTP/1.1; by HTTP/2, all are on one.
+    // By HTTP/1.1 a connection a thread, and some more: one that is free again is not always seen by who asks next. By
+    // HTTP/2, all are on one.
     for (http, protocol, most) in
-        [(HttpCache::start(dir.path())?, "HTTP/1.1", 16), (HttpCache::start_tls(dir.path())?, "HTTP/2.0", 1)]
+        [(HttpCache::start(dir.path())?, "HTTP/1.1", 32), (HttpCache::start_tls(dir.path())?, "HTTP/2.0", 1)]
     {
         let certificates = http.url().starts_with("https").then(|| http.certificate());
         let cache = open(http.url(), &CacheOptions { certificates, ..CacheOptions::default() })?;

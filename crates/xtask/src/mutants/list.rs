@@ -145,13 +145,12 @@ impl FromStr for Test {
 impl Program {
     /// What cargo is told to get it.
     pub fn arguments(&self) -> Vec<&str> {
-        let mut arguments = vec!["-p", self.package.as_str()];
         match &self.target {
-            Target::Lib => arguments.push("--lib"),
-            Target::Bin(name) => arguments.extend(["--bin", name]),
-            Target::Test(name) => arguments.extend(["--test", name]),
+            Target::Lib => vec!["-p", self.package.as_str(), "--lib"],
+            // No two packages have one of the same name, and so nothing is compiled anew: see `development`.
+            Target::Bin(name) => vec!["--workspace", "--bin", name],
+            Target::Test(name) => vec!["--workspace", "--test", name],
         }
-        arguments
     }
 }
 

@@ -28,9 +28,10 @@ use workload::{Expected, Job, NAMESPACES};
 const BUILDS: usize = 200;
 /// Between two groups of requests.
 const PACE: Duration = Duration::from_secs(6);
-/// From the first request to the last fault, and from there until all has ended.
+/// From the first request to the last fault, and from there until all has ended: what was killed often waits five minutes
+/// for its next attempt.
 const KILLING: Duration = Duration::from_secs(420);
-const SETTLING: Duration = Duration::from_secs(240);
+const SETTLING: Duration = Duration::from_secs(400);
 /// An API server that was killed is back by then.
 const API_LIMIT: Duration = Duration::from_secs(60);
 /// DESIGN.md, S6.
