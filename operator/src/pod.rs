@@ -48,6 +48,8 @@ const LOST_NODE_SECONDS: u32 = 30;
 const LOST_NODE_TAINTS: [&str; 2] = ["node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable"];
 /// 32-bit programs on an x86_64 machine.
 const I686: &str = "i686-linux";
+/// Kubernetes: well-known labels.
+const ARCH_LABEL: &str = "kubernetes.io/arch";
 /// A pod without requests is the first to be evicted: what a builder asks for where neither class nor request speaks.
 const DEFAULT_REQUESTS: [(&str, &str); 3] =
     [("cpu", "250m"), ("memory", DEFAULT_MEMORY), ("ephemeral-storage", "1Gi")];
@@ -195,6 +197,9 @@ impl PodPlan<'_> {
             }]);
         }
         let spec = &mut pod["spec"];
+        if let Some(arch) = self.arch() {
+            spec["nodeSelector"][ARCH_LABEL] = arch.into();
+        }
         spec["restartPolicy"] = "Never".into();
         spec["automountServiceAccountToken"] = false.into();
         if spec["tolerations"].is_null() {
@@ -306,17 +311,23 @@ impl PodPlan<'_> {
             .scheduling()
             .flat_map(|s| s.node_selector.iter().map(|(key, value)| (key.clone(), value.clone())))
             .collect();
-        let arch = match self.system {
+        if let Some(arch) = self.arch() {
+            selector.insert(ARCH_LABEL.into(), arch.into());
+        }
+        selector
+    }
+
+    /// What Kubernetes calls the processors that run this system. A level of x86-64 is no architecture of a node: a builder
+    /// whose processor has it not says so.
+    fn arch(&self) -> Option<&'static str> {
+        match self.system {
             "x86_64-linux" | I686 => Some("amd64"),
+            level if level.starts_with("x86_64-v") && level.ends_with("-linux") => Some("amd64"),
             "aarch64-linux" => Some("arm64"),
             "riscv64-linux" => Some("riscv64"),
             "powerpc64le-linux" => Some("ppc64le"),
             _ => None,
-        };
-        if let Some(arch) = arch {
-            selector.insert("kubernetes.io/arch".into(), arch.into());
         }
-        selector
     }
 
     fn resources(&self) -> Resources {

@@ -43,11 +43,15 @@ fn pod_with(
 
 /// With a path that follows from the rest.
 fn derivation() -> BasicDerivation {
+    derivation_for("x86_64-linux")
+}
+
+fn derivation_for(system: &str) -> BasicDerivation {
     let mut drv = BasicDerivation {
         name: "hello".into(),
         outputs: [(OutputName::out(), DerivationOutput::Deferred)].into(),
         input_srcs: [].into(),
-        system: "x86_64-linux".into(),
+        system: system.into(),
         builder: "/bin/sh".into(),
         args: vec![],
         env: [("out".into(), "".into())].into(),
@@ -69,7 +73,7 @@ fn pod_of(
         class_name: "c",
         attempt: 2,
         memory,
-        system: "x86_64-linux",
+        system: std::str::from_utf8(&derivation.system).unwrap(),
         features: &features.iter().map(|f| (*f).to_owned()).collect(),
         fetches: features.contains(&"fetches"),
         derivation,
@@ -153,6 +157,26 @@ template:
     assert_eq!(builder["volumeMounts"][0]["name"], "big");
     assert_eq!(builder["volumeMounts"].as_array().unwrap().len(), 2);
     assert_eq!(spec["containers"][1]["name"], "side");
+}
+
+#[test]
+fn a_pod_goes_where_its_system_runs() {
+    let class = class("template: {spec: {nodeSelector: {kubernetes.io/arch: s390x, disk: fast}}}");
+    for (system, arch) in [
+        ("x86_64-linux", "amd64"),
+        ("i686-linux", "amd64"),
+        ("x86_64-v3-linux", "amd64"),
+        ("aarch64-linux", "arm64"),
+        // Of these nobody says where they run but the class.
+        ("mips64el-linux", "s390x"),
+    ] {
+        let pod = pod_of(&request(), &class, &[], None, &derivation_for(system));
+        assert_eq!(
+            pod["spec"]["nodeSelector"],
+            json!({"kubernetes.io/arch": arch, "disk": "fast"}),
+            "{system}"
+        );
+    }
 }
 
 #[test]
