@@ -173,8 +173,8 @@ mod tests {
             let program = text.parse::<Test>().map(|test| test.program);
             program.map(|program| program.arguments().join(" ")).map_err(|error| error.to_string())
         };
-        assert_eq!(arguments("p test:peers a::b").unwrap(), "-p p --test peers");
-        assert_eq!(arguments("p bin:tool a").unwrap(), "-p p --bin tool");
+        assert_eq!(arguments("p test:peers a::b").unwrap(), "--workspace --test peers");
+        assert_eq!(arguments("p bin:tool a").unwrap(), "--workspace --bin tool");
         assert!(arguments("p tests a").unwrap_err().contains("`lib`"));
         assert!(arguments("p lib").unwrap_err().contains("PACKAGE TARGET NAME"));
         assert!(parse("[{name: a, gaurds: S1}]").unwrap_err().to_string().contains("gaurds"));
