@@ -307,14 +307,9 @@ impl PodPlan<'_> {
     }
 
     fn node_selector(&self) -> BTreeMap<String, String> {
-        let mut selector: BTreeMap<String, String> = self
-            .scheduling()
+        self.scheduling()
             .flat_map(|s| s.node_selector.iter().map(|(key, value)| (key.clone(), value.clone())))
-            .collect();
-        if let Some(arch) = self.arch() {
-            selector.insert(ARCH_LABEL.into(), arch.into());
-        }
-        selector
+            .collect()
     }
 
     /// What Kubernetes calls the processors that run this system. A level of x86-64 is no architecture of a node: a builder
