@@ -128,3 +128,9 @@ kind: BuilderClass
 metadata: {name: {{ .Values.class.name }}}
 spec: {{- toYaml .Values.class.spec | nindent 2 }}
 {{- end }}
+
+{{/* The port that a URL names, or its scheme's. */}}
+{{- define "drover.urlPort" -}}
+{{- $url := urlParse . }}
+{{- regexFind "[0-9]+$" (regexFind ":[0-9]+$" $url.host) | default (ternary 443 80 (eq $url.scheme "https")) }}
+{{- end }}
