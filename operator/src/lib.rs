@@ -42,5 +42,6 @@ pub mod session;
 pub mod settings;
 pub mod status;
 pub mod sweep;
+pub mod trace;
 pub mod watches;
 pub mod world;

@@ -81,6 +81,11 @@ pub enum Event {
         nar_hash: Sha256,
         nar_size: u64,
     },
+    /// All of them are received and checked. What follows is storing them, where the job says so.
+    OutputsVerified {
+        outputs: usize,
+        bytes: u64,
+    },
     /// In the cache now.
     OutputStored {
         name: OutputName,

@@ -68,6 +68,7 @@ pub fn run<R: Read, W: Write>(
     let located = verify::locate(&job.dir, known, &result)?;
     let collected = collect::collect(job, &located, paths, &mut client, observer)?;
     transfer.bytes_received = collected.iter().map(|output| output.info.nar_size).sum();
+    observer.event(Event::OutputsVerified { outputs: collected.len(), bytes: transfer.bytes_received });
     timings.copy_out = clock.lap();
     // The session's locks are needed no longer.
     drop(client);

@@ -360,6 +360,7 @@ fn one_build_from_end_to_end() {
         "OutputReceived",
         "OutputStarted",
         "OutputReceived",
+        "OutputsVerified",
         "OutputStored",
         "OutputStored",
         "OutputsCollected",
