@@ -46,13 +46,16 @@ pub enum Error {
     /// Reaching or talking to a builder by SSH.
     #[error("cannot {act} over SSH: {source}")]
     Ssh { act: &'static str, source: openssh::Error },
+    /// Where spans are to go.
+    #[error("cannot export traces: {why}")]
+    Tracing { why: String },
     /// What the pod's plan needs and the settings or the class do not give.
     #[error("cannot describe the builder pod: {why}")]
     Pod { why: String },
 }
 
 /// Every word that [`Error::category`] says.
-pub const CATEGORIES: [&str; 15] = [
+pub const CATEGORIES: [&str; 16] = [
     "cache",
     "check",
     "conflict",
@@ -67,6 +70,7 @@ pub const CATEGORIES: [&str; 15] = [
     "secret",
     "seed",
     "ssh",
+    "tracing",
     "pod",
 ];
 
@@ -90,6 +94,7 @@ impl Error {
             Self::Secret { .. } => "secret",
             Self::Seed { .. } => "seed",
             Self::Ssh { .. } => "ssh",
+            Self::Tracing { .. } => "tracing",
             Self::Pod { .. } => "pod",
         }
     }

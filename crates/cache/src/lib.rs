@@ -26,6 +26,7 @@ mod spool;
 mod testing;
 #[cfg(test)]
 mod tests;
+pub mod tls;
 mod trust;
 mod verified;
 

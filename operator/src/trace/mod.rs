@@ -1,14 +1,20 @@
 //! Spans of requests' lives, for whoever collects traces by OpenTelemetry.
 //!
 //! Owns what a span is ([`Span`]), what there is to be said of a change of status ([`transition`]) and of a session
-//! ([`session`]), and the ids ([`context`]). All of that is pure and always compiled; the way out is a [`Sink`], which must take
-//! spans without waiting for anything. Nothing in here may hold up a build or fail one.
+//! ([`session`]), the ids ([`context`]), and the way out ([`queue`], [`export`]). All of it is always compiled but the last step:
+//! with the feature `otel` alone, spans become OpenTelemetry's and leave over HTTP. The first three are pure. Nothing in here may
+//! hold up a build or fail one: a [`Sink`] takes spans without waiting for anything.
 //!
 //! No span is kept while it runs: each is made at its end, from what the status or the session's thread knows then. Ids of spans of
 //! the status follow from the request's uid alone, so that an operator that is started again goes on with the same trace.
 
 pub mod context;
+pub mod export;
+#[cfg(feature = "otel")]
+mod otlp;
+pub mod queue;
 pub mod session;
+pub mod settings;
 pub mod transition;
 
 use std::fmt;

@@ -1,6 +1,6 @@
 //! Sending requests and keeping at it, for whatever speaks HTTP to a cache: which requests those are is no matter here.
 //!
-//! Owns the client with its TLS, what failures are waited out and for how long, and bodies that outlive their connection.
+//! Owns the client, what failures are waited out and for how long, and bodies that outlive their connection.
 
 use std::io::{self, Read};
 use std::sync::Arc;
@@ -10,11 +10,10 @@ use std::time::Duration;
 use reqwest::blocking::{Client, RequestBuilder, Response};
 use reqwest::header::{CONTENT_ENCODING, HeaderMap, LOCATION, RETRY_AFTER};
 use reqwest::{Method, StatusCode, Url, redirect};
-use rustls::pki_types::CertificateDer;
-use rustls::pki_types::pem::PemObject as _;
 
 use super::authorization::take_user;
 use super::body::{Rest, Resuming};
+use crate::tls::client_config;
 use crate::{CacheOptions, Error, compression};
 
 /// The first pause; each further one is twice as long.
@@ -64,7 +63,7 @@ impl Transport {
             // In the blocking client: for the answer to begin, and for each piece of its body.
             .timeout(options.stall_timeout)
             .redirect(redirects)
-            .tls_backend_preconfigured(tls(options, https)?)
+            .tls_backend_preconfigured(client_config(options.certificates.as_deref(), https)?)
             .http2_initial_stream_window_size(STREAM_WINDOW)
             .http2_initial_connection_window_size(CONNECTION_WINDOW)
             .build()
@@ -218,35 +217,4 @@ fn is_passing(error: &reqwest::Error) -> bool {
 fn retry_after(response: &Response) -> Duration {
     let seconds = response.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse().ok());
     Duration::from_secs(seconds.unwrap_or(0)).min(LONGEST_PAUSE)
-}
-
-/// TLS by ring, whatever provider the process has as its default, or none.
-fn tls(options: &CacheOptions, needed: bool) -> Result<rustls::ClientConfig, String> {
-    let mut roots = rustls::RootCertStore::empty();
-    let system = rustls_native_certs::load_native_certs();
-    roots.add_parsable_certificates(system.certs);
-    if let Some(path) = &options.certificates {
-        let fail = |error: &dyn std::fmt::Display| {
-            format!("cannot read certificates from {}: {error}", path.display())
-        };
-        for certificate in CertificateDer::pem_file_iter(path).map_err(|error| fail(&error))? {
-            let certificate = certificate.map_err(|error| fail(&error))?;
-            roots.add(certificate).map_err(|error| fail(&error))?;
-        }
-    }
-    if needed && roots.is_empty() {
-        return Err(
-            "no certificate authorities are known here; install them, or name a PEM file of them in \
-                    SSL_CERT_FILE"
-                .into(),
-        );
-    }
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let mut config = rustls::ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .map_err(|error| error.to_string())?
-        .with_root_certificates(roots)
-        .with_no_client_auth();
-    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
-    Ok(config)
 }

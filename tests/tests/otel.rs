@@ -1,0 +1,301 @@
+//! What a collector of traces receives: the operator's spans over real HTTP, decoded from the bytes.
+
+#![allow(clippy::unwrap_used)] // all of it is tests
+
+use std::collections::{BTreeMap, HashMap};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread;
+use std::time::Duration;
+
+use drover_api::conditions::{self, Status};
+use drover_api::{BuildRequest, Reason, Timings, Transfer};
+use drover_operator::status::Draft;
+use drover_operator::trace::export::Export;
+use drover_operator::trace::session::Recorder;
+use drover_operator::trace::settings::Settings;
+use drover_operator::trace::{Context, NAMES, Tracer, context, transition};
+use drover_operator::world::SessionEnd;
+use drover_serve::{BuildResult, BuildStatus, LATEST};
+use drover_session::Event;
+use jiff::Timestamp;
+use opentelemetry_proto::tonic::collector::trace::v1::ExportTraceServiceRequest;
+use opentelemetry_proto::tonic::common::v1::any_value::Value;
+use opentelemetry_proto::tonic::common::v1::{AnyValue, KeyValue};
+use opentelemetry_proto::tonic::trace::v1::Span;
+use opentelemetry_proto::tonic::trace::v1::status::StatusCode;
+use prometheus_client::metrics::counter::Counter;
+use prost::Message as _;
+
+const LONG: Duration = Duration::from_secs(60);
+const TRACEPARENT: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+
+/// One request as it came.
+struct Received {
+    line: String,
+    headers: HashMap<String, String>,
+    body: Vec<u8>,
+}
+
+/// A collector that answers with these status codes, one a request, and 200 afterwards.
+struct Collector {
+    address: SocketAddr,
+    received: Receiver<Received>,
+}
+
+impl Collector {
+    fn start(answers: &[u16]) -> Self {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let address = listener.local_addr().unwrap();
+        let (say, received) = channel();
+        let mut answers = answers.to_vec().into_iter();
+        thread::spawn(move || {
+            for connection in listener.incoming() {
+                Self::serve(connection.unwrap(), &mut answers, &say);
+            }
+        });
+        Self { address, received }
+    }
+
+    /// One request a connection.
+    fn serve(connection: TcpStream, answers: &mut impl Iterator<Item = u16>, say: &Sender<Received>) {
+        let mut reader = BufReader::new(connection.try_clone().unwrap());
+        let mut lines = reader.by_ref().lines().map(Result::unwrap).take_while(|line| !line.is_empty());
+        let Some(line) = lines.next() else { return };
+        let headers: HashMap<String, String> = lines
+            .filter_map(|line| {
+                line.split_once(": ").map(|(name, value)| (name.to_lowercase(), value.to_owned()))
+            })
+            .collect();
+        let mut body = vec![0; headers["content-length"].parse().unwrap()];
+        reader.read_exact(&mut body).unwrap();
+        // The test may be over.
+        let _ = say.send(Received { line, headers, body });
+        let status = answers.next().unwrap_or(200);
+        let answer = format!("HTTP/1.1 {status} x\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
+        (&connection).write_all(answer.as_bytes()).unwrap();
+    }
+}
+
+fn export(address: SocketAddr, more: &[(&str, &str)], dropped: &Counter) -> Export {
+    let endpoint = format!("http://{address}");
+    let settings = Settings::read(|name| {
+        let more = more.iter().find(|(known, _)| *known == name).map(|(_, text)| (*text).to_owned());
+        more.or_else(|| (name == "OTEL_EXPORTER_OTLP_ENDPOINT").then(|| endpoint.clone()))
+    });
+    Export::start(settings.unwrap().as_ref(), "drover-operator-0", dropped.clone()).unwrap()
+}
+
+fn at(second: i64) -> Timestamp {
+    Timestamp::from_second(second).unwrap()
+}
+
+fn request(annotation: Option<&str>) -> BuildRequest {
+    let mut request = BuildRequest::new("hello", Default::default());
+    request.metadata.namespace = Some("ci".into());
+    request.metadata.uid = Some("3f1d".into());
+    request.metadata.creation_timestamp = Some(k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(at(100)));
+    let annotation = annotation.map(|text| (context::TRACEPARENT.to_owned(), text.to_owned()));
+    request.metadata.annotations = Some(annotation.into_iter().collect());
+    request
+}
+
+/// As the operator writes it.
+fn write(request: &mut BuildRequest, tracer: &Tracer, second: i64, change: impl FnOnce(&mut Draft)) {
+    let mut draft = Draft::new(request, at(second));
+    change(&mut draft);
+    let status = draft.finish().unwrap();
+    tracer.say(|| transition::spans_of(request, &status, at(second)));
+    request.status = Some(status);
+}
+
+/// From a request to its outputs. Its build fails unless it `succeeds`.
+fn live(request: &mut BuildRequest, tracer: &Tracer, succeeds: bool) {
+    write(request, tracer, 110, |draft| draft.begin_attempt(1, None));
+    write(request, tracer, 120, |draft| {
+        draft.phase(conditions::SCHEDULED, Status::True, Reason::Scheduled, "on node n1");
+    });
+    let mut session = Recorder::new(Context::of(request), 1, "hello-1", at(121));
+    let built = if succeeds { BuildStatus::Built } else { BuildStatus::PermanentFailure };
+    let events = [
+        Event::Connected { version: LATEST },
+        Event::Locked { valid: 1, missing: 2, missing_bytes: 30 },
+        Event::FetchStarted { paths: 2, bytes: 30 },
+        Event::Fetched { paths: 1, bytes: 10 },
+        Event::CopyStarted { path: "f8g8x4m83da3b2f79iv84q2r3qlc58lr-lib".parse().unwrap(), nar_size: 20 },
+        Event::InputsCopied { paths: 1, bytes: 20 },
+        Event::BuildStarted,
+        Event::Built { result: BuildResult::new(built) },
+        Event::OutputsVerified { outputs: 1, bytes: 5 },
+        Event::OutputsCollected,
+    ];
+    let heard = if succeeds { events.len() } else { 8 };
+    for (second, event) in (122..).zip(&events[..heard]) {
+        tracer.say(|| session.event(event, at(second)).into_iter().collect());
+    }
+    write(request, tracer, 123, |draft| {
+        draft.phase(conditions::BUILDER_READY, Status::True, Reason::BuilderReady, "");
+    });
+    let end = if succeeds {
+        SessionEnd::Finished {
+            outputs: BTreeMap::new(),
+            transfer: Transfer::default(),
+            timings: Timings::default(),
+        }
+    } else {
+        let message = "what the tenant's build said".to_owned();
+        SessionEnd::Failed { reason: Reason::BuildFailed, message, infrastructure: false }
+    };
+    tracer.say(|| session.end(&end, false, at(140)));
+    write(request, tracer, 141, |draft| match succeeds {
+        true => draft.succeed(Reason::Built, BTreeMap::new()),
+        false => draft.fail(Reason::BuildFailed, "what the tenant's build said", &[]),
+    });
+}
+
+fn text<'a>(attributes: &'a [KeyValue], name: &str) -> Option<&'a str> {
+    let found = attributes.iter().find(|attribute| attribute.key == name)?;
+    match &found.value {
+        Some(AnyValue { value: Some(Value::StringValue(text)) }) => Some(text),
+        _ => None,
+    }
+}
+
+/// Each span, indented below its parent, with its seconds and what failed.
+fn tree(spans: &[Span], parent: &[u8], depth: usize) -> String {
+    let mut below: Vec<&Span> = spans.iter().filter(|span| span.parent_span_id == parent).collect();
+    below.sort_by_key(|span| (span.start_time_unix_nano, span.end_time_unix_nano));
+    let mut text = String::new();
+    for span in below {
+        let second = |nanos: u64| nanos / 1_000_000_000;
+        let status = span.status.as_ref().filter(|status| status.code() == StatusCode::Error);
+        let error = status.map(|status| format!(" {}", status.message)).unwrap_or_default();
+        let (begin, end) = (second(span.start_time_unix_nano), second(span.end_time_unix_nano));
+        text += &format!("{}{} {begin}-{end}{error}\n", "  ".repeat(depth), span.name);
+        text += &tree(spans, &span.span_id, depth + 1);
+    }
+    text
+}
+
+fn spans(received: &Received) -> Vec<Span> {
+    let message = ExportTraceServiceRequest::decode(&*received.body).unwrap();
+    message.resource_spans.into_iter().flat_map(|of| of.scope_spans).flat_map(|of| of.spans).collect()
+}
+
+#[test]
+fn a_life_arrives_as_one_tree() {
+    let (collector, dropped) = (Collector::start(&[]), Counter::default());
+    let headers = ("OTEL_EXPORTER_OTLP_HEADERS", "authorization=Bearer%20s3cret");
+    let resource = ("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment.name=test");
+    let export = export(collector.address, &[headers, resource], &dropped);
+    live(&mut request(Some(TRACEPARENT)), &export.tracer(), true);
+    export.close(LONG);
+    let received = collector.received.recv_timeout(LONG).unwrap();
+    assert_eq!(received.line, "POST /v1/traces HTTP/1.1");
+    assert_eq!(received.headers["content-type"], "application/x-protobuf");
+    assert_eq!(received.headers["authorization"], "Bearer s3cret");
+    let message = ExportTraceServiceRequest::decode(&*received.body).unwrap();
+    let of = &message.resource_spans[0].resource.as_ref().unwrap().attributes;
+    assert_eq!(text(of, "service.name"), Some("drover-operator"));
+    assert_eq!(text(of, "service.instance.id"), Some("drover-operator-0"));
+    assert_eq!(text(of, "deployment.environment.name"), Some("test"));
+    let spans = spans(&received);
+    let trace: Vec<u8> =
+        (0..32).step_by(2).map(|i| u8::from_str_radix(&TRACEPARENT[3 + i..5 + i], 16).unwrap()).collect();
+    assert!(spans.iter().all(|span| span.trace_id == trace), "{spans:?}");
+    let caller = 0xb7ad_6b71_6920_3331_u64.to_be_bytes();
+    assert_eq!(
+        tree(&spans, &caller, 0),
+        "\
+request 100-141
+  wait 100-110
+  attempt 110-141
+    schedule 110-120
+    start 120-123
+    session 121-140
+      connect 121-122
+      lock 122-123
+      fetch 124-125
+      copy 126-127
+      build 128-129
+      collect 129-130
+      push 130-131
+"
+    );
+    // Every kind of span that there is, and no other.
+    let mut seen: Vec<&str> = spans.iter().map(|span| &*span.name).collect();
+    seen.sort_unstable();
+    let mut known = NAMES.map(|(name, _)| name);
+    known.sort_unstable();
+    assert_eq!(seen, known);
+    for span in &spans {
+        assert_eq!(text(&span.attributes, "k8s.namespace.name"), Some("ci"), "{span:?}");
+        assert_eq!(text(&span.attributes, "drover.request"), Some("hello"), "{span:?}");
+    }
+    assert_eq!(dropped.get(), 0);
+}
+
+#[test]
+fn a_build_that_failed_says_so_and_no_more() {
+    let (collector, dropped) = (Collector::start(&[]), Counter::default());
+    let export = export(collector.address, &[], &dropped);
+    live(&mut request(None), &export.tracer(), false);
+    export.close(LONG);
+    let received = collector.received.recv_timeout(LONG).unwrap();
+    assert_eq!(
+        tree(&spans(&received), &[], 0),
+        "\
+request 100-141 BuildFailed
+  wait 100-110
+  attempt 110-141 BuildFailed
+    schedule 110-120
+    start 120-123
+    session 121-140 BuildFailed
+      connect 121-122
+      lock 122-123
+      fetch 124-125
+      copy 126-127
+      build 128-129 BuildFailed
+"
+    );
+    // What builds print is the tenant's.
+    assert!(!String::from_utf8_lossy(&received.body).contains("tenant"));
+}
+
+#[test]
+fn a_collector_that_is_busy_is_asked_again() {
+    let (collector, dropped) = (Collector::start(&[503]), Counter::default());
+    let export = export(collector.address, &[], &dropped);
+    live(&mut request(None), &export.tracer(), true);
+    export.close(LONG);
+    let tries: Vec<Received> = collector.received.try_iter().collect();
+    assert_eq!(tries.iter().map(|received| spans(received).len()).collect::<Vec<_>>(), [13, 13]);
+    assert_eq!(dropped.get(), 0);
+}
+
+#[test]
+fn what_a_collector_does_not_take_is_counted() {
+    let refuses = Collector::start(&[401]);
+    let gone = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap();
+    for address in [refuses.address, gone] {
+        let dropped = Counter::default();
+        let export = export(address, &[], &dropped);
+        live(&mut request(None), &export.tracer(), true);
+        export.close(LONG);
+        assert_eq!(dropped.get(), 13, "{address}");
+    }
+    assert_eq!(refuses.received.try_iter().count(), 1);
+}
+
+/// Connections are taken, and nothing ever is said on them: requests end at their timeout, which is what is lost at most.
+#[test]
+fn a_collector_that_says_nothing_holds_nobody_up() {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let dropped = Counter::default();
+    let timeout = ("OTEL_EXPORTER_OTLP_TIMEOUT", "50");
+    let export = export(listener.local_addr().unwrap(), &[timeout], &dropped);
+    live(&mut request(None), &export.tracer(), true);
+    export.close(LONG);
+    assert_eq!(dropped.get(), 13);
+}
