@@ -38,6 +38,7 @@ use crate::ready::{Ready, Watch};
 use crate::session::{Conversation, Sessions, Trigger};
 use crate::settings::Settings;
 use crate::sweep;
+use crate::trace::Tracer;
 use crate::watches::readable::Unreadable;
 use crate::watches::{self, Watches, strip};
 
@@ -65,11 +66,12 @@ pub struct Parts {
     pub clock: Clock,
     /// How it talks with builders.
     pub conversation: Arc<dyn Conversation>,
+    pub tracer: Tracer,
 }
 
 /// Runs until `shutdown` resolves, the reconciles that run have ended and the sessions are closed.
 pub async fn run(parts: Parts, shutdown: impl Future<Output = ()> + Send + Sync + 'static) {
-    let Parts { client, settings, seed, metrics, health, clock, conversation } = parts;
+    let Parts { client, settings, seed, metrics, health, clock, conversation, tracer } = parts;
     let (trigger, triggered) = unbounded();
     let concurrency = settings.concurrency;
     let queue = Arc::new(Queue::new(trigger.clone()));
@@ -107,7 +109,13 @@ pub async fn run(parts: Parts, shutdown: impl Future<Output = ()> + Send + Sync 
         health: health.clone(),
         classes,
         pods,
-        sessions: Sessions::new(trigger.clone(), metrics.clone(), clock.clone(), conversation),
+        sessions: Sessions::new(
+            trigger.clone(),
+            metrics.clone(),
+            clock.clone(),
+            tracer.clone(),
+            conversation,
+        ),
         clock,
         caches: Arc::default(),
         queue,
@@ -115,6 +123,7 @@ pub async fn run(parts: Parts, shutdown: impl Future<Output = ()> + Send + Sync 
         refusals: Default::default(),
         backoffs: Default::default(),
         events,
+        tracer,
     });
     metrics.count_with(Some(count_of(&operator, &known, &unreadable)));
     let wake = Arc::new(Notify::new());

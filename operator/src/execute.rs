@@ -24,6 +24,7 @@ use crate::refusal::refusal;
 use crate::session::Assignment;
 use crate::session::host_key::HostKey;
 use crate::settings::{FIELD_MANAGER, STATUS_MANAGER};
+use crate::trace;
 use crate::world::{Class, World};
 
 /// What became of a plan.
@@ -44,7 +45,9 @@ pub async fn execute(operator: &Operator, world: &World, plan: &Plan) -> Result<
     if let Some(status) = &plan.status {
         match write_status(operator, request, status).await {
             Ok(after) => {
-                operator.events.say(request, &after, operator.clock.now());
+                let now = operator.clock.now();
+                operator.events.say(request, &after, now);
+                operator.tracer.say(|| trace::transition::spans_of(request, status, now));
                 written = Some(Box::new(after));
             }
             Err(error) if error.is_conflict() => return current(operator, request).await,
@@ -148,6 +151,7 @@ async fn act(operator: &Operator, world: &World, action: &Action) -> Result<(), 
                 &uid,
                 Assignment {
                     request: ObjectRef::from_obj(request),
+                    trace: trace::Context::of(request),
                     request_uid: uid.clone(),
                     attempt: *attempt,
                     pods: Api::namespaced(operator.client.clone(), namespace),

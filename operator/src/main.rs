@@ -18,6 +18,8 @@ use drover_operator::process::{Process, SeedSource, Stop};
 use drover_operator::scope::Scope;
 use drover_operator::session::Ssh;
 use drover_operator::settings::{Settings, Timeouts};
+use drover_operator::trace::export::{Export, LAST_SPANS};
+use drover_operator::trace::{self, Tracer};
 use drover_operator::{class_file, http, init, log};
 use ring::rand::SecureRandom as _;
 use tracing::subscriber::set_global_default;
@@ -175,9 +177,14 @@ fn main() -> anyhow::Result<ExitCode> {
         .max_blocking_threads(usize::from(flags.max_sessions) + 64)
         .build()
         .context("cannot start the async runtime")?;
-    let result = runtime.block_on(run(flags));
+    let metrics = Arc::new(Metrics::new());
+    let traces = trace::settings::Settings::read(|name| std::env::var(name).ok())?;
+    let instance = flags.lease.pod_name.clone().unwrap_or_else(machine);
+    let export = Export::start(traces.as_ref(), &instance, metrics.trace_spans_dropped.clone())?;
+    let result = runtime.block_on(run(flags, metrics, export.tracer()));
     // Sessions that still run block threads that nothing can end; the builders go on without us.
     runtime.shutdown_background();
+    export.close(LAST_SPANS);
     result.map(|()| ExitCode::SUCCESS)
 }
 
@@ -215,7 +222,7 @@ fn start_log(flags: &Flags) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn run(flags: Flags) -> anyhow::Result<()> {
+async fn run(flags: Flags, metrics: Arc<Metrics>, tracer: Tracer) -> anyhow::Result<()> {
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
         namespace = flags.namespace,
@@ -228,7 +235,7 @@ async fn run(flags: Flags) -> anyhow::Result<()> {
     );
     let config = kube::Config::infer().await.context("cannot find an API server to talk to")?;
     let name = flags.lease.pod_name.clone().unwrap_or_else(machine);
-    let (metrics, health) = (Arc::new(Metrics::new()), Arc::new(Health::new()));
+    let health = Arc::new(Health::new());
     let process = Process {
         config,
         election: flags.lease.election(&flags.namespace, &name)?,
@@ -255,6 +262,7 @@ async fn run(flags: Flags) -> anyhow::Result<()> {
         metrics: metrics.clone(),
         health: health.clone(),
         conversation: Arc::new(Ssh),
+        tracer,
     };
     let stop = Stop::on_signals()?;
     http::serve(flags.listen, Pages { metrics, health })?;

@@ -23,6 +23,7 @@ use crate::refusal::Refusals;
 use crate::session::Sessions;
 use crate::session::job::Caches;
 use crate::settings::Settings;
+use crate::trace::Tracer;
 
 /// The longest that one request to the API server may take, with all that the client repeats within it.
 const CALL_TIMEOUT: Duration = Duration::from_secs(15);
@@ -49,6 +50,7 @@ pub struct Operator {
     pub doors: Doors,
     pub refusals: Refusals,
     pub events: Events,
+    pub tracer: Tracer,
 }
 
 impl Operator {

@@ -25,6 +25,7 @@ use crate::metrics::api::Count;
 use crate::seed;
 use crate::session::Conversation;
 use crate::settings::{FIELD_MANAGER, Settings};
+use crate::trace::Tracer;
 
 /// How long work that runs may take to come to its end.
 const LAST_WORK: Duration = Duration::from_secs(15);
@@ -43,6 +44,7 @@ pub struct Process {
     pub metrics: Arc<Metrics>,
     pub health: Arc<Health>,
     pub conversation: Arc<dyn Conversation>,
+    pub tracer: Tracer,
 }
 
 /// Where the seed is.
@@ -154,6 +156,7 @@ impl Process {
             health: self.health.clone(),
             clock: Clock::system(),
             conversation: self.conversation.clone(),
+            tracer: self.tracer.clone(),
         };
         controller::run(parts, stop.requested()).await;
         Ok(())
@@ -232,6 +235,7 @@ mod tests {
             metrics: Arc::default(),
             health: Arc::default(),
             conversation: Arc::new(Ssh),
+            tracer: Tracer::off(),
         }
     }
 }

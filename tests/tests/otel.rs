@@ -45,11 +45,11 @@ struct Collector {
 }
 
 impl Collector {
-    fn start(answers: &[u16]) -> Self {
+    fn start(answers: Vec<u16>) -> Self {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let address = listener.local_addr().unwrap();
         let (say, received) = channel();
-        let mut answers = answers.to_vec().into_iter();
+        let mut answers = answers.into_iter();
         thread::spawn(move || {
             for connection in listener.incoming() {
                 Self::serve(connection.unwrap(), &mut answers, &say);
@@ -185,10 +185,11 @@ fn spans(received: &Received) -> Vec<Span> {
 
 #[test]
 fn a_life_arrives_as_one_tree() {
-    let (collector, dropped) = (Collector::start(&[]), Counter::default());
+    let (collector, dropped) = (Collector::start(vec![]), Counter::default());
     let headers = ("OTEL_EXPORTER_OTLP_HEADERS", "authorization=Bearer%20s3cret");
-    let resource = ("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment.name=test");
-    let export = export(collector.address, &[headers, resource], &dropped);
+    let resource = ("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment.name=test,service.name=no");
+    let service = ("OTEL_SERVICE_NAME", "builds");
+    let export = export(collector.address, &[headers, resource, service], &dropped);
     live(&mut request(Some(TRACEPARENT)), &export.tracer(), true);
     export.close(LONG);
     let received = collector.received.recv_timeout(LONG).unwrap();
@@ -197,7 +198,8 @@ fn a_life_arrives_as_one_tree() {
     assert_eq!(received.headers["authorization"], "Bearer s3cret");
     let message = ExportTraceServiceRequest::decode(&*received.body).unwrap();
     let of = &message.resource_spans[0].resource.as_ref().unwrap().attributes;
-    assert_eq!(text(of, "service.name"), Some("drover-operator"));
+    assert_eq!(text(of, "service.name"), Some("builds"));
+    assert_eq!(of.iter().filter(|attribute| attribute.key == "service.name").count(), 1);
     assert_eq!(text(of, "service.instance.id"), Some("drover-operator-0"));
     assert_eq!(text(of, "deployment.environment.name"), Some("test"));
     let spans = spans(&received);
@@ -223,13 +225,16 @@ request 100-141
       push 130-131
 "
     );
-    // Every kind of span that there is, and no other.
+    // Every kind of span that there is, and no other, each where the table has it.
     let mut seen: Vec<&str> = spans.iter().map(|span| &*span.name).collect();
     seen.sort_unstable();
-    let mut known = NAMES.map(|(name, _)| name);
+    let mut known = NAMES.map(|(name, ..)| name);
     known.sort_unstable();
     assert_eq!(seen, known);
     for span in &spans {
+        let parent = spans.iter().find(|other| other.span_id == span.parent_span_id);
+        let (_, below, _) = NAMES.iter().find(|(name, ..)| *name == span.name).unwrap();
+        assert_eq!(parent.map_or("", |parent| &*parent.name), *below, "{span:?}");
         assert_eq!(text(&span.attributes, "k8s.namespace.name"), Some("ci"), "{span:?}");
         assert_eq!(text(&span.attributes, "drover.request"), Some("hello"), "{span:?}");
     }
@@ -238,7 +243,7 @@ request 100-141
 
 #[test]
 fn a_build_that_failed_says_so_and_no_more() {
-    let (collector, dropped) = (Collector::start(&[]), Counter::default());
+    let (collector, dropped) = (Collector::start(vec![]), Counter::default());
     let export = export(collector.address, &[], &dropped);
     live(&mut request(None), &export.tracer(), false);
     export.close(LONG);
@@ -265,7 +270,7 @@ request 100-141 BuildFailed
 
 #[test]
 fn a_collector_that_is_busy_is_asked_again() {
-    let (collector, dropped) = (Collector::start(&[503]), Counter::default());
+    let (collector, dropped) = (Collector::start(vec![503]), Counter::default());
     let export = export(collector.address, &[], &dropped);
     live(&mut request(None), &export.tracer(), true);
     export.close(LONG);
@@ -276,7 +281,7 @@ fn a_collector_that_is_busy_is_asked_again() {
 
 #[test]
 fn what_a_collector_does_not_take_is_counted() {
-    let refuses = Collector::start(&[401]);
+    let refuses = Collector::start(vec![401]);
     let gone = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap();
     for address in [refuses.address, gone] {
         let dropped = Counter::default();

@@ -433,6 +433,16 @@ pub const EVENT_ERRORS: Spec = Spec {
     help: "Kubernetes Events that were not recorded: refused, or too many at once; nothing depends on them",
 };
 
+pub const TRACE_SPANS_DROPPED: Spec = Spec {
+    name: "trace_spans_dropped",
+    kind: Kind::Counter,
+    unit: None,
+    labels: NO_LABELS,
+    series: one,
+    rare: none,
+    help: "Spans of traces that did not reach the collector: it was away, or too slow; nothing depends on them",
+};
+
 /// What is asked of the API server, as its own audit log calls it.
 pub const VERBS: [&str; 8] = ["get", "list", "watch", "create", "update", "patch", "delete", OTHER];
 /// Answers: HTTP status codes, and `none` where there was no answer.
@@ -543,6 +553,7 @@ pub const ALL: &[&Spec] = &[
     &RECONCILE_ERRORS,
     &STATUS_WRITES,
     &EVENT_ERRORS,
+    &TRACE_SPANS_DROPPED,
     &API_REQUESTS,
     &API_REQUEST_DURATION,
     &WATCH_ERRORS,

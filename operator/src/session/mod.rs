@@ -23,10 +23,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use drover_api::BuildRequest;
-use drover_session::Kept;
+use drover_session::{Event, Kept};
 use futures::FutureExt as _;
 use futures::channel::mpsc::UnboundedSender;
 use futures::future::{BoxFuture, join_all};
+use jiff::Timestamp;
 use kube::runtime::reflector::ObjectRef;
 use tokio::sync::watch;
 use tracing::Instrument as _;
@@ -34,6 +35,8 @@ use tracing::Instrument as _;
 use crate::clock::Clock;
 use crate::log as lines;
 use crate::metrics::Metrics;
+use crate::trace::session::Recorder;
+use crate::trace::{Span, Tracer};
 use crate::world::{SessionEnd, SessionView, Stage};
 use handed_on::HandedOn;
 use log::LogTail;
@@ -50,6 +53,7 @@ pub struct Sessions {
     trigger: Trigger,
     metrics: Arc<Metrics>,
     clock: Clock,
+    tracer: Tracer,
     conversation: Arc<dyn Conversation>,
 }
 
@@ -93,6 +97,7 @@ pub struct Progress {
     request: ObjectRef<BuildRequest>,
     trigger: Trigger,
     clock: Clock,
+    trace: Option<(Tracer, Mutex<Recorder>)>,
 }
 
 impl Sessions {
@@ -100,6 +105,7 @@ impl Sessions {
         trigger: Trigger,
         metrics: Arc<Metrics>,
         clock: Clock,
+        tracer: Tracer,
         conversation: Arc<dyn Conversation>,
     ) -> Self {
         Self {
@@ -108,6 +114,7 @@ impl Sessions {
             trigger,
             metrics,
             clock,
+            tracer,
             conversation,
         }
     }
@@ -125,7 +132,10 @@ impl Sessions {
         let span = lines::of_request(&namespace, &assignment.request.name, uid, Some(assignment.attempt));
         let (request, pod_uid) = (assignment.request.clone(), assignment.pod_uid.clone());
         let (trigger, clock) = (self.trigger.clone(), self.clock.clone());
-        let progress = Arc::new(Progress::new(request, assignment.attempt, pod_uid, trigger, clock));
+        let recorder =
+            Recorder::new(assignment.trace.clone(), assignment.attempt, &assignment.pod, clock.now());
+        let progress = Progress::new(request, assignment.attempt, pod_uid, trigger, clock);
+        let progress = Arc::new(progress.traced(self.tracer.clone(), recorder));
         let (stop, stopped) = watch::channel(false);
         let kept = self.handed_on.take(uid, assignment.attempt, &assignment.pod_uid);
         assignment.kept = kept.clone();
@@ -133,12 +143,15 @@ impl Sessions {
         let sessions = self.metrics.sessions.clone();
         sessions.inc();
         let conversation = self.conversation.clone();
+        let told = stopped.clone();
         let session = async move {
             let held = async { conversation.hold(assignment, progress.clone(), stopped).await };
             // The builder lingers; what it says to the next session is worth more than a request without an end.
             let end = AssertUnwindSafe(held).catch_unwind().await.unwrap_or_else(|_| run::fault());
             sessions.dec();
-            progress.end(end);
+            // Told to, or forgotten by whoever held the other half.
+            let was_stopped = *told.borrow() || told.has_changed().is_err();
+            progress.end(end, was_stopped);
         };
         tokio::spawn(session.instrument(span));
     }
@@ -204,7 +217,13 @@ impl Progress {
             end: None,
             end_time: None,
         };
-        Self { view: Mutex::new(view), tail: Mutex::default(), request, trigger, clock }
+        Self { view: Mutex::new(view), tail: Mutex::default(), request, trigger, clock, trace: None }
+    }
+
+    /// What it goes through is said there.
+    #[must_use]
+    pub fn traced(self, tracer: Tracer, recorder: Recorder) -> Self {
+        Self { trace: Some((tracer, Mutex::new(recorder))), ..self }
     }
 
     /// What the session says so far.
@@ -239,11 +258,25 @@ impl Progress {
         }
     }
 
-    fn end(&self, end: SessionEnd) {
+    /// The session's thread says so.
+    fn heard(&self, event: &Event) {
+        self.trace(|recorder, now| recorder.event(event, now).into_iter().collect());
+    }
+
+    fn end(&self, end: SessionEnd, was_stopped: bool) {
+        self.trace(|recorder, now| recorder.end(&end, was_stopped, now));
         let mut view = self.lock();
         (view.end, view.end_time) = (Some(end), Some(self.clock.now()));
         drop(view);
         self.notify();
+    }
+
+    fn trace(&self, spans: impl FnOnce(&mut Recorder, Timestamp) -> Vec<Span>) {
+        if let Some((tracer, recorder)) = &self.trace {
+            // Taken for one step of it: after a panic, at worst a span is missing.
+            let mut recorder = recorder.lock().unwrap_or_else(PoisonError::into_inner);
+            tracer.say(|| spans(&mut recorder, self.clock.now()));
+        }
     }
 
     fn notify(&self) {

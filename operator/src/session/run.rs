@@ -21,6 +21,7 @@ use super::{Progress, reach};
 use crate::keys::ClientKey;
 use crate::log::carried;
 use crate::settings::Timeouts;
+use crate::trace::Context;
 use crate::world::{SessionEnd, Stage};
 
 /// How long the log may go on after the build has ended.
@@ -29,6 +30,7 @@ const LOG_PATIENCE: Duration = Duration::from_secs(5);
 /// All that a session needs.
 pub struct Assignment {
     pub request: ObjectRef<BuildRequest>,
+    pub trace: Context,
     pub request_uid: String,
     pub attempt: u32,
     pub pods: Api<Pod>,
@@ -144,6 +146,7 @@ pub async fn talk(
 
 fn observe(progress: &Progress, meter: &Meter, event: &Event) {
     tracing::debug!(?event, "session");
+    progress.heard(event);
     match event {
         Event::CacheSetAside { cache, path, why } => {
             tracing::warn!(cache, %path, why, "a cache is set aside");

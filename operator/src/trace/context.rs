@@ -199,7 +199,7 @@ mod tests {
         // Two requests of one trace do not share spans.
         assert_eq!(root.id, Context::of(&request(None)).id("request", &[]));
         let dropped = GOOD.replace("-01", "-00");
-        assert_eq!(parse(&dropped).unwrap().2, false);
+        assert!(!parse(&dropped).unwrap().2);
         // A later version, with something behind it.
         let later = format!("01{}", &GOOD[2..]);
         assert_eq!(parse(&later), parse(GOOD));

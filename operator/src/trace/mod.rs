@@ -24,6 +24,9 @@ use jiff::Timestamp;
 
 pub use context::{Context, SpanId, TraceId};
 
+/// Bytes of a text in an attribute. What is longer is cut: it is somebody's who makes requests.
+const MAX_TEXT: usize = 1024;
+
 /// Something that has ended.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Span {
@@ -54,7 +57,8 @@ pub enum Value {
 
 impl From<&str> for Value {
     fn from(text: &str) -> Self {
-        Self::Text(text.to_owned())
+        let end = (0..=text.len().min(MAX_TEXT)).rev().find(|end| text.is_char_boundary(*end)).unwrap_or(0);
+        Self::Text(text[..end].to_owned())
     }
 }
 
@@ -71,22 +75,52 @@ impl From<u64> for Value {
     }
 }
 
-/// Every span that there is, and what it is about.
-pub const NAMES: [(&str, &str); 13] = [
-    ("request", "from a BuildRequest's creation to its end"),
-    ("wait", "from the creation, or the end of the attempt before, to the begin of an attempt"),
-    ("attempt", "one attempt"),
-    ("schedule", "from an attempt's begin until its pod has a node"),
-    ("start", "from there until the builder has answered: its image, its containers, the first connection"),
-    ("session", "one conversation with a builder, from looking for it to the end"),
-    ("connect", "reaching the builder, and the protocol's greeting"),
-    ("lock", "finding all that the build needs, and locking it on the builder"),
-    ("fetch", "the builder fetches inputs from its caches"),
-    ("copy", "the operator sends inputs"),
-    ("build", "the builder builds"),
-    ("collect", "receiving and checking the outputs"),
-    ("push", "storing them in the cache"),
+/// Every span that there is, what it is below of, and what it lasts.
+pub const NAMES: [(&str, &str, &str); 13] = [
+    ("request", "", "from the BuildRequest's creation to its end"),
+    (
+        "wait",
+        "request",
+        "from its creation, or the end of the attempt before, until an attempt begins: look-ups, inputs, the queue",
+    ),
+    ("attempt", "request", "one attempt; its pod's name and node are attributes"),
+    ("schedule", "attempt", "from the attempt's begin until its pod has a node"),
+    (
+        "start",
+        "attempt",
+        "from there until the builder has answered: image, containers, the first connection",
+    ),
+    (
+        "session",
+        "attempt",
+        "one conversation with the builder; after a connection that broke there is another",
+    ),
+    ("connect", "session", "reaching the builder, and the protocol's greeting"),
+    (
+        "lock",
+        "session",
+        "finding all that the build needs, and locking it on the builder; paths and bytes that it lacks",
+    ),
+    (
+        "fetch",
+        "session",
+        "the builder fetches inputs from its caches, in slices of one span each; paths and bytes that came",
+    ),
+    ("copy", "session", "the operator sends what is missing then; paths and bytes"),
+    ("build", "session", "the builder builds, or waits for one that builds the same"),
+    ("collect", "session", "receiving and checking the outputs; outputs and bytes"),
+    ("push", "session", "storing them in the cache"),
 ];
+
+/// The table for the documentation (`cargo xtask docs`).
+pub fn markdown() -> String {
+    let row = |(name, parent, about): &(&str, &str, &str)| {
+        let parent = if parent.is_empty() { String::new() } else { format!("`{parent}`") };
+        format!("| `{name}` | {parent} | {about} |\n")
+    };
+    let head = "| span | below | what it lasts |\n|---|---|---|\n".to_owned();
+    [head].into_iter().chain(NAMES.iter().map(row)).collect()
+}
 
 /// Where ended spans go.
 pub trait Sink: Send + Sync {
@@ -120,5 +154,19 @@ impl Tracer {
 impl fmt::Debug for Tracer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_tuple("Tracer").field(&self.0.is_some()).finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn texts_have_an_end() {
+        let text = |length: usize| Value::from(&*"é".repeat(length));
+        assert_eq!(text(3), Value::Text("ééé".into()));
+        assert_eq!(text(MAX_TEXT), Value::Text("é".repeat(MAX_TEXT / 2)));
+        let odd = format!("x{}", "é".repeat(MAX_TEXT));
+        assert_eq!(Value::from(&*odd), Value::Text(odd[..MAX_TEXT - 1].into()));
     }
 }

@@ -13,6 +13,11 @@ use prometheus_client::metrics::counter::Counter;
 use super::settings::Sampler;
 use super::{Sink, Span};
 
+/// Spans that wait, of all requests; the specification's default. A build has about fifteen.
+const MAX_WAITING: usize = 2048;
+/// Spans of one request to the collector, as the specification has it.
+const MAX_BATCH: usize = 512;
+
 /// Takes batches away. It may block, within a bound of its own.
 pub trait Deliver: Send + 'static {
     /// The error is a sentence without secrets.
@@ -30,10 +35,9 @@ pub struct Limits {
     pub pause: Duration,
 }
 
-/// As the specification has them for its batch processor.
 impl Default for Limits {
     fn default() -> Self {
-        Self { waiting: 2048, batch: 512, pause: Duration::from_secs(5) }
+        Self { waiting: MAX_WAITING, batch: MAX_BATCH, pause: Duration::from_secs(5) }
     }
 }
 

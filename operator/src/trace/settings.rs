@@ -10,10 +10,10 @@ use std::time::Duration;
 use super::Span;
 use crate::error::Error;
 
-/// Longest time that one request to the collector may be given, milliseconds.
-const LONGEST_TIMEOUT: u64 = 60_000;
+/// What a request to the collector may be given at most.
+const LONGEST_TIMEOUT: Duration = Duration::from_secs(60);
 /// What it has if nothing is said, as the specification has it.
-const DEFAULT_TIMEOUT: u64 = 10_000;
+const DEFAULT_TIMEOUT: Duration = Duration::from_secs(10);
 /// The one protocol that is spoken.
 const PROTOCOL: &str = "http/protobuf";
 
@@ -169,11 +169,12 @@ fn checked_url<'a>(variable: &'static str, url: &'a str) -> Result<&'a str, Erro
 }
 
 fn timeout(found: Option<(&'static str, String)>) -> Result<Duration, Error> {
-    let Some((name, text)) = found else { return Ok(Duration::from_millis(DEFAULT_TIMEOUT)) };
-    match text.parse() {
-        Ok(millis @ 1..=LONGEST_TIMEOUT) => Ok(Duration::from_millis(millis)),
-        _ => fail(name, &format!("it must be milliseconds, 1 to {LONGEST_TIMEOUT}")),
+    let Some((name, text)) = found else { return Ok(DEFAULT_TIMEOUT) };
+    let timeout = text.parse().map(Duration::from_millis).unwrap_or_default();
+    if timeout.is_zero() || timeout > LONGEST_TIMEOUT {
+        return fail(name, &format!("it must be milliseconds, 1 to {}", LONGEST_TIMEOUT.as_millis()));
     }
+    Ok(timeout)
 }
 
 /// `NAME=VALUE,NAME=VALUE`, values percent-encoded, as in W3C's Baggage.

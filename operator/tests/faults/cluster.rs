@@ -17,6 +17,7 @@ use tokio::sync::watch;
 use crate::double::store::{Deletion, Writer};
 use crate::double::{Change, Key, Server};
 use crate::time::Time;
+use crate::traces::Spans;
 
 pub(crate) const BUILDERS: &str = "drover-builders";
 pub(crate) const TEAM: &str = "team";
@@ -42,6 +43,7 @@ pub(crate) struct Step {
 pub(crate) struct World {
     pub(crate) server: Arc<Server>,
     pub(crate) time: Arc<Time>,
+    pub(crate) spans: Arc<Spans>,
     cache: TempDir,
     state: Mutex<State>,
     changed: watch::Sender<u64>,
@@ -94,6 +96,7 @@ impl World {
         let world = Self {
             server: Arc::new(Server::new(move || clock.now())),
             time,
+            spans: Arc::default(),
             cache,
             state: Mutex::default(),
             changed: watch::Sender::new(0),

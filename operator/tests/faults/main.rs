@@ -15,6 +15,7 @@ mod run;
 mod scenarios;
 mod silence;
 mod time;
+mod traces;
 mod upsets;
 
 use std::sync::Arc;

@@ -9,6 +9,7 @@ use drover_operator::controller::{self, Parts};
 use drover_operator::keys::Seed;
 use drover_operator::metrics::Metrics;
 use drover_operator::settings::{Settings, Timeouts};
+use drover_operator::trace::Tracer;
 use jiff::SignedDuration;
 
 use crate::audit;
@@ -36,6 +37,8 @@ pub(crate) struct Report {
     pub(crate) trace: Vec<String>,
     /// Reasons of the events about request `a`.
     pub(crate) events: Vec<String>,
+    /// Names of all spans, as they ended.
+    pub(crate) spans: Vec<String>,
 }
 
 enum End {
@@ -87,7 +90,7 @@ pub(crate) fn run(scenario: &Scenario, faults: Faults, fault: Option<Fault>) -> 
         .map_err(|why| format!("{why}\n{}", chronicle(&world, begin)))?;
     let trace = faults.trace.lock().expect("no panic in between").clone();
     let events = audit::events_about(&world.server.store().history, "a");
-    Ok(Report { hit: faults.hit(), trace, events })
+    Ok(Report { hit: faults.hit(), trace, events, spans: world.spans.told() })
 }
 
 pub(crate) async fn operate(world: &Arc<World>, faults: &Arc<Faults>, client: u32) {
@@ -102,6 +105,7 @@ pub(crate) async fn operate(world: &Arc<World>, faults: &Arc<Faults>, client: u3
         health: Arc::default(),
         clock: Clock::new(move || time.now()),
         conversation: Arc::new(Talk { world: world.clone(), alive }),
+        tracer: Tracer::new(world.spans.clone()),
     };
     controller::run(parts, std::future::pending()).await;
 }
@@ -171,7 +175,8 @@ fn verify(world: &World, scenario: &Scenario, fault: Option<Fault>, settled: u64
     }
     let history = world.server.store().history.clone();
     audit::check(&history, world.time.now(), cost(fault))?;
-    audit::silent_since(&history, settled)
+    audit::silent_since(&history, settled)?;
+    world.spans.check()
 }
 
 /// How long a fault may keep the operator from acting at all.

@@ -13,6 +13,7 @@ use drover_operator::keys::Seed;
 use drover_operator::metrics::Metrics;
 use drover_operator::session::Ssh;
 use drover_operator::settings::{Settings, Timeouts};
+use drover_operator::trace::Tracer;
 use http_body_util::combinators::BoxBody;
 use http_body_util::{BodyExt as _, Full, StreamBody};
 use hyper::body::{Bytes, Frame};
@@ -59,6 +60,7 @@ impl Server {
             health: Arc::default(),
             clock,
             conversation: Arc::new(Ssh),
+            tracer: Tracer::off(),
         }
     }
 

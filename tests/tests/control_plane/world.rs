@@ -284,6 +284,7 @@ async fn operate(
         health: Arc::default(),
         clock: Clock::system(),
         conversation,
+        tracer: Default::default(),
     };
     controller::run(parts, shutdown).await;
     Ok(())
