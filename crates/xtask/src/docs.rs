@@ -18,6 +18,7 @@ type Page = (&'static str, fn() -> Result<String>);
 const PAGES: &[Page] = &[
     ("docs/reasons.md", || example("reasons")),
     ("docs/metrics.md", || example("metrics")),
+    ("docs/tracing.md", || example("spans")),
     ("docs/limits.md", || limits::table(&crate::checkout())),
     ("docs/permissions.md", || crate::permissions::table(&crate::checkout())),
 ];
