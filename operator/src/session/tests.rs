@@ -1,18 +1,18 @@
 //! Sessions over pipes, with a builder in memory at their far ends that is slow, silent or gone.
 
 use std::io::{self, PipeReader, PipeWriter, Read as _, Write};
-use std::sync::Arc;
-use std::sync::mpsc;
+use std::sync::{Arc, Mutex, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use drover_api::{ClassCache, Reason, Trust};
+use drover_api::{BuildRequest, ClassCache, Reason, Trust};
 use drover_nix::{
     BasicDerivation, ContentAddress, DerivationOutput, Hash, Method, OutputName, Sha256, StoreDir,
 };
 use drover_serve::testing::{MemoryStore, file_nar};
 use drover_serve::{BuildOptions, BuildResult, BuildStatus};
 use futures::channel::mpsc::unbounded;
+use jiff::Timestamp;
 use kube::runtime::reflector::ObjectRef;
 use rustix::event::{PollFd, PollFlags, poll};
 use tokio::sync::watch;
@@ -23,6 +23,8 @@ use super::pipe::Pipes;
 use super::{Progress, Talk, talk};
 use crate::clock::Clock;
 use crate::log::{of_request, testing::Lines};
+use crate::trace::session::Recorder;
+use crate::trace::{Context, Sink, Span, Tracer};
 use crate::world::{SessionEnd, Stage};
 
 /// Where it counts, the clock moves as the test has it move: a busy machine makes nothing slow.
@@ -47,6 +49,17 @@ struct Session {
     progress: Arc<Progress>,
     stop: watch::Sender<bool>,
     dir: tempfile::TempDir,
+    heard: Arc<Heard>,
+}
+
+/// Names of the spans of a session, and what failed of them.
+#[derive(Default)]
+struct Heard(Mutex<Vec<(&'static str, Option<&'static str>)>>);
+
+impl Sink for Heard {
+    fn take(&self, span: Span) {
+        self.0.lock().unwrap().push((span.name, span.error));
+    }
 }
 
 /// A fixed-output derivation without inputs.
@@ -86,7 +99,11 @@ fn begin(stall: Duration) -> (Session, Far) {
     let (stderr, far_stderr) = io::pipe().unwrap();
     let pipes = Pipes::new(stdin, stdout, stderr).unwrap();
     let request = ObjectRef::new("x").within("team");
-    let progress = Arc::new(Progress::new(request, 1, "pod".into(), unbounded().0, Clock::system()));
+    let heard = Arc::new(Heard::default());
+    let recorder =
+        Recorder::new(Context::of(&BuildRequest::new("x", Default::default())), 1, "pod", Timestamp::now());
+    let progress = Progress::new(request, 1, "pod".into(), unbounded().0, Clock::system());
+    let progress = Arc::new(progress.traced(Tracer::new(heard.clone()), recorder));
     let (stop, stopped) = watch::channel(false);
     let said = Talk {
         job,
@@ -97,7 +114,10 @@ fn begin(stall: Duration) -> (Session, Far) {
         kept: Arc::default(),
     };
     let end = tokio::spawn(talk(said, pipes, progress.clone(), stopped).in_current_span());
-    (Session { end, progress, stop, dir }, Far { stdin: far_stdin, stdout: far_stdout, stderr: far_stderr })
+    (
+        Session { end, progress, stop, dir, heard },
+        Far { stdin: far_stdin, stdout: far_stdout, stderr: far_stderr },
+    )
 }
 
 impl Far {
@@ -175,6 +195,33 @@ async fn a_build_goes_through_with_its_log() {
         std::fs::read_dir(dir.path().join("cache/log")).unwrap().map(|entry| entry.unwrap().path()).collect();
     assert_eq!(logs.len(), 1);
     assert_eq!(std::fs::read(&logs[0]).unwrap(), b"one\ntwo\n");
+}
+
+/// Each phase as it ends, and what is open with the session.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_session_says_its_phases() {
+    let (session, far) = begin(LONG);
+    let stdout = far.stdout.try_clone().unwrap();
+    let builder = far.serve(stdout, |_| {});
+    let (heard, progress) = (session.heard.clone(), session.progress.clone());
+    let (end, _dir) = session.end().await;
+    progress.end(end, false);
+    builder.join().unwrap();
+    let names = ["connect", "lock", "build", "collect", "push", "session"];
+    assert_eq!(*heard.0.lock().unwrap(), names.map(|name| (name, None)));
+
+    let (session, far) = begin(LONG);
+    let stdout = far.stdout.try_clone().unwrap();
+    let builder = far.serve(stdout, |_| std::panic::resume_unwind(Box::new("gone")));
+    let (heard, progress) = (session.heard.clone(), session.progress.clone());
+    let (end, _dir) = session.end().await;
+    progress.end(end, false);
+    assert!(builder.join().is_err());
+    let lost = Some("ConnectionLost");
+    assert_eq!(
+        *heard.0.lock().unwrap(),
+        [("connect", None), ("lock", None), ("build", lost), ("session", lost)]
+    );
 }
 
 /// On its blocking thread as well.
