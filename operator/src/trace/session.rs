@@ -9,8 +9,8 @@ use jiff::Timestamp;
 use super::{Context, Span, Value};
 use crate::world::SessionEnd;
 
-/// What a session's span says that was ended from outside: by a request's end, or with the operator. Nothing failed.
-pub const STOPPED: &str = "Stopped";
+/// The reason of a session that was ended from outside: by a request's end, or with the operator. Nothing failed.
+const STOPPED: &str = "Stopped";
 
 /// A session that goes on.
 #[derive(Debug)]
@@ -80,16 +80,18 @@ impl Recorder {
         if std::mem::replace(&mut self.is_over, true) {
             return vec![];
         }
-        let error = match end {
+        let reason = match end {
             SessionEnd::Finished { .. } => None,
             SessionEnd::Failed { .. } if was_stopped => Some(STOPPED),
             SessionEnd::Failed { reason, .. } => Some(reason.as_str()),
         };
+        let error = reason.filter(|_| !was_stopped);
         let last = self.turn(None, now, vec![]).map(|span| Span { error, ..span });
         let attempt = self.context.id("attempt", &[self.attempt.into()]);
         let mut session = self.context.span("session", &self.numbers(), attempt, self.started, now);
         session.error = error;
         session.attributes.extend(self.who());
+        session.attributes.extend(reason.map(|reason| ("drover.reason", reason.into())));
         if let SessionEnd::Finished { transfer, .. } = end {
             session.attributes.push(("drover.bytes.stored", transfer.bytes_stored.into()));
         }
@@ -301,7 +303,11 @@ mod tests {
     fn what_was_stopped_did_not_fail() {
         let mut story = Story::new().hear([connected()]);
         let spans = story.recorder.end(&failed(Reason::InfrastructureFailure), true, at(7));
-        assert!(spans.iter().all(|span| span.error == Some(STOPPED)), "{spans:?}");
+        assert_eq!(
+            spans.iter().map(|span| (span.name, span.error)).collect::<Vec<_>>(),
+            [("lock", None), ("session", None),]
+        );
+        assert!(spans[1].attributes.contains(&("drover.reason", STOPPED.into())), "{spans:?}");
     }
 
     /// Ids of two sessions of one attempt, and of two phases of one name.

@@ -53,4 +53,7 @@ fn a_life_is_said_as_it_goes() {
     assert_eq!(told(&scenarios::FAILING), [&arrival.map(str::to_owned)[..], &failed].concat());
     let evicted = ["connect ConnectionLost", "session ConnectionLost", "attempt Evicted"];
     assert_eq!(told(&scenarios::EVICTED), [&arrival[..], &evicted, &arrival, &ended].concat());
+    // Its session was told to end, and did not fail.
+    let cancelled = ["connect", "session", "attempt Cancelled", "request Cancelled"];
+    assert_eq!(told(&scenarios::CANCELLED), [&arrival[..], &cancelled].concat());
 }
