@@ -6,9 +6,11 @@
 //! but for [`ControlPlane`] and [`S3Server`]. [`sqlite`] is real software to build, [`record`] what real clients say,
 //! [`corpus`] a derivation for each thing that a builder has to do.
 //! [`audit`] reads from an API server's audit log what Drover must never do.
+//! [`collector`] receives what the operator says by OpenTelemetry.
 //! [`rights`] compares what RBAC grants with what the log shows to be used.
 
 pub mod audit;
+pub mod collector;
 pub mod corpus;
 pub mod faults;
 mod http_cache;

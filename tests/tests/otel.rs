@@ -2,11 +2,8 @@
 
 #![allow(clippy::unwrap_used)] // all of it is tests
 
-use std::collections::{BTreeMap, HashMap};
-use std::io::{BufRead as _, BufReader, Read as _, Write as _};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
-use std::sync::mpsc::{Receiver, Sender, channel};
-use std::thread;
+use std::collections::BTreeMap;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::time::Duration;
 
 use drover_api::conditions::{self, Status};
@@ -19,64 +16,13 @@ use drover_operator::trace::{Context, NAMES, Tracer, context, transition};
 use drover_operator::world::SessionEnd;
 use drover_serve::{BuildResult, BuildStatus, LATEST};
 use drover_session::Event;
+use drover_tests::collector::{self, Collector, Received, text};
 use jiff::Timestamp;
-use opentelemetry_proto::tonic::collector::trace::v1::ExportTraceServiceRequest;
-use opentelemetry_proto::tonic::common::v1::any_value::Value;
-use opentelemetry_proto::tonic::common::v1::{AnyValue, KeyValue};
 use opentelemetry_proto::tonic::trace::v1::Span;
-use opentelemetry_proto::tonic::trace::v1::status::StatusCode;
 use prometheus_client::metrics::counter::Counter;
-use prost::Message as _;
 
 const LONG: Duration = Duration::from_secs(60);
 const TRACEPARENT: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
-
-/// One request as it came.
-struct Received {
-    line: String,
-    headers: HashMap<String, String>,
-    body: Vec<u8>,
-}
-
-/// A collector that answers with these status codes, one a request, and 200 afterwards.
-struct Collector {
-    address: SocketAddr,
-    received: Receiver<Received>,
-}
-
-impl Collector {
-    fn start(answers: Vec<u16>) -> Self {
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
-        let address = listener.local_addr().unwrap();
-        let (say, received) = channel();
-        let mut answers = answers.into_iter();
-        thread::spawn(move || {
-            for connection in listener.incoming() {
-                Self::serve(connection.unwrap(), &mut answers, &say);
-            }
-        });
-        Self { address, received }
-    }
-
-    /// One request a connection.
-    fn serve(connection: TcpStream, answers: &mut impl Iterator<Item = u16>, say: &Sender<Received>) {
-        let mut reader = BufReader::new(connection.try_clone().unwrap());
-        let mut lines = reader.by_ref().lines().map(Result::unwrap).take_while(|line| !line.is_empty());
-        let Some(line) = lines.next() else { return };
-        let headers: HashMap<String, String> = lines
-            .filter_map(|line| {
-                line.split_once(": ").map(|(name, value)| (name.to_lowercase(), value.to_owned()))
-            })
-            .collect();
-        let mut body = vec![0; headers["content-length"].parse().unwrap()];
-        reader.read_exact(&mut body).unwrap();
-        // The test may be over.
-        let _ = say.send(Received { line, headers, body });
-        let status = answers.next().unwrap_or(200);
-        let answer = format!("HTTP/1.1 {status} x\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
-        (&connection).write_all(answer.as_bytes()).unwrap();
-    }
-}
 
 fn export(address: SocketAddr, more: &[(&str, &str)], dropped: &Counter) -> Export {
     let endpoint = format!("http://{address}");
@@ -154,61 +100,42 @@ fn live(request: &mut BuildRequest, tracer: &Tracer, succeeds: bool) {
     });
 }
 
-fn text<'a>(attributes: &'a [KeyValue], name: &str) -> Option<&'a str> {
-    let found = attributes.iter().find(|attribute| attribute.key == name)?;
-    match &found.value {
-        Some(AnyValue { value: Some(Value::StringValue(text)) }) => Some(text),
-        _ => None,
-    }
-}
-
-/// Each span, indented below its parent, with its seconds and what failed.
-fn tree(spans: &[Span], parent: &[u8], depth: usize) -> String {
-    let mut below: Vec<&Span> = spans.iter().filter(|span| span.parent_span_id == parent).collect();
-    below.sort_by_key(|span| (span.start_time_unix_nano, span.end_time_unix_nano));
-    let mut text = String::new();
-    for span in below {
+/// With seconds and what failed.
+fn tree(spans: &[Span], parent: &[u8]) -> String {
+    collector::tree(spans, parent, &|span| {
         let second = |nanos: u64| nanos / 1_000_000_000;
-        let status = span.status.as_ref().filter(|status| status.code() == StatusCode::Error);
-        let error = status.map(|status| format!(" {}", status.message)).unwrap_or_default();
         let (begin, end) = (second(span.start_time_unix_nano), second(span.end_time_unix_nano));
-        text += &format!("{}{} {begin}-{end}{error}\n", "  ".repeat(depth), span.name);
-        text += &tree(spans, &span.span_id, depth + 1);
-    }
-    text
-}
-
-fn spans(received: &Received) -> Vec<Span> {
-    let message = ExportTraceServiceRequest::decode(&*received.body).unwrap();
-    message.resource_spans.into_iter().flat_map(|of| of.scope_spans).flat_map(|of| of.spans).collect()
+        let error = collector::error(span).map(|why| format!(" {why}")).unwrap_or_default();
+        format!("{} {begin}-{end}{error}", span.name)
+    })
 }
 
 #[test]
 fn a_life_arrives_as_one_tree() {
-    let (collector, dropped) = (Collector::start(vec![]), Counter::default());
+    let (collector, dropped) = (Collector::start(vec![]).unwrap(), Counter::default());
     let headers = ("OTEL_EXPORTER_OTLP_HEADERS", "authorization=Bearer%20s3cret");
     let resource = ("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment.name=test,service.name=no");
     let service = ("OTEL_SERVICE_NAME", "builds");
     let export = export(collector.address, &[headers, resource, service], &dropped);
     live(&mut request(Some(TRACEPARENT)), &export.tracer(), true);
     export.close(LONG);
-    let received = collector.received.recv_timeout(LONG).unwrap();
+    let received = collector.next().unwrap();
     assert_eq!(received.line, "POST /v1/traces HTTP/1.1");
     assert_eq!(received.headers["content-type"], "application/x-protobuf");
     assert_eq!(received.headers["authorization"], "Bearer s3cret");
-    let message = ExportTraceServiceRequest::decode(&*received.body).unwrap();
+    let message = received.message().unwrap();
     let of = &message.resource_spans[0].resource.as_ref().unwrap().attributes;
     assert_eq!(text(of, "service.name"), Some("builds"));
     assert_eq!(of.iter().filter(|attribute| attribute.key == "service.name").count(), 1);
     assert_eq!(text(of, "service.instance.id"), Some("drover-operator-0"));
     assert_eq!(text(of, "deployment.environment.name"), Some("test"));
-    let spans = spans(&received);
+    let spans = received.spans().unwrap();
     let trace: Vec<u8> =
         (0..32).step_by(2).map(|i| u8::from_str_radix(&TRACEPARENT[3 + i..5 + i], 16).unwrap()).collect();
     assert!(spans.iter().all(|span| span.trace_id == trace), "{spans:?}");
     let caller = 0xb7ad_6b71_6920_3331_u64.to_be_bytes();
     assert_eq!(
-        tree(&spans, &caller, 0),
+        tree(&spans, &caller),
         "\
 request 100-141
   wait 100-110
@@ -243,13 +170,13 @@ request 100-141
 
 #[test]
 fn a_build_that_failed_says_so_and_no_more() {
-    let (collector, dropped) = (Collector::start(vec![]), Counter::default());
+    let (collector, dropped) = (Collector::start(vec![]).unwrap(), Counter::default());
     let export = export(collector.address, &[], &dropped);
     live(&mut request(None), &export.tracer(), false);
     export.close(LONG);
-    let received = collector.received.recv_timeout(LONG).unwrap();
+    let received = collector.next().unwrap();
     assert_eq!(
-        tree(&spans(&received), &[], 0),
+        tree(&received.spans().unwrap(), &[]),
         "\
 request 100-141 BuildFailed
   wait 100-110
@@ -270,18 +197,18 @@ request 100-141 BuildFailed
 
 #[test]
 fn a_collector_that_is_busy_is_asked_again() {
-    let (collector, dropped) = (Collector::start(vec![503]), Counter::default());
+    let (collector, dropped) = (Collector::start(vec![503]).unwrap(), Counter::default());
     let export = export(collector.address, &[], &dropped);
     live(&mut request(None), &export.tracer(), true);
     export.close(LONG);
-    let tries: Vec<Received> = collector.received.try_iter().collect();
-    assert_eq!(tries.iter().map(|received| spans(received).len()).collect::<Vec<_>>(), [13, 13]);
+    let tries: Vec<Received> = collector.all();
+    assert_eq!(tries.iter().map(|received| received.spans().unwrap().len()).collect::<Vec<_>>(), [13, 13]);
     assert_eq!(dropped.get(), 0);
 }
 
 #[test]
 fn what_a_collector_does_not_take_is_counted() {
-    let refuses = Collector::start(vec![401]);
+    let refuses = Collector::start(vec![401]).unwrap();
     let gone = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap();
     for address in [refuses.address, gone] {
         let dropped = Counter::default();
@@ -290,7 +217,7 @@ fn what_a_collector_does_not_take_is_counted() {
         export.close(LONG);
         assert_eq!(dropped.get(), 13, "{address}");
     }
-    assert_eq!(refuses.received.try_iter().count(), 1);
+    assert_eq!(refuses.all().len(), 1);
 }
 
 /// Connections are taken, and nothing ever is said on them: requests end at their timeout, which is what is lost at most.

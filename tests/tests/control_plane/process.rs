@@ -35,10 +35,21 @@ impl Operator {
 
     /// With further arguments.
     pub(crate) fn start_with(world: &World, name: &'static str, args: &[&str]) -> Result<Self> {
+        Self::start_in(world, name, args, &[])
+    }
+
+    /// And in this environment.
+    pub(crate) fn start_in(
+        world: &World,
+        name: &'static str,
+        args: &[&str],
+        environment: &[(&str, &str)],
+    ) -> Result<Self> {
         let work = TempDir::new()?;
         let log = work.path().join("log");
         let mut command = Command::new(program("drover-operator")?);
         command.env("KUBECONFIG", &world.rights).env("DROVER_POD_NAME", name).env("NO_COLOR", "1");
+        command.envs(environment.iter().copied());
         command.args([
             "--builder-image=drover.test/none:1",
             "--seed-secret=drover-seed",

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use drover_tests::collector::{Collector, error, text, tree};
 use rustix::process::Signal;
 use serde_json::Value;
 use xtask::run;
@@ -116,6 +117,55 @@ fn every_line_of_a_request_names_it() -> Result<()> {
     ensure!(of_attempt.count() > 0, "{log}");
     let start = lines.first().context("an empty log")?;
     ensure!(start["message"] == "drover-operator starts" && start["version"].is_string(), "{start}");
+    Ok(())
+}
+
+/// Told by its environment alone; the last spans leave as it ends.
+#[test]
+fn a_collector_receives_what_happened_to_a_request() -> Result<()> {
+    let world = World::start()?;
+    world.class("small")?;
+    let collector = Collector::start(vec![])?;
+    let endpoint = format!("http://{}", collector.address);
+    let environment = [("OTEL_EXPORTER_OTLP_ENDPOINT", &*endpoint), ("OTEL_SERVICE_NAME", "drover-test")];
+    let mut operator = Operator::start_in(&world, "only", &[], &environment)?;
+    operator.wait_leads(&world)?;
+    let node = Node::start(&world)?;
+    world.request("hello", "", "x86_64-linux")?;
+    let pod = world.pod("hello", 1)?;
+    world.wait_reason("hello", "StartingBuilder")?;
+    world.change("hello", r#"{"cancel": true}"#)?;
+    world.wait("hello", "False")?;
+    world.wait_gone(&pod)?;
+    ensure!(operator.metric("drover_trace_spans_dropped_total")? == "0");
+    operator.end(Signal::TERM)?;
+    drop(node);
+    let received = collector.all();
+    let mut spans = Vec::new();
+    for one in &received {
+        spans.extend(one.spans()?);
+        let resource =
+            one.message()?.resource_spans.into_iter().find_map(|of| of.resource).unwrap_or_default();
+        ensure!(text(&resource.attributes, "service.name") == Some("drover-test"), "{resource:?}");
+        ensure!(text(&resource.attributes, "service.instance.id") == Some("only"), "{resource:?}");
+    }
+    let shown = tree(&spans, &[], &|span| [&*span.name, error(span).unwrap_or_default()].join(" "));
+    let wanted = [
+        "request Cancelled",
+        "  wait ",
+        "  attempt Cancelled",
+        "    schedule ",
+        "    session ",
+        "      connect ",
+    ];
+    ensure!(shown.lines().eq(wanted), "{shown}");
+    // As docs/tracing.md finds it.
+    let uid = world.get("hello")?["metadata"]["uid"].as_str().context("a uid")?.to_owned();
+    let id = run::filter(&mut std::process::Command::new("sha256sum"), uid.as_bytes())?;
+    for span in &spans {
+        let trace: String = span.trace_id.iter().map(|byte| format!("{byte:02x}")).collect();
+        ensure!(id.starts_with(&trace) && trace.len() == 32, "{id} {trace}");
+    }
     Ok(())
 }
 
