@@ -5,9 +5,10 @@
 //! nothing. [`queue`] knows what requests mean for each other and which of them may begin. [`session`] holds the
 //! conversations with builders that plans start. [`controller`] wires it to the API server, [`sweep`] clears away what
 //! lost its request. [`process`] decides when all that may run: while this process holds the [`lease`], on which every
-//! write depends ([`gate`]). [`check`] is what the chart runs beside the operator.
+//! write depends ([`gate`]). [`check`] is what the chart runs beside the operator. [`trace`] says what a request's life was made of,
+//! to a collector if there is one.
 //!
-//! `lease::record`, `plan`, `status`, `world`, `pod`, `quantity` and `keys` are pure: no async runtime, no clock, no network, no environment.
+//! `lease::record`, `plan`, `status`, `world`, `pod`, `quantity`, `keys` and, but for its way out, `trace` are pure: no async runtime, no clock, no network, no environment.
 
 pub mod backoff;
 pub mod check;
