@@ -1,12 +1,15 @@
 //! The locks that a build holds on what it makes, waited for only as long as somebody wants the build.
 
-use std::os::fd::AsFd as _;
-use std::sync::mpsc;
+use std::time::Duration;
 
 use drover_store::{LocalStore, PathLock, Wait};
 
-use super::cancel::{Event, Interest};
+use super::cancel::Interest;
 use crate::error::Error;
+
+/// How often locks that someone else has are tried again. Only blocking would wait for them otherwise, in a thread for each who
+/// waits that nothing could end: clients that come, ask and go would leave any number of these behind.
+const RETRY: Duration = Duration::from_millis(50);
 
 /// Locks that are taken off the disk when they are let go. Nix leaves the files of builds that failed; whoever waits
 /// for one looks again whether it still has its name, so that nothing needs them.
@@ -32,28 +35,40 @@ pub(super) fn lock(
     interest: &Interest<'_>,
     waiting: impl FnOnce(),
 ) -> Result<Held, Error> {
-    if let Some(held) = try_lock(store, names.clone())? {
-        return Ok(held);
-    }
-    waiting();
-    let arrived = Event::new().map_err(Error::system("make an event descriptor"))?;
-    let (sender, receiver) = mpsc::channel();
-    let (store, event) = (store.clone(), arrived.clone());
-    // A lock can be waited for only by blocking, so a thread does, and is left behind if the interest ends first: it
-    // then lets go of the lock as soon as it has it.
-    std::thread::spawn(move || {
-        let lock = PathLock::acquire_names(&store, names, Wait::Block);
-        let held = lock.map(Held);
-        let _left_behind = sender.send(held);
-        event.set();
-    });
+    let mut waiting = Some(waiting);
     loop {
-        interest.check()?;
-        if arrived.is_set() {
-            break;
+        if let Some(held) = try_lock(store, names.clone())? {
+            return Ok(held);
         }
-        interest.wait(&[arrived.as_fd()], None)?;
+        if let Some(waiting) = waiting.take() {
+            waiting();
+        }
+        interest.check()?;
+        interest.wait(&[], Some(RETRY))?;
     }
-    let gone = || Error::system("wait for a lock")(std::io::ErrorKind::BrokenPipe.into());
-    Ok(receiver.recv().map_err(|_| gone())??)
+}
+
+#[cfg(test)]
+mod tests {
+    use drover_store::{Access, StoreLayout};
+
+    use super::*;
+    use crate::build::cancel::Cancel;
+    use crate::build::shared::testing::shared;
+
+    #[test]
+    fn whoever_waits_gets_the_lock_or_goes_and_leaves_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = LocalStore::open(StoreLayout::in_root(dir.path()), Access::ReadWrite).unwrap();
+        let names = || vec!["x".to_owned()];
+        let (shared, cancel) = (shared(), Cancel::new().unwrap());
+        let interest = Interest::new(&cancel, &shared, Duration::ZERO);
+        let mut other = try_lock(&store, names()).unwrap();
+        assert!(other.is_some());
+        let held = lock(&store, names(), &interest, || drop(other.take())).unwrap();
+        assert!(lock(&store, names(), &interest, || cancel.cancel()).is_err());
+        drop(held);
+        // Had somebody been left behind who still waits, it would be locked, or be a moment later.
+        assert!(try_lock(&store, names()).unwrap().is_some());
+    }
 }
