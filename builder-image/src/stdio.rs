@@ -27,11 +27,12 @@ pub(crate) fn serve(builder: Builder, write: bool) -> anyhow::Result<()> {
     let let_go = if lingers { vec![1, 2, output.as_raw_fd(), error.as_raw_fd()] } else { Vec::new() };
     let watched = input.try_clone().context("cannot open standard input")?;
     let dir = builder.store.store_dir().clone();
-    let log = Log::to(File::from(error));
+    let log = Log::to(File::from(error)).context("cannot start a thread for the log")?;
     let ends = (rustix::stdio::stdin(), rustix::stdio::stdout());
     [ends.0, ends.1].into_iter().for_each(widen);
     let mut session = Session::new(builder, write, log.clone(), cancel.clone())?.with_ends(ends.0, ends.1);
-    watch(watched, cancel, session.building(), let_go);
+    watch(watched, cancel, session.building(), let_go)
+        .context("cannot start a thread that watches the client")?;
     let result = drover_serve::serve(File::from(input), File::from(output), &mut session, &dir, write);
     log.flush();
     Ok(result?)
@@ -45,8 +46,8 @@ fn widen(pipe: BorrowedFd<'_>) {
 /// Cancels builds as soon as nobody can send anything any more: the client is gone. If a build is running then and may
 /// linger, lets go of these descriptors, which stay what they were to everyone else but lead nowhere: whoever reads them
 /// must not wait for a build that goes on without them. Otherwise who closes its side may still read its answers.
-fn watch(input: OwnedFd, cancel: Cancel, building: Arc<AtomicBool>, let_go: Vec<RawFd>) {
-    std::thread::spawn(move || {
+fn watch(input: OwnedFd, cancel: Cancel, building: Arc<AtomicBool>, let_go: Vec<RawFd>) -> io::Result<()> {
+    let watch = move || {
         loop {
             // Nothing is asked for but what is always reported: hang-up and errors. Sockets say it their own way.
             let mut fds = [PollFd::new(&input, PollFlags::RDHUP)];
@@ -63,7 +64,8 @@ fn watch(input: OwnedFd, cancel: Cancel, building: Arc<AtomicBool>, let_go: Vec<
                 }
             }
         }
-    });
+    };
+    std::thread::Builder::new().name("watch".into()).spawn(watch).map(drop)
 }
 
 #[allow(unsafe_code)]

@@ -342,3 +342,18 @@ impl Session {
         }
     }
 }
+
+#[test]
+fn a_machine_that_starts_no_thread_gets_an_error_and_no_crash() {
+    let root = tempfile::TempDir::new().unwrap();
+    let output = std::process::Command::new(common::BUILDER)
+        .args(["--serve", "--write", "--store", root.path().to_str().unwrap()])
+        // Stacks that do not fit into its address space: as if a build had taken all processes that there may be.
+        .env("RUST_MIN_STACK", (1_u64 << 50).to_string())
+        .stdin(std::process::Stdio::null())
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("cannot start a thread"), "{said}");
+}

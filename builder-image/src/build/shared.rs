@@ -278,7 +278,7 @@ pub(crate) mod testing {
     }
 
     pub(crate) fn shared() -> Shared {
-        Shared::new(identity(0), Cancel::new().unwrap(), &Log::to(std::io::sink()), None).unwrap()
+        Shared::new(identity(0), Cancel::new().unwrap(), &Log::to(std::io::sink()).unwrap(), None).unwrap()
     }
 }
 
@@ -304,7 +304,7 @@ mod tests {
         fn enter(&self, registry: &Registry) -> Entry {
             let identity = identity(self.timeout);
             let outputs = [identity.drv_path.to_string()].into();
-            let (log, cancel) = (&Log::to(std::io::sink()), &self.cancel);
+            let (log, cancel) = (&Log::to(std::io::sink()).unwrap(), &self.cancel);
             registry.enter(Asker { identity, outputs, alone: self.alone, log, cancel }, None).unwrap()
         }
 

@@ -216,7 +216,7 @@ mod tests {
     #[test]
     fn a_build_that_never_stops_writing_is_looked_after() {
         // For readers that are gone there is always room.
-        let gone = Log::to(std::fs::File::open("/dev/null").unwrap());
+        let gone = Log::to(std::fs::File::open("/dev/null").unwrap()).unwrap();
         gone.note("this cannot be written");
         gone.flush_until(&|| false);
         let log = BuildLog::new(&gone, None);

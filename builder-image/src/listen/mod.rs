@@ -94,7 +94,7 @@ pub(crate) fn run(options: &Options<'_>, builder: Builder) -> anyhow::Result<()>
     let shared = Arc::new(Shared {
         builder,
         rules,
-        log: Log::to(io::stderr()),
+        log: Log::to(io::stderr()).context("cannot start a thread for the log")?,
         login_grace: options.login_grace,
         sessions: Arc::new(Semaphore::new(options.max_sessions)),
         connections: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
@@ -133,7 +133,7 @@ fn announce_network(builder: &Builder) -> anyhow::Result<()> {
     if demanded {
         announce()
     } else {
-        std::thread::spawn(announce);
+        std::thread::Builder::new().spawn(announce).context("cannot start a thread")?;
         Ok(())
     }
 }

@@ -32,17 +32,20 @@ impl Session {
     /// Starts the session, or tells the client why not. The error is that of making a thread.
     pub(super) fn start(self) -> io::Result<()> {
         let permit = Arc::clone(&self.shared.sessions).try_acquire_owned().ok();
-        let name = if permit.is_some() { "session" } else { "refusal" };
-        let run = move || match permit {
-            Some(permit) => self.run(permit),
+        let admitted = match permit {
+            Some(permit) => Some((permit, Log::to(self.client.error_output())?)),
+            None => None,
+        };
+        let name = if admitted.is_some() { "session" } else { "refusal" };
+        let run = move || match admitted {
+            Some((permit, client_log)) => self.run(permit, client_log),
             None => self.refuse("too many sessions; try again later"),
         };
         std::thread::Builder::new().name(name.into()).spawn(run).map(drop)
     }
 
-    fn run(self, permit: OwnedSemaphorePermit) {
+    fn run(self, permit: OwnedSemaphorePermit, client_log: Log) {
         let running = self.shared.enter(&self.input);
-        let client_log = Log::to(self.client.error_output());
         let result = self.serve(client_log.clone().and(&self.shared.log));
         if let Err(error) = &result {
             let words = match self.input.cancel().is_stopped() {

@@ -6,7 +6,6 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread;
 
 use drover_nix::nar::Plain;
 use drover_nix::{NarInfo, StorePath};
@@ -36,11 +35,7 @@ pub(super) fn fetch(
     let state = State { ends, ..State::default() };
     let crew =
         Crew { store, sources, plan, cancel, complaints, state: Mutex::new(state), changed: Condvar::new() };
-    thread::scope(|scope| {
-        for _ in 0..PARALLEL.min(plan.0.len()) {
-            scope.spawn(|| crew.work());
-        }
-    });
+    drover_store::in_parallel(PARALLEL.min(plan.0.len()), || crew.work());
     match crew.state.into_inner().unwrap_or_else(PoisonError::into_inner).error {
         Some(error) => Err(error),
         None => Ok(()),

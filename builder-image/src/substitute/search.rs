@@ -5,7 +5,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Mutex;
 use std::sync::PoisonError;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::thread;
 
 use drover_nix::{NarInfo, StorePath};
 use drover_store::{LocalStore, TempRoots};
@@ -111,11 +110,6 @@ fn look_up(sources: &[Source], paths: &[StorePath], complaints: &Complaints<'_>)
             }
         }
     };
-    thread::scope(|scope| {
-        for _ in 1..LOOKUPS.min(paths.len()) {
-            scope.spawn(work);
-        }
-        work();
-    });
+    drover_store::in_parallel(LOOKUPS.min(paths.len()), work);
     answers.into_inner().unwrap_or_else(PoisonError::into_inner)
 }

@@ -172,7 +172,7 @@ impl World {
             roots: store.temp_roots().unwrap(),
             substituter,
             cancel: Cancel::new().unwrap(),
-            log: Log::to(lines.clone()),
+            log: Log::to(lines.clone()).unwrap(),
             lines,
             dir,
             store,

@@ -2,7 +2,6 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread;
 
 use drover_nix::{NarInfo, StorePath};
 
@@ -41,11 +40,7 @@ pub fn closure_where(
     let todo = roots.into_iter().filter(|root| seen.insert(root.clone())).collect();
     let state = Mutex::new(State { todo, seen, ..State::default() });
     let work = Work { state, changed: Condvar::new(), wanted, limit };
-    thread::scope(|scope| {
-        for _ in 0..PARALLEL {
-            scope.spawn(|| work.run(caches));
-        }
-    });
+    drover_store::in_parallel(PARALLEL, || work.run(caches));
     let state = work.state.into_inner().unwrap_or_else(PoisonError::into_inner);
     match state.error {
         Some(error) => Err(error),

@@ -38,6 +38,8 @@ use std::time::Duration;
 use drover_nix::signature::PublicKey;
 use drover_nix::{NarInfo, PathInfo, StoreDir, StorePath};
 
+pub use drover_store::in_parallel;
+
 pub use closure::{Closure, closure, closure_where};
 pub use credentials::{Credentials, Secret};
 pub use crew::FrameWriter;

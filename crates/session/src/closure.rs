@@ -4,7 +4,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Write};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
-use std::thread;
 
 use drover_cache::Cache;
 use drover_nix::order::references_first;
@@ -240,12 +239,7 @@ fn look_up(caches: &[Arc<dyn Cache>], paths: &[StorePath]) -> Vec<(StorePath, Fo
             results.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).push((path.clone(), found));
         }
     };
-    thread::scope(|scope| {
-        for _ in 1..LOOKUPS.min(paths.len()) {
-            scope.spawn(work);
-        }
-        work();
-    });
+    drover_cache::in_parallel(LOOKUPS.min(paths.len()), work);
     results.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 

@@ -28,7 +28,10 @@ pub(crate) fn send<R: Read, W: Write>(
 ) -> Result<u64, Failure> {
     thread::scope(|scope| {
         let (opened, ready) = sync_channel(AHEAD);
-        scope.spawn(move || open_ahead(caches, paths, &opened));
+        let open = move || open_ahead(caches, paths, &opened);
+        thread::Builder::new().spawn_scoped(scope, open).map_err(|error| {
+            Failure::infrastructure(format!("starting a thread to copy inputs: {error}"), error)
+        })?;
         // Moved in, so that leaving early closes the channel, which ends the thread.
         send_ready(caches, paths, ready, client, observer)
     })

@@ -9,7 +9,6 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread;
 
 use drover_cache::{Cache, Closure, closure_where, find};
 use drover_nix::derivation::aterm;
@@ -203,21 +202,15 @@ impl Round<'_> {
         drop(state);
         let claim = Claim { proofs: self.proofs, paths: mine };
         let (next, failed) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
-        thread::scope(|scope| {
-            for _ in 0..PARALLEL.min(claim.paths.len()) {
-                scope.spawn(|| {
-                    while let Some(path) = claim.paths.get(next.fetch_add(1, Ordering::Relaxed)) {
-                        match read_one(self.dir, self.caches, path, found.get(path)) {
-                            Ok(file) => drop(self.proofs.lock().read.insert(path.clone(), Arc::new(file))),
-                            Err(error) => {
-                                failed
-                                    .lock()
-                                    .unwrap_or_else(PoisonError::into_inner)
-                                    .push((path.clone(), error));
-                            }
-                        }
+        drover_cache::in_parallel(PARALLEL.min(claim.paths.len()), || {
+            while let Some(path) = claim.paths.get(next.fetch_add(1, Ordering::Relaxed)) {
+                match read_one(self.dir, self.caches, path, found.get(path)) {
+                    Ok(file) => drop(self.proofs.lock().read.insert(path.clone(), Arc::new(file))),
+                    Err(error) => {
+                        let mut failed = failed.lock().unwrap_or_else(PoisonError::into_inner);
+                        failed.push((path.clone(), error));
                     }
-                });
+                }
             }
         });
         for (path, error) in failed.into_inner().unwrap_or_else(PoisonError::into_inner) {

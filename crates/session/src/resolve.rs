@@ -6,7 +6,6 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
 
 use drover_cache::Cache;
 use drover_nix::derivation::{DerivationType, aterm, modulo};
@@ -103,12 +102,7 @@ fn read_all(
             }
         }
     };
-    thread::scope(|scope| {
-        for _ in 1..READERS.min(paths.len()) {
-            scope.spawn(work);
-        }
-        work();
-    });
+    drover_cache::in_parallel(READERS.min(paths.len()), work);
     let results = results.into_inner().unwrap_or_else(PoisonError::into_inner);
     results.into_iter().map(|(path, result)| Ok((path, result?))).collect()
 }

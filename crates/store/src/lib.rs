@@ -6,7 +6,8 @@
 //! All of it is synchronous; NARs stream through it and are never held in memory.
 //!
 //! In the order of its story: where a store lies ([`StoreUri`], [`StoreLayout`]), its objects as files ([`fs`]), who may
-//! touch them when ([`PathLock`], [`TempRoots`]), and the store itself ([`LocalStore`]).
+//! touch them when ([`PathLock`], [`TempRoots`]), and the store itself ([`LocalStore`]). [`in_parallel`] is for whoever
+//! works on it with several threads.
 
 mod batch;
 mod claim;
@@ -26,6 +27,7 @@ mod temp_dir;
 mod temp_roots;
 #[cfg(test)]
 mod testing;
+mod threads;
 mod verify;
 
 pub use batch::Batch;
@@ -38,4 +40,5 @@ pub use local::{Access, LocalStore, ValidPath};
 pub use path_lock::{PathLock, Wait};
 pub use temp_dir::TempDir;
 pub use temp_roots::TempRoots;
+pub use threads::in_parallel;
 pub use verify::VerifyReport;

@@ -89,3 +89,25 @@ pub(crate) fn entries(store: &LocalStore) -> Vec<String> {
     names.sort();
     names
 }
+
+/// Runs the rest of the test `name` in a process of its own that can start no thread: their stacks would not fit into
+/// its address space.
+pub(crate) fn without_threads(name: &str, rest: impl FnOnce()) {
+    const MARK: &str = "DROVER_TEST_WITHOUT_THREADS";
+    if std::env::var_os(MARK).is_some() {
+        assert!(std::thread::Builder::new().spawn(|| ()).is_err(), "this process can start threads");
+        return rest();
+    }
+    let output = std::process::Command::new(std::env::current_exe().unwrap())
+        .args([name, "--exact", "--test-threads=1", "--nocapture"])
+        .env(MARK, "1")
+        .env("RUST_MIN_STACK", (1_u64 << 50).to_string())
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(
+        output.status.success() && said.contains("1 passed"),
+        "{said}{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+}

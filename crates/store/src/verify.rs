@@ -250,7 +250,9 @@ fn in_parallel<T: Sync>(
     };
     let threads = thread::available_parallelism().map_or(1, usize::from).min(MAX_THREADS).min(items.len());
     thread::scope(|scope| {
-        let others: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
+        // As many as can be had.
+        let other = |_| thread::Builder::new().spawn_scoped(scope, work).ok();
+        let others: Vec<_> = (1..threads).map_while(other).collect();
         let mut found = work()?;
         for other in others {
             found.extend(other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?);

@@ -111,10 +111,10 @@ mod tests {
     fn who_joins_sees_the_log_from_where_it_stands() {
         for spool in [None, Some(tempfile::tempfile().unwrap())] {
             let (first, second) = (Kept::default(), Kept::default());
-            let log = Log::to(first.clone());
+            let log = Log::to(first.clone()).unwrap();
             let build = BuildLog::new(&log, spool);
             build.write(b"before\n");
-            let joining = Log::to(second.clone()).and(&log);
+            let joining = Log::to(second.clone()).unwrap().and(&log);
             build.join(&joining);
             build.write(b"after\n");
             joining.flush_until(&|| false);
@@ -128,14 +128,14 @@ mod tests {
     #[test]
     fn who_comes_after_its_end_sees_it_and_who_was_there_does_not_see_it_again() {
         let (first, second) = (Kept::default(), Kept::default());
-        let log = Log::to(first.clone());
+        let log = Log::to(first.clone()).unwrap();
         let build = BuildLog::new(&log, Some(tempfile::tempfile().unwrap()));
         // More than is read of a file at once.
         let text = "all of it\n".repeat(20_000);
         build.write(text.as_bytes());
         build.end();
         assert!(build.lock().readers.is_empty());
-        let joining = Log::to(second.clone()).and(&log);
+        let joining = Log::to(second.clone()).unwrap().and(&log);
         build.join(&joining);
         joining.flush_until(&|| false);
         assert!(first.text() == text && second.text() == text);

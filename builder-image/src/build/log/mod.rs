@@ -8,7 +8,7 @@ mod tail;
 
 use std::collections::VecDeque;
 use std::fs::File;
-use std::io::Write;
+use std::io::{self, Write};
 use std::os::unix::fs::FileExt as _;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -71,18 +71,18 @@ enum Piece {
 }
 
 impl Log {
-    /// Writes to `sink` from a thread of its own, which may block for as long as it likes.
-    pub(crate) fn to(mut sink: impl Write + Send + 'static) -> Self {
+    /// Writes to `sink` from a thread of its own, which may block for as long as it likes. The error is that of making it.
+    pub(crate) fn to(mut sink: impl Write + Send + 'static) -> io::Result<Self> {
         let state = State { outlets: 1, ..State::default() };
         let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new() });
         let writer = Arc::clone(&shared);
-        std::thread::spawn(move || {
+        std::thread::Builder::new().name("log".into()).spawn(move || {
             while let Some(bytes) = writer.next() {
                 let result = sink.write_all(&bytes).and_then(|()| sink.flush());
                 writer.written(result.is_err());
             }
-        });
-        Self { outlets: vec![Outlet { shared }] }
+        })?;
+        Ok(Self { outlets: vec![Outlet { shared }] })
     }
 
     /// A log that goes to the readers of both.
@@ -272,7 +272,6 @@ impl Piece {
 
 #[cfg(test)]
 mod tests {
-    use std::io;
     use std::sync::mpsc;
 
     use super::*;
@@ -327,7 +326,7 @@ mod tests {
         });
         for round in 0..ROUNDS {
             let (ends, ended) = mpsc::channel();
-            let log = Log::to(Ends(ends));
+            let log = Log::to(Ends(ends)).unwrap();
             let go = Arc::<std::sync::atomic::AtomicBool>::default();
             give.send((log.clone(), Arc::clone(&go))).unwrap();
             go.store(true, std::sync::atomic::Ordering::SeqCst);
@@ -340,11 +339,11 @@ mod tests {
 
     #[test]
     fn who_reads_the_log_of_a_build_that_has_ended_is_let_go_of() {
-        let build = BuildLog::new(&Log::to(io::sink()), None);
+        let build = BuildLog::new(&Log::to(io::sink()).unwrap(), None);
         build.write(b"text");
         build.end();
         let (ends, ended) = mpsc::channel();
-        let late = Log::to(Ends(ends));
+        let late = Log::to(Ends(ends)).unwrap();
         build.join(&late);
         late.flush_until(&|| false);
         drop(late);
@@ -354,7 +353,7 @@ mod tests {
     #[test]
     fn a_slow_reader_is_waited_for() {
         let ((arrived, arrivals), (open, gate)) = (mpsc::channel(), mpsc::channel());
-        let log = Log::to(Gate { arrived, open: gate });
+        let log = Log::to(Gate { arrived, open: gate }).unwrap();
         log.write(b"first");
         assert_eq!(arrivals.recv().unwrap(), 5);
         log.write(&vec![0; MAX_PENDING]);
@@ -369,7 +368,7 @@ mod tests {
     #[test]
     fn a_reader_that_is_gone_is_not() {
         let ((arrived, arrivals), (open, gate)) = (mpsc::channel(), mpsc::channel());
-        let log = Log::to(Gate { arrived, open: gate });
+        let log = Log::to(Gate { arrived, open: gate }).unwrap();
         log.write(&vec![0; MAX_PENDING]);
         arrivals.recv().unwrap();
         drop(open);
@@ -381,7 +380,7 @@ mod tests {
     #[test]
     fn a_stalled_reader_loses_log() {
         let ((arrived, arrivals), (_open, gate)) = (mpsc::channel(), mpsc::channel());
-        let log = Log::to(Gate { arrived, open: gate });
+        let log = Log::to(Gate { arrived, open: gate }).unwrap();
         log.write(b"first");
         arrivals.recv().unwrap();
         log.write(&vec![0; MAX_PENDING]);

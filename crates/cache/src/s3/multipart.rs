@@ -63,12 +63,7 @@ impl Upload<'_> {
                 done.lock().unwrap_or_else(PoisonError::into_inner).push((index, sent));
             }
         };
-        thread::scope(|scope| {
-            for _ in 1..PARALLEL.min(count) {
-                scope.spawn(work);
-            }
-            work();
-        });
+        drover_store::in_parallel(usize::try_from(PARALLEL.min(count)).unwrap_or(1), work);
         let mut done = done.into_inner().unwrap_or_else(PoisonError::into_inner);
         done.sort_unstable_by_key(|(index, _)| *index);
         done.into_iter().map(|(_, sent)| sent).collect()

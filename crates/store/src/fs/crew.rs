@@ -65,21 +65,25 @@ struct Queue {
 }
 
 impl Crew {
-    /// As many threads as there are processors beside the caller's own.
+    /// As many threads as there are processors beside the caller's own, as far as they can be had.
     pub(super) fn start() -> Self {
         let processors = thread::available_parallelism().map_or(1, usize::from);
         let shared = Arc::<Shared>::default();
         let threads = (1..processors.clamp(2, MAX_THREADS + 1))
-            .map(|_| {
+            .map_while(|_| {
                 let shared = Arc::clone(&shared);
-                thread::spawn(move || shared.work())
+                thread::Builder::new().spawn(move || shared.work()).ok()
             })
             .collect();
         Self { shared, threads }
     }
 
-    /// Has the file made. Makes it itself where too many wait.
+    /// Has the file made. Makes it itself where too many wait, or nobody is there who would.
     pub(super) fn give(&self, job: Job) {
+        if self.threads.is_empty() {
+            // A job that waited would keep its piece of the feed, which then could not go on.
+            return job.run();
+        }
         let mut queue = self.shared.lock();
         if queue.jobs.len() >= MAX_WAITING {
             drop(queue);

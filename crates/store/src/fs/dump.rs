@@ -41,11 +41,13 @@ pub fn with_stream<T>(
 ) -> Result<T, Error> {
     let (reader, writer) = io::pipe().map_err(Error::io("make", "a pipe"))?;
     std::thread::scope(|scope| {
-        let packer = scope.spawn(move || {
+        let pack = move || {
             let mut writer = BufWriter::with_capacity(PIPE_STEP, writer);
             write(&mut writer)?;
             writer.flush().map_err(|source| failed(drover_nix::Error::NarIo { act: "write", source }))
-        });
+        };
+        let packer =
+            std::thread::Builder::new().spawn_scoped(scope, pack).map_err(Error::io("start", "a thread"))?;
         let mut reader = BufReader::with_capacity(PIPE_STEP, reader);
         let result = read(&mut reader);
         // A packer that waits for room shall not wait for ever.

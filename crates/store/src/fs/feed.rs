@@ -48,10 +48,12 @@ pub(super) struct Piece {
 
 impl<'a> Feed<'a> {
     pub(super) fn new(input: &'a mut dyn Stream, size: Option<u64>) -> Self {
-        let hasher = match size {
-            Some(HASH_APART_FROM..) => Hasher::Apart(HashThread::start()),
-            _ => Hasher::Here(Sha256Hasher::new()),
+        let apart = match size {
+            // Without a thread it takes longer, and that is all.
+            Some(HASH_APART_FROM..) => HashThread::start().ok(),
+            _ => None,
         };
+        let hasher = apart.map_or_else(|| Hasher::Here(Sha256Hasher::new()), Hasher::Apart);
         Self { input, left: size, hasher, pool: Arc::default(), ahead: Piece::default(), splices: true }
     }
 
@@ -259,9 +261,9 @@ enum ToHash {
 }
 
 impl HashThread {
-    fn start() -> Self {
+    fn start() -> io::Result<Self> {
         let (queue, next) = mpsc::sync_channel::<ToHash>(MAX_CHUNKS);
-        let thread = thread::spawn(move || {
+        let hash = move || {
             let mut hasher = Sha256Hasher::new();
             let mut buffer = Vec::new();
             for bytes in next {
@@ -274,8 +276,8 @@ impl HashThread {
                 }
             }
             Ok(hasher.finish())
-        });
-        Self { queue, thread }
+        };
+        Ok(Self { queue, thread: thread::Builder::new().spawn(hash)? })
     }
 
     /// The thread ends by itself only if it cannot go on; `finish` tells of that.

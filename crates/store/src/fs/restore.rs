@@ -276,6 +276,29 @@ mod tests {
     }
 
     #[test]
+    fn threads_are_a_help_and_no_need() {
+        let test = "fs::restore::tests::threads_are_a_help_and_no_need";
+        crate::testing::without_threads(test, || {
+            let mut writer = drover_nix::nar::Writer::new(Vec::new());
+            writer.directory().unwrap();
+            // More than all chunks of a feed hold.
+            for number in 100..200 {
+                writer.entry(number.to_string().as_bytes()).unwrap();
+                writer.file_bytes(false, &[7; 50_000]).unwrap();
+            }
+            writer.end_directory().unwrap();
+            let nar = writer.finish().unwrap();
+            let dir = tempfile::tempdir().unwrap();
+            let to = dir.path().join("x");
+            let restored = exactly(&mut &nar[..], nar.len() as u64, &to).unwrap();
+            assert_eq!(restored.nar_hash, Sha256::of(&nar));
+            let refused = crate::fs::with_nar(&to, |_| ()).unwrap_err().to_string();
+            assert!(refused.contains("start a thread"), "{refused}");
+            crate::fs::delete(&to).unwrap();
+        });
+    }
+
+    #[test]
     fn a_large_archive_is_hashed_apart() {
         let size = usize::try_from(crate::fs::feed::HASH_APART_FROM).unwrap() + 12_345;
         let contents: Vec<u8> = (0..size).map(|i| (i % 253) as u8).collect();
