@@ -3,7 +3,7 @@
 
 use std::collections::HashSet;
 use std::fs::{self, Permissions};
-use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt as _;
@@ -14,7 +14,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use drover_nix::StoreDir;
-use rustix::event::{PollFd, PollFlags};
+use rustix::event::{PollFd, PollFlags, Timespec};
 
 use crate::{Error, StoreLayout, socket};
 
@@ -23,6 +23,8 @@ const MAX_LINE: u64 = 4096;
 /// How long a client that has its answer may take to note its root, and how often that is looked at.
 const MAX_SETTLE: Duration = Duration::from_secs(1);
 const SETTLE_POLL: Duration = Duration::from_millis(1);
+/// How long nobody is taken after someone could not be: what is lacking would not come from asking for it at once.
+const REFUSAL_PAUSE: Timespec = Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
 
 pub(super) struct Server {
     shared: Arc<Shared>,
@@ -53,6 +55,9 @@ struct State {
     deleting: Option<String>,
 }
 
+/// A client, and the thread that answers it, which gives the hash parts that it has.
+type Client = (UnixStream, JoinHandle<HashSet<String>>);
+
 /// While it lives, those who want to protect the path wait.
 pub(super) struct Deletion<'a>(&'a Shared);
 
@@ -77,7 +82,8 @@ impl Server {
         });
         let acceptor = {
             let shared = Arc::clone(&shared);
-            thread::spawn(move || accept(&listener, &wait, &shared))
+            let accept = move || accept(&listener, &wait, |listener| admit(listener, &shared));
+            thread::Builder::new().spawn(accept).map_err(Error::io("start a thread for", &socket))?
         };
         Ok(Self { shared, socket, stop: Some(stop), acceptor: Some(acceptor) })
     }
@@ -124,7 +130,7 @@ impl Server {
 impl Answered {
     fn is_gone(&self) -> bool {
         let mut fds = [PollFd::new(&self.stream, PollFlags::empty())];
-        let now = rustix::time::Timespec { tv_sec: 0, tv_nsec: 0 };
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
         rustix::event::poll(&mut fds, Some(&now)).is_err() || fds[0].revents().contains(PollFlags::HUP)
     }
 }
@@ -158,8 +164,12 @@ impl Shared {
 }
 
 /// Until `stop` is closed; then takes no more requests, so that clients go on with the collector's lock, and gives those who
-/// are still there.
-fn accept(listener: &UnixListener, stop: &OwnedFd, shared: &Arc<Shared>) -> Vec<Answered> {
+/// are still there. `admit` takes the next client, who is there.
+fn accept(
+    listener: &UnixListener,
+    stop: &OwnedFd,
+    mut admit: impl FnMut(&UnixListener) -> io::Result<Client>,
+) -> Vec<Answered> {
     let mut clients = Vec::new();
     loop {
         let mut fds = [PollFd::new(listener, PollFlags::IN), PollFd::new(stop, PollFlags::IN)];
@@ -168,23 +178,33 @@ fn accept(listener: &UnixListener, stop: &OwnedFd, shared: &Arc<Shared>) -> Vec<
         {
             break;
         }
-        let Ok((stream, _)) = listener.accept() else { continue };
-        let Ok(other) = stream.try_clone() else { continue };
-        // One that takes no answers must not hold up the end.
-        let _ = stream.set_write_timeout(Some(MAX_SETTLE));
-        let shared = Arc::clone(shared);
         // Those who have gone need nothing any more.
-        clients.retain(|(_, client): &(UnixStream, JoinHandle<_>)| !client.is_finished());
-        clients.push((other, thread::spawn(move || serve(&stream, &shared))));
+        clients.retain(|(_, client): &Client| !client.is_finished());
+        match admit(listener) {
+            Ok(client) => clients.push(client),
+            // Out of descriptors, memory or processes, which may pass. Whoever was not taken yet waits; a client whose connection
+            // ends begins again, with the collector's lock.
+            Err(_) => {
+                let _ = rustix::event::poll(&mut fds[1..], Some(&REFUSAL_PAUSE));
+            }
+        }
     }
     // Who has no answer finds the connection ended when it is dropped.
     for (stream, _) in &clients {
         let _ = stream.shutdown(Shutdown::Read);
     }
-    let join = |(stream, client): (UnixStream, JoinHandle<HashSet<String>>)| {
-        Some(Answered { stream, hash_parts: client.join().ok()? })
-    };
+    let join = |(stream, client): Client| Some(Answered { stream, hash_parts: client.join().ok()? });
     clients.into_iter().filter_map(join).collect()
+}
+
+/// Takes the next client and has a thread answer it.
+fn admit(listener: &UnixListener, shared: &Arc<Shared>) -> io::Result<Client> {
+    let (stream, _) = listener.accept()?;
+    let other = stream.try_clone()?;
+    // One that takes no answers must not hold up the end.
+    let _ = stream.set_write_timeout(Some(MAX_SETTLE));
+    let shared = Arc::clone(shared);
+    Ok((other, thread::Builder::new().spawn(move || serve(&stream, &shared))?))
 }
 
 /// Answers one client until it goes or says what is no path. Gives what it was answered.
@@ -254,6 +274,35 @@ mod tests {
         drop(server);
         assert!(answer(&mut same).is_err());
         assert!(!layout.gc_socket().exists());
+    }
+
+    #[test]
+    fn who_cannot_be_taken_is_not_tried_without_pause() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("socket");
+        let listener = socket::listen(&socket).unwrap();
+        let _waits = socket::connect(&socket).unwrap();
+        let (wait, stop) = rustix::pipe::pipe().unwrap();
+        let (mut stop, mut tries) = (Some(stop), Vec::new());
+        accept(&listener, &wait, |_| {
+            tries.push(Instant::now());
+            if tries.len() == 2 {
+                drop(stop.take());
+            }
+            Err(rustix::io::Errno::MFILE.into())
+        });
+        assert_eq!(tries.len(), 2);
+        let pause = Duration::try_from(REFUSAL_PAUSE).unwrap();
+        assert!(tries[1] - tries[0] >= pause, "{:?}", tries[1] - tries[0]);
+    }
+
+    #[test]
+    fn without_threads_there_is_no_collection() {
+        crate::testing::without_threads("gc::server::tests::without_threads_there_is_no_collection", || {
+            let dir = tempfile::tempdir().unwrap();
+            let refused = Server::start(&StoreLayout::in_root(dir.path())).err().unwrap().to_string();
+            assert!(refused.contains("start a thread"), "{refused}");
+        });
     }
 
     #[test]
