@@ -121,6 +121,7 @@ pub async fn run(parts: Parts, shutdown: impl Future<Output = ()> + Send + Sync 
         queue,
         doors: Default::default(),
         refusals: Default::default(),
+        obstacles: Default::default(),
         backoffs: Default::default(),
         events,
         tracer,

@@ -145,7 +145,16 @@ async fn act(operator: &Operator, world: &World, action: &Action) -> Result<(), 
         }
         Action::CreatePod { attempt, memory } => create_pod(operator, world, *attempt, memory.as_ref()).await,
         Action::StartSession { attempt, namespace, pod, pod_uid } => {
-            let Some(job) = job_plan(operator, world).await? else { return Ok(()) };
+            let job = match job_plan(operator, world).await {
+                // Tried again as every failure is; meanwhile the request says so.
+                Err(error @ Error::Secret { .. }) => {
+                    operator.obstacles.set(&uid, *attempt, error.to_string());
+                    return Err(error);
+                }
+                job => job?,
+            };
+            operator.obstacles.forget(&uid);
+            let Some(job) = job else { return Ok(()) };
             let request = &world.request;
             operator.sessions.start(
                 &uid,

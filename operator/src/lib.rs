@@ -28,6 +28,7 @@ pub mod log;
 pub mod lookup;
 pub mod metrics;
 pub mod observe;
+pub mod obstacle;
 pub mod operator;
 pub mod plan;
 pub mod pod;

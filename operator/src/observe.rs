@@ -78,6 +78,7 @@ pub async fn observe(
         others,
         slot,
         refusal: operator.refusals.get(&uid, attempt),
+        obstacle: operator.obstacles.get(&uid, attempt),
         session: operator.sessions.view(&uid),
         timeouts: operator.settings.timeouts,
         live,

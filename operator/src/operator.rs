@@ -17,6 +17,7 @@ use crate::health::Health;
 use crate::keys::Seed;
 use crate::lookup::Doors;
 use crate::metrics::Metrics;
+use crate::obstacle::Obstacles;
 use crate::queue::Queue;
 use crate::ready::Ready;
 use crate::refusal::Refusals;
@@ -49,6 +50,7 @@ pub struct Operator {
     /// Look-ups in caches that are under way.
     pub doors: Doors,
     pub refusals: Refusals,
+    pub obstacles: Obstacles,
     pub events: Events,
     pub tracer: Tracer,
 }

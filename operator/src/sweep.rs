@@ -60,6 +60,7 @@ async fn sweep(operator: &Operator, is_known: impl Fn(&str) -> bool) {
     operator.backoffs().retain(&is_known);
     operator.events.retain(&is_known);
     operator.refusals.retain(&is_known);
+    operator.obstacles.retain(&is_known);
     let strays = operator.pods.state().into_iter().filter(|found| {
         let uid = found.labels().get(pod::UID_LABEL);
         found.metadata.deletion_timestamp.is_none()

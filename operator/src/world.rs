@@ -31,6 +31,8 @@ pub struct World {
     pub slot: Slot,
     /// What the API server said when the open attempt's pod was to be made, if it did not make it.
     pub refusal: Option<PodRefusal>,
+    /// Why the open attempt's session could not begin: a Secret that the class names is not there, or not what it should be.
+    pub obstacle: Option<String>,
     /// The operator's session for this request, if this process has one.
     pub session: Option<SessionView>,
     /// How long each phase may take.

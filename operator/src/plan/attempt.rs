@@ -11,7 +11,7 @@ use jiff::Timestamp;
 
 use super::accept::Refusal;
 use super::blame::{Failure, POD_LAG, word};
-use super::{Accepted, Action, Plan, Requeue, clean_up, end, go_on, refused, retry};
+use super::{Accepted, Action, Plan, Requeue, clean_up, end, go_on, refused, retry, unusable};
 use crate::status::Draft;
 use crate::world::{PodRefusal, PodView, RefusalKind, SessionEnd, SessionView, Stage, World};
 
@@ -227,7 +227,11 @@ fn wait_for(
         return failed(world, draft, failure, now);
     }
     if pod.node.is_some() {
-        if let Some((reason, message)) = doing(&draft, pod, session) {
+        let obstacle = world.obstacle.as_ref().filter(|_| session.is_none());
+        if let (Some(why), Ok(accepted)) = (obstacle, &accepted) {
+            let message = unusable(accepted, why);
+            draft.progress(Phase::Running, Reason::WaitingForClass, &message);
+        } else if let Some((reason, message)) = doing(&draft, pod, session) {
             draft.progress(Phase::Running, reason, &message);
         }
         if session.is_none() {

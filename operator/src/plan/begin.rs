@@ -11,7 +11,7 @@ use drover_api::{Phase, Reason};
 use drover_nix::StoreDir;
 use jiff::Timestamp;
 
-use super::{Accepted, Action, Plan, Requeue, clean_up, end, go_on, hold_back, retry};
+use super::{Accepted, Action, Plan, Requeue, clean_up, end, go_on, hold_back, retry, unusable};
 use crate::status::Draft;
 use crate::world::{Lookup, Other, OtherState, SameFailed, Slot, World};
 
@@ -40,7 +40,7 @@ pub(super) fn begin(world: &World, mut draft: Draft, accepted: &Accepted<'_>, no
             return Plan { status: None, actions, requeue };
         }
         Lookup::Unusable { why } => {
-            let message = format!("BuilderClass {} cannot be used: {why}", accepted.class_name);
+            let message = unusable(accepted, why);
             let reason = Reason::WaitingForClass;
             draft.phase(conditions::ACCEPTED, Status::Unknown, reason, &message);
             return wait(world, draft, Hold { reason, message, within: None }, now);

@@ -243,6 +243,11 @@ fn clean_up(world: &World, keep: Option<u32>) -> Vec<Action> {
     actions
 }
 
+/// What a request says whose class names something that is not there.
+fn unusable(accepted: &Accepted<'_>, why: &str) -> String {
+    format!("BuilderClass {} cannot be used: {why}", accepted.class_name)
+}
+
 fn tail(world: &World) -> Vec<String> {
     world.session.as_ref().map(|session| session.log_tail.clone()).unwrap_or_default()
 }

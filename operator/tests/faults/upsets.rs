@@ -109,6 +109,43 @@ fn a_secret_that_is_missing_is_named_and_waited_for() {
     });
 }
 
+/// Nothing was asked of the caches by the process that goes on with the attempt.
+#[test]
+fn a_secret_that_goes_with_the_operator_is_named_and_waited_for() {
+    let world = World::new(vec![]);
+    let cache = json!({
+        "url": format!("file://{}", world.cache().display()),
+        "push": true,
+        "signingKeySecretRef": {"name": "signing"},
+    });
+    let spec = json!({"systems": ["x86_64-linux"], "caches": [cache]});
+    world.make(Key::new("builderclasses", "", "small"), json!({"metadata": {}, "spec": spec}));
+    let signing = Key::new("secrets", "drover-system", "signing");
+    world.make(signing.clone(), secret(&key()));
+    while_operated(&world, async {
+        let mut request = request("a", &[]);
+        request["spec"]["class"] = "small".into();
+        world.make(Key::new("buildrequests", TEAM, "a"), request);
+        says(&world, "Building", "").await;
+    });
+    world.server.with(|store, now| store.remove(&signing, Writer::User, now));
+    // Another one.
+    while_operated(&world, async {
+        let why = "cannot use Secret signing: it is not in namespace drover-system";
+        says_within(
+            &world,
+            "a",
+            GOES_ON,
+            "WaitingForClass",
+            &format!("BuilderClass small cannot be used: {why}"),
+        )
+        .await;
+        world.make(signing.clone(), secret(&key()));
+        says_within(&world, "a", GOES_ON, "Built", "").await;
+    });
+    assert_eq!(world.starts().len(), 1, "it is the same build");
+}
+
 fn secret(key: &str) -> Value {
     json!({"metadata": {}, "data": {"key": BASE64.encode(key)}})
 }
@@ -163,6 +200,7 @@ fn while_operated(world: &Arc<World>, script: impl Future<Output = ()>) {
             () = script => {}
             () = operate(world, &faults, 0) => panic!("the operator ended by itself"),
         }
+        world.time.leave();
     });
 }
 

@@ -332,6 +332,7 @@ impl Sim {
                 Slot::WaitForConcurrency { message: "1 of 1 in use".into() }
             },
             refusal: self.refusal.clone(),
+            obstacle: None,
             session: self.session.clone(),
             timeouts: TIMEOUTS,
             live,
