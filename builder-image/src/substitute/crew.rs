@@ -253,6 +253,8 @@ fn blame(source: &Source, error: &drover_store::Error) -> Blame {
         }
         E::Nar { .. }
         | E::Archive { .. }
+        // What no store can hold.
+        | E::BadFile { .. }
         | E::HashMismatch { .. }
         | E::SizeMismatch { .. }
         | E::ContentAddress { .. } => Blame::Content,

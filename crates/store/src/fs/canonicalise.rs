@@ -5,20 +5,19 @@ use std::ffi::OsStr;
 use std::ops::RangeInclusive;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use drover_nix::nar::MAX_DEPTH;
 use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Stat, Uid};
 use rustix::io::Errno;
 
-use super::{CANONICAL_TIMES, EXECUTABLE, PLAIN, below, by_descriptor, list, open_parent};
+use super::{
+    CANONICAL_TIMES, EXECUTABLE, MAX_PATH_LEN, PLAIN, below, by_descriptor, list, open_parent, too_long,
+};
 use crate::Error;
 
 /// Most bytes of names of extended attributes of one file (Linux: XATTR_LIST_MAX).
 const MAX_XATTR_NAMES: usize = 64 << 10;
-/// Paths of files in a store are shorter, with their final NUL (Linux: PATH_MAX). Nix, which goes by paths, could not even
-/// verify a store with others in it.
-const MAX_PATH_LEN: usize = 4096;
 /// Attributes that the file system or a security module owns, as Nix's `ignored-acls` has them.
 const IGNORED_XATTRS: [&[u8]; 3] = [b"security.csm", b"security.selinux", b"system.nfs4_acl"];
 
@@ -52,8 +51,7 @@ impl Walk<'_> {
             return Err(Error::BadFile { path: path.into(), why });
         }
         if path.as_os_str().len() >= MAX_PATH_LEN {
-            let why = format!("its path has {MAX_PATH_LEN} bytes or more, which most programs cannot open");
-            return Err(Error::BadFile { path: shortened(path), why });
+            return Err(too_long(path));
         }
         // A descriptor that gives no access, but holds on to this one file whatever becomes of its name.
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
@@ -125,11 +123,6 @@ impl Walk<'_> {
         }
         Ok(())
     }
-}
-
-/// For a message: the beginning of a path that is too long to be read.
-fn shortened(path: &Path) -> PathBuf {
-    path.iter().take(8).collect()
 }
 
 /// True if it had to change the file's mode for that.

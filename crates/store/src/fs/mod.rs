@@ -43,6 +43,10 @@ const CANONICAL_TIMES: Timestamps = Timestamps {
 const OPEN_DIRECTORY: OFlags =
     OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
 
+/// Paths of files in a store are shorter, with their final NUL (Linux: PATH_MAX). Nix, which goes by paths, could not even
+/// verify a store with others in it.
+const MAX_PATH_LEN: usize = 4096;
+
 /// Bytes for one call that lists a directory.
 const LISTING_BUFFER: usize = 32 << 10;
 
@@ -92,6 +96,12 @@ fn list(directory: BorrowedFd<'_>, path: &Path) -> Result<Vec<(OsString, FileTyp
 fn by_descriptor(fd: impl AsFd) -> PathBuf {
     use std::os::fd::AsRawFd as _;
     PathBuf::from(format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd()))
+}
+
+/// Of a path that has [`MAX_PATH_LEN`] bytes; only its beginning is worth reading.
+fn too_long(path: &Path) -> Error {
+    let why = format!("its path has {MAX_PATH_LEN} bytes or more, which most programs cannot open");
+    Error::BadFile { path: path.iter().take(8).collect(), why }
 }
 
 /// For messages: `path` and a name that may be any bytes.

@@ -14,7 +14,7 @@ use rustix::io::Errno;
 
 use super::crew::{self, Crew, Directory, Failed, Job};
 use super::feed::{Feed, Piece};
-use super::{CANONICAL_TIMES, OPEN_DIRECTORY, open_parent};
+use super::{CANONICAL_TIMES, MAX_PATH_LEN, OPEN_DIRECTORY, open_parent, too_long};
 use crate::Error;
 
 /// From which size on an archive's files are made by several threads. Below it, starting them costs more than it saves.
@@ -69,6 +69,8 @@ fn unpack(feed: Feed<'_>, crew: Option<Crew>, to: &Destination<'_>) -> Result<Re
         to,
         name: to.name.as_bytes().to_vec(),
         open: Vec::new(),
+        lengths: Vec::new(),
+        len: to.path.as_os_str().len(),
         path: to.path.into(),
         failed: Arc::clone(&failed),
         crew,
@@ -103,6 +105,9 @@ struct Unpacker<'a> {
     name: Vec<u8>,
     /// Directories that are being filled, outermost first. A NAR may not nest deeper than `nar::MAX_DEPTH`.
     open: Vec<Arc<Directory>>,
+    /// Of their paths, in bytes; and that of the next node.
+    lengths: Vec<usize>,
+    len: usize,
     path: Arc<Path>,
     /// What went wrong elsewhere than in this thread.
     failed: Arc<Failed>,
@@ -116,9 +121,16 @@ impl Unpacker<'_> {
                 Event::Entry(name) => {
                     self.name.clear();
                     self.name.extend_from_slice(name);
+                    self.len = self.lengths.last().map_or(0, |directory| directory + 1) + name.len();
+                    if self.len >= MAX_PATH_LEN {
+                        return Err(too_long(self.to.path));
+                    }
                 }
                 Event::Directory => self.directory()?,
-                Event::EndDirectory => drop(self.open.pop()),
+                Event::EndDirectory => {
+                    self.open.pop();
+                    self.lengths.pop();
+                }
                 Event::Symlink(target) => self.symlink(OsStr::from_bytes(target))?,
                 Event::File { executable, size } => self.file(executable, size, reader)?,
             }
@@ -131,6 +143,7 @@ impl Unpacker<'_> {
             .make(|| rustix::fs::mkdirat(self.here(), self.name(), Mode::RWXU))?
             .and_then(|()| rustix::fs::openat(self.here(), self.name(), OPEN_DIRECTORY, Mode::empty()));
         let fd = made.map_err(Error::sys("make the directory", self.path()))?;
+        self.lengths.push(self.len);
         self.open.push(Arc::new(Directory::new(fd, Arc::clone(&self.path), Arc::clone(&self.failed))));
         Ok(())
     }
@@ -273,6 +286,35 @@ mod tests {
             assert_eq!(meta("link").mtime(), 1);
             crate::fs::delete(&to).unwrap();
         }
+    }
+
+    #[test]
+    fn a_path_that_no_program_could_open_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let to = dir.path().join("x");
+        // Directories whose names have 200 bytes, and a file that makes the whole path as long as `len`.
+        let nar = |len: usize| {
+            let mut writer = drover_nix::nar::Writer::new(Vec::new());
+            writer.directory().unwrap();
+            let mut left = len - to.as_os_str().len();
+            let mut depth = 1;
+            while left > 256 {
+                writer.entry(&[b'd'; 200]).unwrap();
+                writer.directory().unwrap();
+                (left, depth) = (left - 201, depth + 1);
+            }
+            writer.entry(&vec![b'f'; left - 1]).unwrap();
+            writer.file_bytes(false, b"x").unwrap();
+            (0..depth).for_each(|_| writer.end_directory().unwrap());
+            writer.finish().unwrap()
+        };
+        let longest = nar(MAX_PATH_LEN - 1);
+        restore(&mut &longest[..], &to).unwrap();
+        crate::fs::delete(&to).unwrap();
+        let longer = nar(MAX_PATH_LEN);
+        let why = restore(&mut &longer[..], &to).unwrap_err().to_string();
+        assert!(why.contains("4096 bytes") && why.len() < 500, "{why}");
+        crate::fs::delete(&to).unwrap();
     }
 
     #[test]
