@@ -9,6 +9,10 @@ use serde_json::{Map, Value, json};
 use super::attrs::Attributes;
 use crate::error::Error;
 
+/// Paths and references of all graphs of one derivation together. Each takes some hundred bytes of memory, several times over, and
+/// a derivation may name the same closure as often as it likes.
+const MAX_ENTRIES: usize = 1 << 20;
+
 /// What is known of store paths.
 pub(crate) trait Known {
     fn info(&self, path: &StorePath) -> Result<PathInfo, Error>;
@@ -31,9 +35,16 @@ pub(crate) fn graphs(
     known: &dyn Known,
 ) -> Result<Graphs, Error> {
     let mut graphs = Graphs::default();
+    let mut entries = 0;
     for (name, roots) in attributes.reference_graphs()? {
         let roots = roots.iter().map(|text| root(dir, text, inputs)).collect::<Result<_, _>>()?;
         let infos = closure(roots, known)?;
+        entries += infos.values().map(|info| 1 + info.references.len()).sum::<usize>();
+        if entries > MAX_ENTRIES {
+            return Err(Error::input(format!(
+                "exportReferencesGraph: the closures have more than {MAX_ENTRIES} paths and references in all; name fewer"
+            )));
+        }
         if attributes.structured().is_some() {
             graphs.values.insert(name, structured(dir, &infos));
         } else {
@@ -97,10 +108,10 @@ fn registration(dir: &StoreDir, infos: &BTreeMap<StorePath, PathInfo>) -> String
 }
 
 fn structured(dir: &StoreDir, infos: &BTreeMap<StorePath, PathInfo>) -> Value {
-    let entries = infos.iter().map(|(path, info)| {
+    let entries = infos.iter().zip(closure_sizes(infos)).map(|((path, info), closure_size)| {
         let references: Vec<String> = info.references.iter().map(|path| dir.full(path)).collect();
         let mut entry = json!({
-            "closureSize": closure_size(path, infos),
+            "closureSize": closure_size,
             "narHash": info.nar_hash.to_string(),
             "narSize": info.nar_size,
             "path": dir.full(path),
@@ -115,14 +126,79 @@ fn structured(dir: &StoreDir, infos: &BTreeMap<StorePath, PathInfo>) -> Value {
     Value::Array(entries.collect())
 }
 
-fn closure_size(path: &StorePath, infos: &BTreeMap<StorePath, PathInfo>) -> u64 {
-    let (mut seen, mut queue) = (BTreeSet::new(), vec![path]);
-    while let Some(path) = queue.pop() {
-        if seen.insert(path) {
-            queue.extend(infos.get(path).into_iter().flat_map(|info| &info.references));
+/// Of each path, in order: the archives' bytes of all in `infos` that it refers to, itself included.
+///
+/// Which paths lead to a path is asked for 64 of them at a time, one bit each: walking the closure of each path by itself would
+/// take a minute for twenty thousand of them.
+fn closure_sizes(infos: &BTreeMap<StorePath, PathInfo>) -> Vec<u64> {
+    const BITS: usize = u64::BITS as usize;
+    let number: BTreeMap<&StorePath, usize> = infos.keys().enumerate().map(|(at, path)| (path, at)).collect();
+    let known =
+        |info: &PathInfo| info.references.iter().filter_map(|path| number.get(path).copied()).collect();
+    let references: Vec<Vec<usize>> = infos.values().map(known).collect();
+    let nar_sizes: Vec<u64> = infos.values().map(|info| info.nar_size).collect();
+    let order = references_first(&references);
+    let mut sizes = vec![0_u64; nar_sizes.len()];
+    for (block, of_block) in nar_sizes.chunks(BITS).enumerate() {
+        let mut leads_to = vec![0_u64; sizes.len()];
+        leads_to[block * BITS..].iter_mut().take(BITS).enumerate().for_each(|(bit, set)| *set = 1 << bit);
+        let sums = sums(of_block);
+        // Once, and once more to see that nothing changes: a store has no circles.
+        let mut changes = true;
+        while changes {
+            changes = false;
+            for &path in &order {
+                let all = references[path].iter().fold(leads_to[path], |all, &to| all | leads_to[to]);
+                changes |= all != leads_to[path];
+                leads_to[path] = all;
+            }
+        }
+        for (size, set) in sizes.iter_mut().zip(&leads_to) {
+            let bytes = set.to_le_bytes();
+            *size += sums.iter().zip(bytes).map(|(sums, byte)| sums[usize::from(byte)]).sum::<u64>();
         }
     }
-    seen.into_iter().filter_map(|path| infos.get(path)).map(|info| info.nar_size).sum()
+    sizes
+}
+
+/// For each of the eight bytes of a set of up to 64 sizes, and each value of it: the sum of what it stands for.
+fn sums(sizes: &[u64]) -> [[u64; 256]; 8] {
+    let mut sums = [[0; 256]; 8];
+    for (sums, sizes) in sums.iter_mut().zip(sizes.chunks(8)) {
+        for (byte, sum) in sums.iter_mut().enumerate() {
+            *sum =
+                sizes.iter().enumerate().filter(|(bit, _)| byte >> bit & 1 == 1).map(|(_, size)| size).sum();
+        }
+    }
+    sums
+}
+
+/// All numbers below `references.len()`, each after those that it refers to, where there are no circles.
+fn references_first(references: &[Vec<usize>]) -> Vec<usize> {
+    let mut order = Vec::with_capacity(references.len());
+    let mut seen = vec![false; references.len()];
+    for root in 0..references.len() {
+        // Without recursion: closures may be one long chain. With what is on the way, how many of its references were looked at.
+        let mut way = Vec::new();
+        if !std::mem::replace(&mut seen[root], true) {
+            way.push((root, 0));
+        }
+        while let Some((path, looked)) = way.last_mut() {
+            match references[*path].get(*looked) {
+                Some(&to) => {
+                    *looked += 1;
+                    if !std::mem::replace(&mut seen[to], true) {
+                        way.push((to, 0));
+                    }
+                }
+                None => {
+                    order.push(*path);
+                    way.pop();
+                }
+            }
+        }
+    }
+    order
 }
 
 #[cfg(test)]
@@ -201,6 +277,66 @@ mod tests {
                 "/nix/store/{C}\n\n1\n/nix/store/{OTHER_DRV}\n/nix/store/{DRV}\n\n0\n/nix/store/{OTHER_DRV}\n\n0\n"
             )
         );
+    }
+
+    #[test]
+    fn closures_are_measured_in_bounded_time() {
+        // Far more than it takes; path by path it would be minutes.
+        const LONG: std::time::Duration = std::time::Duration::from_secs(30);
+        const PATHS: u64 = 20_000;
+        let path = |number: u64| StorePath::from_parts([0; 20], &format!("{number:05}")).unwrap();
+        let info = |number: u64, references: BTreeSet<StorePath>| PathInfo {
+            path: path(number),
+            nar_hash: Sha256::of(b""),
+            nar_size: number,
+            references,
+            deriver: None,
+            signatures: Vec::new(),
+            ca: None,
+        };
+        let chain = (0..PATHS).map(|n| {
+            let next = [n, n + 1, n + 2].into_iter().filter(|next| *next < PATHS).map(path).collect();
+            (path(n), info(n, next))
+        });
+        let infos: BTreeMap<StorePath, PathInfo> = chain.collect();
+        let (send, receive) = std::sync::mpsc::channel();
+        std::thread::spawn(move || send.send(closure_sizes(&infos)));
+        let sizes = receive.recv_timeout(LONG).expect("it takes too long");
+        let expected: Vec<u64> = (0..PATHS).map(|n| (n..PATHS).sum()).collect();
+        assert_eq!(sizes, expected);
+        // In a circle each has all, and what is not known counts for nothing.
+        let other = path(99);
+        let circle = [(path(1), info(1, [path(2)].into())), (path(2), info(2, [path(1), other].into()))];
+        assert_eq!(closure_sizes(&circle.into()), [3, 3]);
+    }
+
+    #[test]
+    fn one_closure_under_many_names_has_a_limit() {
+        struct Wide;
+        impl Known for Wide {
+            fn info(&self, path: &StorePath) -> Result<PathInfo, Error> {
+                let leaf = |n: usize| StorePath::from_parts([1; 20], &n.to_string()).unwrap();
+                let references =
+                    if path.as_str() == A { (0..MAX_ENTRIES / 64).map(leaf).collect() } else { [].into() };
+                Ok(PathInfo { path: path.clone(), references, ..Some.info(path)? })
+            }
+            fn outputs(&self, _drv: &StorePath) -> Result<Vec<StorePath>, Error> {
+                unreachable!("there is no derivation")
+            }
+        }
+        let of = |names: usize| {
+            let pairs: Vec<String> = (0..names).map(|name| format!("g{name} /nix/store/{A}")).collect();
+            let drv = derivation(&[("exportReferencesGraph", &pairs.join(" "))]);
+            graphs(
+                &StoreDir::default(),
+                &Attributes::parse(&drv).unwrap(),
+                &[A.parse().unwrap()].into(),
+                &Wide,
+            )
+        };
+        assert_eq!(of(2).unwrap().files.len(), 2);
+        let why = of(32).unwrap_err().to_string();
+        assert!(why.contains("1048576 paths and references"), "{why}");
     }
 
     #[test]
