@@ -32,7 +32,8 @@ pub(crate) struct Scratch {
 }
 
 impl Scratch {
-    /// Makes all. Whoever calls this has the locks of the derivation's outputs, so a tree that is there is a dead one's.
+    /// Makes all. Whoever calls this has the derivation's lock, so that what is there in the place of its store directory is a
+    /// dead one's.
     /// The build directory is at `place` if one is given, which has to be absent or empty, in a directory of nobody else's.
     pub(crate) fn create(
         layout: &StoreLayout,
@@ -43,16 +44,13 @@ impl Scratch {
         static COUNTER: AtomicU64 = AtomicU64::new(0);
         let parent = layout.real_store_dir.join(format!("{drv_path}.chroot"));
         let builds = layout.state_dir.join("builds");
-        let number = COUNTER.fetch_add(1, Ordering::Relaxed);
-        let top = builds.join(format!("nix-{}-{number}", std::process::id()));
-        let scratch = Self { parent, top, place, owner: ids.foreign(), keep: false };
         private(&builds)?;
-        for dir in [&scratch.parent, &scratch.top] {
-            // What must not be there is rare: look when it does not work.
-            if make_dir(dir, 0o700).is_err() {
-                drover_store::fs::delete(dir)?;
-                make_dir(dir, 0o700)?;
-            }
+        let top = new_dir(&builds, &COUNTER)?;
+        let scratch = Self { parent, top, place, owner: ids.foreign(), keep: false };
+        // What must not be there is rare: look when it does not work.
+        if make_dir(&scratch.parent, 0o700).is_err() {
+            drover_store::fs::delete(&scratch.parent)?;
+            make_dir(&scratch.parent, 0o700)?;
         }
         scratch.fill()?;
         Ok(scratch)
@@ -234,6 +232,20 @@ fn private(builds: &Path) -> Result<(), Error> {
     Err(Error::file("build in", builds)(io::Error::new(io::ErrorKind::PermissionDenied, why)))
 }
 
+/// Makes a directory that was not there, readable by its owner alone. One that is there is let be: an earlier process with this
+/// one's id may have kept it for somebody to look at, or one in another container is working in it.
+fn new_dir(builds: &Path, counter: &AtomicU64) -> Result<PathBuf, Error> {
+    loop {
+        let number = counter.fetch_add(1, Ordering::Relaxed);
+        let dir = builds.join(format!("nix-{}-{number}", std::process::id()));
+        match make_dir(&dir, 0o700) {
+            Ok(()) => return Ok(dir),
+            Err(Error::File { source, .. }) if source.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
 fn make_dir(path: &Path, mode: u32) -> Result<(), Error> {
     fs::DirBuilder::new().mode(mode).create(path).map_err(Error::file("create", path))?;
     // Bits that the process's mask takes away (see `main`).
@@ -288,6 +300,17 @@ mod tests {
         std::os::unix::fs::symlink("/tmp", &parent).unwrap();
         let scratch = create(dir.path()).unwrap();
         assert!(fs::symlink_metadata(&scratch.parent).unwrap().is_dir());
+    }
+
+    #[test]
+    fn what_an_earlier_process_kept_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let kept = new_dir(dir.path(), &AtomicU64::new(0)).unwrap();
+        fs::write(kept.join("evidence"), "").unwrap();
+        // As a process counts that has just begun, with the same id: in a container it always is.
+        let new = new_dir(dir.path(), &AtomicU64::new(0)).unwrap();
+        assert!(kept != new && kept.join("evidence").exists());
+        assert_eq!((mode(&kept), mode(&new)), (0o700, 0o700));
     }
 
     #[test]

@@ -81,9 +81,11 @@ fn cve_2025_52991_directories_that_were_made_by_others_are_not_used() -> Result<
             rustix::fs::chown(&builds, Some(rustix::fs::Uid::from_raw(den.owner())), None)?;
             let server = den.server();
             let attack = den.attack(&["identity"])?;
-            // Whichever number it takes, and the scratch directory in the store too.
-            let mut tops: Vec<_> =
-                (0..8).map(|number| builds.join(format!("nix-{server}-{number}"))).collect();
+            // The first numbers, which may be somebody's and are let be, and the scratch directory in the store, which is
+            // nobody's but its own.
+            const PLANTED: usize = 8;
+            let top = |number: usize| builds.join(format!("nix-{server}-{number}"));
+            let mut tops: Vec<_> = (0..PLANTED).map(top).collect();
             tops.push(den.object(&format!("{}.chroot", attack.path).parse()?));
             for top in &tops {
                 // An ordinary user could not take away what belongs to others, and others cannot put it there.
@@ -98,7 +100,8 @@ fn cve_2025_52991_directories_that_were_made_by_others_are_not_used() -> Result<
             let pending = den.start(&attack, &BuildOptions::default())?;
             den.says("ready")?;
             let mut used = Vec::new();
-            for top in &tops {
+            let first_free = top(PLANTED);
+            for top in [&first_free].into_iter().chain(&tops) {
                 let meta = fs::symlink_metadata(top)?;
                 let held = |file: &File| file.metadata().is_ok_and(|held| held.ino() == meta.ino());
                 if !meta.is_dir() || before.iter().any(held) {
@@ -112,7 +115,8 @@ fn cve_2025_52991_directories_that_were_made_by_others_are_not_used() -> Result<
                 }
                 used.push(top);
             }
-            ensure!(used.len() == 2, "{user:?}: {kind}: {used:?} were made");
+            let expected = [Some(&first_free), tops.last()];
+            ensure!(used.iter().copied().map(Some).eq(expected), "{user:?}: {kind}: {used:?} were made");
             fs::write(used[0].join("build/go"), "")?;
             let result = den.join(pending)?;
             ensure!(result.status == BuildStatus::Built, "{user:?}: {result:?}");
