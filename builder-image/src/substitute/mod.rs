@@ -87,7 +87,7 @@ impl Substituter {
         let complaints = Complaints::new(log);
         let sources = self.0.sources.get_or_init(|| self.open(log));
         let wanted = paths.iter().filter(|path| !path.is_derivation()).cloned();
-        let fetched = search::search(store, sources, wanted.collect(), roots, &complaints)
+        let fetched = search::search(store, sources, wanted.collect(), roots, cancel, &complaints)
             .and_then(|plan| crew::fetch(store, sources, &plan, cancel, &complaints));
         if let Err(error) = fetched {
             log.note(&format!("paths were not fetched from caches: {error}"));

@@ -11,12 +11,14 @@ use drover_store::{LocalStore, TempRoots};
 
 use super::complaints::Complaints;
 use super::source::Source;
+use crate::build::cancel::Cancel;
 use crate::error::Error;
 
 /// Requests for narinfo files that are under way at once. They are small, so latency is all that they cost.
 const LOOKUPS: usize = 16;
-/// Paths that are looked for at most: a cache may name ever more references. A large system has some ten thousand.
-const MAX_PATHS: usize = 1 << 18;
+/// References that are followed, of all paths together: a cache may name ever more, and all of them are kept in memory. A large
+/// system has some ten thousand paths and some hundred thousand references.
+const MAX_REFERENCES: usize = 1 << 20;
 
 /// Where a path can be had: the source with this index, and what that says.
 pub(super) type Found = (usize, NarInfo);
@@ -25,24 +27,27 @@ pub(super) type Found = (usize, NarInfo);
 #[derive(Default)]
 pub(super) struct Plan(pub(super) Vec<Found>);
 
-/// Asks level by level. Everything that turns up is kept from the collector by `roots` before it is looked for.
+/// Asks level by level. Everything that turns up is kept from the collector by `roots` before it is looked for. What is beyond
+/// the limit on references, or would be looked for when nobody wants it any more, is not found.
 pub(super) fn search(
     store: &LocalStore,
     sources: &[Source],
     wanted: BTreeSet<StorePath>,
     roots: &TempRoots,
+    cancel: &Cancel,
     complaints: &Complaints<'_>,
 ) -> Result<Plan, Error> {
     let mut found = BTreeMap::new();
     let mut valid = BTreeSet::new();
     let mut seen = wanted.clone();
     let mut level = wanted;
-    while !level.is_empty() && seen.len() <= MAX_PATHS {
+    let left = AtomicUsize::new(MAX_REFERENCES);
+    while !level.is_empty() && !cancel.is_cancelled() {
         roots.add_all(&level)?;
         valid.extend(store.valid_paths(&level)?);
         let missing: Vec<StorePath> = level.difference(&valid).cloned().collect();
         let mut next = BTreeSet::new();
-        for (path, answer) in look_up(sources, &missing, complaints) {
+        for (path, answer) in look_up(sources, &missing, &left, cancel, complaints) {
             let new = |reference: &&StorePath| seen.insert((*reference).clone());
             next.extend(answer.1.info.other_references().filter(new).cloned());
             found.insert(path, answer);
@@ -97,15 +102,31 @@ pub(super) fn by_preference(sources: &[Source], path: &StorePath, first: Option<
     order
 }
 
-/// Asks for many paths at once. Those that no source gives are not in the answer.
-fn look_up(sources: &[Source], paths: &[StorePath], complaints: &Complaints<'_>) -> Vec<(StorePath, Found)> {
+/// Takes so many. False if there are not as many left.
+fn take(left: &AtomicUsize, count: usize) -> bool {
+    left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(count)).is_ok()
+}
+
+/// Asks for many paths at once. Those that no source gives are not in the answer, nor those with more references than are `left`.
+pub(super) fn look_up(
+    sources: &[Source],
+    paths: &[StorePath],
+    left: &AtomicUsize,
+    cancel: &Cancel,
+    complaints: &Complaints<'_>,
+) -> Vec<(StorePath, Found)> {
     let next = AtomicUsize::new(0);
     let answers = Mutex::new(Vec::new());
     let work = || {
         while let Some(path) = paths.get(next.fetch_add(1, Ordering::Relaxed)) {
+            if cancel.is_cancelled() {
+                return;
+            }
             let ask = |index: usize| Some((index, sources[index].narinfo(path, complaints)?));
             let found = by_preference(sources, path, None).into_iter().find_map(ask);
-            if let Some(found) = found {
+            if let Some(found) = found
+                && take(left, 1 + found.1.info.references.len())
+            {
                 answers.lock().unwrap_or_else(PoisonError::into_inner).push((path.clone(), found));
             }
         }

@@ -36,6 +36,8 @@ struct MemoryCache {
     asked: AtomicUsize,
     opened: Mutex<Vec<StorePath>>,
     changed: Condvar,
+    /// Whoever waits for it goes as soon as it is asked.
+    client: Option<Cancel>,
     /// The NAR of the first is not given before that of the second was asked for.
     gate: Option<(StorePath, StorePath)>,
 }
@@ -84,6 +86,7 @@ impl Cache for MemoryCache {
 
     fn narinfo(&self, path: &StorePath) -> Result<Option<NarInfo>, Error> {
         self.asked.fetch_add(1, Ordering::SeqCst);
+        self.client.iter().for_each(Cancel::cancel);
         if self.unreachable.load(Ordering::SeqCst) {
             return Err(Error::Io {
                 act: "reach it".into(),
@@ -350,6 +353,35 @@ fn nobody_waits_for_it_any_more() {
     world.cancel.cancel();
     assert_eq!(world.fetch(&["x"]), paths(&[]));
     assert!(cache.opened.lock().unwrap().is_empty());
+}
+
+#[test]
+fn caches_are_asked_no_further_when_nobody_waits() {
+    let names: Vec<String> = (0..200).map(|i| format!("p{i}")).collect();
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    let mut world = World::new(vec![]);
+    let cache = MemoryCache { client: Some(world.cancel.clone()), ..MemoryCache::new("a") };
+    let cache = Arc::new(names.iter().fold(cache, |cache, name| cache.with(name, &[])));
+    world.substituter = World::new(vec![cache.clone()]).substituter;
+    assert_eq!(world.fetch(&names), paths(&[]));
+    let asked = cache.asked.load(Ordering::SeqCst);
+    assert!(asked < 100, "it was asked {asked} times");
+}
+
+#[test]
+fn references_are_followed_up_to_a_limit() {
+    let cache = MemoryCache::new("a").with("a", &["x", "y"]).with("b", &["x", "y"]).with("c", &["x"]);
+    let world = World::new(vec![Arc::new(cache)]);
+    let (sources, complaints) = (world.substituter.0.sources.get().unwrap(), Complaints::new(&world.log));
+    let asked: Vec<StorePath> = paths(&["a", "b", "c"]).into_iter().collect();
+    for (most, found) in [(8, 3), (7, 2), (5, 2), (4, 1), (1, 0)] {
+        let left = AtomicUsize::new(most);
+        let answers = search::look_up(sources, &asked, &left, &world.cancel, &complaints);
+        // Whichever comes first: three, three and two.
+        assert!(answers.len() <= found && answers.len() + 1 >= found, "{most}: {}", answers.len());
+        let taken: usize = answers.iter().map(|(_, (_, narinfo))| 1 + narinfo.info.references.len()).sum();
+        assert_eq!(left.into_inner(), most - taken);
+    }
 }
 
 #[test]
