@@ -73,6 +73,14 @@ impl Cancel {
         self.stopped.is_set()
     }
 
+    /// Sleeps for so long. True if the client is gone, at once then.
+    pub(crate) fn comes_within(&self, time: Duration) -> io::Result<bool> {
+        if !self.is_cancelled() {
+            wait(&[self.gone.as_fd()], Some(time))?;
+        }
+        Ok(self.is_cancelled())
+    }
+
     /// Sleeps until `event`. False if the client is gone first.
     pub(crate) fn wait_for(&self, event: &Event) -> io::Result<bool> {
         while !event.is_set() {

@@ -6,10 +6,11 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use drover_nix::nar::Plain;
 use drover_nix::{NarInfo, StorePath};
-use drover_store::{Claim, LocalStore};
+use drover_store::{Claim, Claimed, LocalStore};
 
 use super::complaints::Complaints;
 use super::paced::Paced;
@@ -22,6 +23,8 @@ use crate::error::Error;
 const PARALLEL: usize = 6;
 /// Paths that are unpacked and wait for what they refer to: each holds a file descriptor.
 const MOST_WAITING: usize = 128;
+/// How often a path is asked for again that somebody else is making.
+const RETRY: Duration = Duration::from_millis(50);
 
 /// Fetches as far as possible. The error is the store's: nothing more can be put there.
 pub(super) fn fetch(
@@ -132,7 +135,17 @@ impl Crew<'_> {
         let (first, planned) = &self.plan.0[index];
         let path = &planned.info.path;
         // Before anything is asked for: whoever has the lock may be fetching it.
-        let Some(mut claim) = self.store.claim(path)? else { return Ok(Fetched::Valid) };
+        let mut claim = loop {
+            match self.store.claim(path)? {
+                Claimed::Valid => return Ok(Fetched::Valid),
+                Claimed::Ours(claim) => break claim,
+                Claimed::Busy => {
+                    if self.cancel.comes_within(RETRY).map_err(Error::system("wait for a path's lock"))? {
+                        return Ok(Fetched::Failed);
+                    }
+                }
+            }
+        };
         for index in by_preference(self.sources, path, Some(*first)) {
             if self.cancel.is_cancelled() {
                 break;
@@ -146,7 +159,7 @@ impl Crew<'_> {
             if let Some(narinfo) = same
                 && self.unpack(&mut claim, source, &narinfo)?
             {
-                return Ok(Fetched::Unpacked(Box::new(claim)));
+                return Ok(Fetched::Unpacked(claim));
             }
         }
         Ok(Fetched::Failed)

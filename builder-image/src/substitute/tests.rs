@@ -369,6 +369,36 @@ fn caches_are_asked_no_further_when_nobody_waits() {
 }
 
 #[test]
+fn nobody_waits_for_a_lock_longer_than_its_client() {
+    let cache = Arc::new(MemoryCache::new("a").with("x", &[]).with("y", &[]));
+    let world = World::new(vec![cache.clone()]);
+    // Of two of one size the first in order is begun first.
+    let wanted: Vec<StorePath> = paths(&["x", "y"]).into_iter().collect();
+    let lock = PathLock::acquire(&world.store, [&wanted[0]], Wait::Try).unwrap().unwrap();
+    std::thread::scope(|scope| {
+        let (done, is_done) = std::sync::mpsc::channel();
+        let world = &world;
+        scope.spawn(move || {
+            world.substituter.fetch(
+                &world.store,
+                &paths(&["x", "y"]),
+                &world.roots,
+                &world.log,
+                &world.cancel,
+            );
+            done.send(()).unwrap();
+        });
+        cache.wait_for(&wanted[1]);
+        world.cancel.cancel();
+        let gone = is_done.recv_timeout(LONG);
+        // Before anything fails, or the scope would never end.
+        drop(lock);
+        gone.unwrap();
+    });
+    assert!(!world.store.is_valid(&wanted[0]).unwrap());
+}
+
+#[test]
 fn references_are_followed_up_to_a_limit() {
     let cache = MemoryCache::new("a").with("a", &["x", "y"]).with("b", &["x", "y"]).with("c", &["x"]);
     let world = World::new(vec![Arc::new(cache)]);

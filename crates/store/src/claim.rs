@@ -20,17 +20,26 @@ pub struct Claim {
     lock: Option<PathLock>,
 }
 
+/// What came of asking for a claim.
+#[derive(Debug)]
+pub enum Claimed {
+    /// There is nothing to make.
+    Valid,
+    /// Somebody else has the path's lock, and may be making it valid.
+    Busy,
+    Ours(Box<Claim>),
+}
+
 impl LocalStore {
-    /// Protects a path from collectors while this store is open, waits for its lock and looks whether it is valid: None if
-    /// so.
-    pub fn claim(&self, path: &StorePath) -> Result<Option<Claim>, Error> {
+    /// Protects a path from collectors while this store is open, and tries to get its lock. Never waits: whoever has it may be
+    /// at a build of days, and who wants the path must be able to go away meanwhile.
+    pub fn claim(&self, path: &StorePath) -> Result<Claimed, Error> {
         self.must_write("import archives")?;
         self.own_temp_roots()?.add(path)?;
-        // Never None: who blocks gets the lock.
-        let Some(lock) = PathLock::acquire(self, [path], Wait::Block)? else { return Ok(None) };
+        let Some(lock) = PathLock::acquire(self, [path], Wait::Try)? else { return Ok(Claimed::Busy) };
         let claim = Claim { store: self.clone(), path: path.clone(), unpacked: None, lock: Some(lock) };
         // Asked under the lock, since whoever had it may have made the path valid.
-        Ok(if self.is_valid(path)? { None } else { Some(claim) })
+        Ok(if self.is_valid(path)? { Claimed::Valid } else { Claimed::Ours(Box::new(claim)) })
     }
 
     /// Makes unpacked paths valid in one transaction. Whatever one refers to must be valid already or be among them; if
@@ -83,20 +92,27 @@ mod tests {
     use super::*;
     use crate::testing::{add, entries, file_nar, info, store, store_path};
 
+    fn claim(store: &LocalStore, path: &StorePath) -> Claim {
+        match store.claim(path).unwrap() {
+            Claimed::Ours(claim) => *claim,
+            other => panic!("{other:?}"),
+        }
+    }
+
     #[test]
     fn what_arrives_first_waits_for_what_it_refers_to() {
         let (_dir, store) = store();
         let nar = file_nar(b"x");
         let (a, b) = (store_path("a"), store_path("b"));
-        let mut low = store.claim(&a).unwrap().unwrap();
-        let mut high = store.claim(&b).unwrap().unwrap();
+        let mut low = claim(&store, &a);
+        let mut high = claim(&store, &b);
         high.unpack(&info("b", &nar, &[&a]), &mut &nar[..]).unwrap();
         assert!(!store.is_valid(&b).unwrap());
         low.unpack(&info("a", &nar, &[]), &mut &nar[..]).unwrap();
         store.register_claims(vec![high, low]).unwrap();
         assert!(store.is_valid(&a).unwrap() && store.is_valid(&b).unwrap());
         assert_eq!(entries(&store).len(), 2, "no lock file stays");
-        assert!(store.claim(&a).unwrap().is_none());
+        assert!(matches!(store.claim(&a).unwrap(), Claimed::Valid));
         assert_eq!(entries(&store).len(), 2);
     }
 
@@ -105,15 +121,15 @@ mod tests {
         let (_dir, store) = store();
         let nar = file_nar(b"x");
         let dangling = info("b", &nar, &[&store_path("missing")]);
-        let mut claim = store.claim(&dangling.path).unwrap().unwrap();
-        claim.unpack(&dangling, &mut &nar[..]).unwrap();
-        let mut good = store.claim(&store_path("a")).unwrap().unwrap();
+        let mut ours = claim(&store, &dangling.path);
+        ours.unpack(&dangling, &mut &nar[..]).unwrap();
+        let mut good = claim(&store, &store_path("a"));
         good.unpack(&info("a", &nar, &[]), &mut &nar[..]).unwrap();
-        assert!(store.register_claims(vec![good, claim]).is_err());
+        assert!(store.register_claims(vec![good, ours]).is_err());
         assert_eq!(entries(&store), Vec::<String>::new());
-        let mut claim = store.claim(&store_path("a")).unwrap().unwrap();
-        claim.unpack(&info("a", &nar, &[]), &mut &nar[..]).unwrap();
-        drop(claim);
+        let mut ours = claim(&store, &store_path("a"));
+        ours.unpack(&info("a", &nar, &[]), &mut &nar[..]).unwrap();
+        drop(ours);
         assert_eq!(entries(&store), Vec::<String>::new());
     }
 
@@ -122,11 +138,11 @@ mod tests {
         let (_dir, store) = store();
         let nar = file_nar(b"x");
         let good = info("a", &nar, &[]);
-        let mut claim = store.claim(&good.path).unwrap().unwrap();
+        let mut ours = claim(&store, &good.path);
         let wrong = PathInfo { nar_hash: Sha256::of(b"other"), ..good.clone() };
-        assert!(matches!(claim.unpack(&wrong, &mut &nar[..]), Err(Error::HashMismatch { .. })));
-        claim.unpack(&good, &mut &nar[..]).unwrap();
-        store.register_claims(vec![claim]).unwrap();
+        assert!(matches!(ours.unpack(&wrong, &mut &nar[..]), Err(Error::HashMismatch { .. })));
+        ours.unpack(&good, &mut &nar[..]).unwrap();
+        store.register_claims(vec![ours]).unwrap();
         assert!(store.is_valid(&good.path).unwrap());
     }
 
@@ -135,13 +151,11 @@ mod tests {
         let (_dir, store) = store();
         let nar = file_nar(b"x");
         let info = info("a", &nar, &[]);
-        let mut claim = store.claim(&info.path).unwrap().unwrap();
-        std::thread::scope(|scope| {
-            let second = scope.spawn(|| store.claim(&info.path).unwrap().is_none());
-            claim.unpack(&info, &mut &nar[..]).unwrap();
-            store.register_claims(vec![claim]).unwrap();
-            assert!(second.join().unwrap());
-        });
+        let mut ours = claim(&store, &info.path);
+        assert!(matches!(store.claim(&info.path).unwrap(), Claimed::Busy));
+        ours.unpack(&info, &mut &nar[..]).unwrap();
+        store.register_claims(vec![ours]).unwrap();
+        assert!(matches!(store.claim(&info.path).unwrap(), Claimed::Valid));
         add(&store, "a", &[]);
     }
 }

@@ -31,7 +31,7 @@ mod threads;
 mod verify;
 
 pub use batch::Batch;
-pub use claim::Claim;
+pub use claim::{Claim, Claimed};
 pub use error::Error;
 pub use gc::{GcOptions, GcReport};
 pub use import::Added;
