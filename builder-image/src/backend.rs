@@ -233,7 +233,8 @@ impl Backend for Session {
             let result = self.make_valid(target, options, &mut made)?;
             self.check_client()?;
             if let Err(error) = result {
-                return Ok(Err((error.status(), error.to_string())));
+                let result = error.to_result();
+                return Ok(Err((result.status, result.error_message)));
             }
         }
         Ok(Ok(()))

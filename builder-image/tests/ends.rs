@@ -131,6 +131,15 @@ fn a_full_disk_is_told_from_a_builder_that_failed() {
         // The builder does its part; there is no room for the copy that a fixed output is.
         let drv = session.fixed("dd if=/dev/zero of=$out bs=1M count=40");
         full(&session.build(&drv, &limits()), "our own copy");
+        // Whatever depends on it.
+        let waste = session.add_derivation("waste", "dd if=/dev/zero of=$out bs=1M", None);
+        let path = session.add_derivation("depending", "touch $out", Some(&waste));
+        match session.client().build_paths(&[BuildTarget { path, outputs: None }], &limits()) {
+            Err(Error::BuildPaths { message, .. }) => {
+                assert!(message.starts_with("disk full: cannot build "), "{message}");
+            }
+            other => panic!("{other:?}"),
+        }
         // All of that is gone again.
         let failed = session.run("echo disk full: I say; exit 1");
         assert_eq!((failed.status, Cause::of(&failed)), (BuildStatus::PermanentFailure, None), "{failed:?}");

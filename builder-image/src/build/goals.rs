@@ -11,7 +11,7 @@ use drover_nix::nar::Writer;
 use drover_nix::{
     BasicDerivation, ContentAddress, Derivation, Method, OutputName, PathInfo, Sha256, StorePath,
 };
-use drover_serve::{BuildOptions, BuildStatus};
+use drover_serve::{BuildOptions, BuildStatus, Cause};
 use drover_store::TempRoots;
 
 use super::cancel::Cancel;
@@ -165,15 +165,16 @@ impl Builder {
         if drv_path == goal.drv_path {
             return Err(Error::Verdict { status: result.status, message: result.error_message });
         }
-        Err(Error::Verdict {
-            status: BuildStatus::DependencyFailed,
-            message: format!(
-                "cannot build '{}': '{}', which it depends on, failed: {}",
-                dir.full(goal.drv_path),
-                dir.full(drv_path),
-                result.error_message
-            ),
-        })
+        let message = format!(
+            "cannot build '{}': '{}', which it depends on, failed: {}",
+            dir.full(goal.drv_path),
+            dir.full(drv_path),
+            result.error_message
+        );
+        // What the machine has failed stays at the beginning, where it is looked for.
+        let cause = Cause::of(&result);
+        let message = cause.map(|cause| cause.say(&message)).unwrap_or(message);
+        Err(Error::Verdict { status: BuildStatus::DependencyFailed, message })
     }
 
     /// What is impure cannot be built again, so that nothing which claims otherwise may depend on it.
