@@ -101,7 +101,8 @@ pub struct BuildRequestSpec {
     #[serde(default)]
     pub retries: Retries,
 
-    /// Requests with a higher number are started first. Default 0.
+    /// Of the requests of one namespace those with a higher number are started first. Default 0. Between namespaces it counts for
+    /// nothing.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = -1_000_000, max = 1_000_000))]
     pub priority: Option<i32>,

@@ -54,12 +54,16 @@ struct Class {
     concurrency: Concurrency,
     running: usize,
     shares: BTreeMap<Arc<str>, Share>,
+    /// How many have begun; lost with the process.
+    begun: u64,
 }
 
 /// One namespace's part of a class.
 #[derive(Default)]
 struct Share {
     running: usize,
+    /// The class's count when the last of its own began; 0 if none has since it has had anything here.
+    last: u64,
     waiting: BTreeSet<Rank>,
     /// What is claimed, by what is built.
     builds: HashMap<Arc<str>, Same>,
@@ -191,8 +195,9 @@ impl Slots {
         freed
     }
 
-    /// Lets begin who may: those are returned. Of namespaces that have one of the highest priority waiting, the one with the
-    /// fewest running comes first, so that a namespace with thousands of requests does not keep others waiting.
+    /// Lets begin who may: those are returned. The namespace with the fewest running comes first, of those the one whose turn is
+    /// longest ago, and of its requests the first by its own order. So neither thousands of requests nor their priority, which
+    /// is their makers' choice, keep other namespaces waiting.
     pub(super) fn promote(&mut self, class_name: &str) -> Vec<Id> {
         let mut begun = vec![];
         while let Some(class) = self.classes.get(class_name) {
@@ -202,8 +207,8 @@ impl Slots {
             }
             let open = class.shares.values().filter(|share| !is_full(limits.per_namespace, share.running));
             let next = open
-                .filter_map(|share| Some((share.waiting.first()?, share.running)))
-                .min_by_key(|(rank, running)| (rank.priority, *running, rank.created, &rank.name, rank.id))
+                .filter_map(|share| Some((share.waiting.first()?, share)))
+                .min_by_key(|(rank, share)| (share.running, share.last, rank.created, &rank.name, rank.id))
                 .map(|(rank, _)| rank.id);
             let Some(id) = next else { break };
             self.run(id);
@@ -219,8 +224,11 @@ impl Slots {
         let claim = claim.clone();
         let class = self.classes.entry(claim.class.clone()).or_default();
         class.running += 1;
+        class.begun += 1;
+        let begun = class.begun;
         let share = class.shares.entry(claim.namespace.clone()).or_default();
         share.running += 1;
+        share.last = begun;
         share.waiting.remove(&claim.rank);
         self.joins(id, &claim);
     }

@@ -168,7 +168,7 @@ fn what_is_in_a_cache_closes_no_circle() {
 }
 
 #[test]
-fn priority_then_fairness_then_age_then_name() {
+fn fairness_then_priority_then_age_then_name() {
     let mut both = Both::default();
     both.running(request("a", "first", "0", &[]));
     let wait = |both: &mut Both, namespace: &str, name: &str, priority: i32, created: i64| {
@@ -203,12 +203,14 @@ fn priority_then_fairness_then_age_then_name() {
         both.begin(&running);
         order.push(running.clone());
     }
-    assert_eq!(order, ["b/raised", "a/urgent", "a/old", "b/young", "b/young-too", "a/lazy"]);
+    assert_eq!(order, ["b/raised", "a/urgent", "b/young", "a/old", "b/young-too", "a/lazy"]);
 
-    // With room for three, the namespace that has fewer running comes first, however old the other's are.
-    let two = Concurrency { total: Some(2), per_namespace: None };
+    // The namespace that has fewer running comes first, however old the other's are, and however long ago its turn is.
+    let four = Concurrency { total: Some(4), per_namespace: None };
     let mut both = Both::default();
     both.running(request("a", "runs", "0", &[]));
+    both.running(request("a", "runs-too", "-1", &[]));
+    both.running(request("b", "runs", "0", &[]));
     for name in ["1", "2"] {
         both.apply(request("a", name, name, &[]));
     }
@@ -217,8 +219,36 @@ fn priority_then_fairness_then_age_then_name() {
     for uid in ["a/1", "a/2", "b/1"] {
         both.ask(uid, ONE);
     }
-    both.index.limit("c", two);
+    both.index.limit("c", four);
     assert_eq!(both.news(), look_up(&["b/1"]));
+}
+
+/// Whatever a tenant sets its own to, and however many it has.
+#[test]
+fn no_priority_keeps_another_namespace_waiting() {
+    let mut both = Both::default();
+    both.running(request("a", "first", "0", &[]));
+    let mut wait = |namespace: &str, name: &str, priority: i32| {
+        let mut request = request(namespace, name, &format!("{namespace}{name}"), &[]);
+        request.spec.priority = Some(priority);
+        both.apply(request);
+        both.ask(&format!("{namespace}/{name}"), ONE);
+    };
+    for name in ["1", "2", "3", "4"] {
+        wait("a", name, 1_000_000);
+    }
+    wait("b", "1", 0);
+    wait("b", "2", -1_000_000);
+    both.news();
+    let mut order = vec![];
+    let mut running = "a/first".to_owned();
+    while order.len() < 6 {
+        both.settle(&running, None);
+        running.clone_from(&both.news()[0].0);
+        both.begin(&running);
+        order.push(running.clone());
+    }
+    assert_eq!(order, ["b/1", "a/1", "b/2", "a/2", "a/3", "a/4"]);
 }
 
 #[test]
