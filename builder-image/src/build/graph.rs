@@ -11,7 +11,7 @@ use crate::error::Error;
 
 /// Paths and references of all graphs of one derivation together. Each takes some hundred bytes of memory, several times over, and
 /// a derivation may name the same closure as often as it likes.
-const MAX_ENTRIES: usize = 1 << 20;
+const MAX_ENTRIES: usize = 1_048_576;
 
 /// What is known of store paths.
 pub(crate) trait Known {

@@ -18,7 +18,7 @@ use crate::error::Error;
 const LOOKUPS: usize = 16;
 /// References that are followed, of all paths together: a cache may name ever more, and all of them are kept in memory. A large
 /// system has some ten thousand paths and some hundred thousand references.
-const MAX_REFERENCES: usize = 1 << 20;
+const MAX_REFERENCES: usize = 1_048_576;
 
 /// Where a path can be had: the source with this index, and what that says.
 pub(super) type Found = (usize, NarInfo);
