@@ -1,15 +1,21 @@
 //! Whether a request can be built at all, and by which class. Pure.
 
 use std::collections::BTreeSet;
+use std::io;
 
 use drover_api::convert::{self, Target};
 use drover_api::{BuilderClassSpec, FieldError, MAX_OUTPUTS, Placement, Reason, Resources, Trust};
 use drover_nix::derivation::{STRUCTURED_ATTRS, proof};
 use drover_nix::{BasicDerivation, StoreDir, StorePath};
 use kube::ResourceExt as _;
+use serde::Serialize;
 
 use crate::quantity::nanos;
 use crate::world::{Class, Resolution, World};
+
+/// Most bytes of a spec. etcd takes objects of 1.5 MiB: the rest is for status and managed fields, which grow with what is built and
+/// how often it is tried, and without which no request could ever come to its end.
+pub(super) const MAX_SPEC: usize = 640 << 10;
 
 /// A request that makes sense, and the class that takes it.
 #[derive(Clone, Debug)]
@@ -128,11 +134,39 @@ pub(super) fn admit(world: &World, accepted: &Accepted<'_>) -> Result<(), Refusa
         );
         return Err(Refusal::Wait { reason: Reason::WaitingForClass, message });
     }
+    let size = json_len(&world.request.spec);
+    if size > MAX_SPEC {
+        let message = format!(
+            "spec takes {size} bytes; with more than {MAX_SPEC} an object has no room for its status beside it (etcd takes 1.5 MiB of \
+             both): leave spec.derivation out, and give its .drv by spec.drvPath"
+        );
+        return Err(Refusal::Never { reason: Reason::InvalidDerivation, message });
+    }
     if let Some(message) = excess(world.request.spec.resources.as_ref(), class) {
         let message = format!("spec.resources.{message} of BuilderClass {class_name}");
         return Err(Refusal::Never { reason: Reason::Unplaceable, message });
     }
     Ok(())
+}
+
+/// Bytes of a part of an object as an API server keeps it, which writes some characters so that HTML could hold them (Go:
+/// encoding/json, HTMLEscape).
+pub(super) fn json_len(part: &impl Serialize) -> usize {
+    struct Count(usize);
+    impl io::Write for Count {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            let escaped = bytes.iter().filter(|byte| matches!(byte, b'<' | b'>' | b'&')).count();
+            self.0 += bytes.len() + escaped * (r"\u003c".len() - 1);
+            Ok(bytes.len())
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+    let mut count = Count(0);
+    // It came as JSON, and counting does not fail: what it has taken by then would be too little at worst.
+    let _written = serde_json::to_writer(&mut count, part);
+    count.0
 }
 
 /// What of a request's resources is beyond the class's maximum, if anything is.

@@ -9,6 +9,8 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
 use super::sim::*;
 use super::*;
+use crate::plan::accept::{MAX_SPEC, json_len};
+use crate::status::Draft;
 use crate::world::{Class, Lookup};
 
 #[test]
@@ -119,6 +121,62 @@ fn paths_that_are_not_proven_get_no_pod() {
     world.live = false;
     let plan = plan(&world, sim.now);
     assert_eq!((plan.status, plan.actions, plan.requeue), (None, vec![Action::ForgetLookUp], Requeue::Live));
+}
+
+#[test]
+fn a_spec_that_leaves_no_room_for_a_status_is_refused_at_once() {
+    let of = |bytes: usize, text: &str| {
+        let mut spec = spec();
+        let derivation = spec.derivation.as_mut().unwrap();
+        derivation.args = vec![text.repeat(bytes / text.len())];
+        Sim::new(spec, class())
+    };
+    let mut fits = of(MAX_SPEC - 1000, "x");
+    fits.settle();
+    assert_eq!(fits.verdicts, [true]);
+    // As an API server writes them, some of these take six bytes each.
+    for mut sim in [of(MAX_SPEC, "x"), of(MAX_SPEC / 6, "<"), of(MAX_SPEC / 4, "a&&")] {
+        sim.settle();
+        assert_eq!((sim.reason(), sim.pods_created), ("InvalidDerivation", 0));
+        assert!(sim.message().contains("spec.drvPath"), "{}", sim.message());
+    }
+}
+
+/// The longest of everything that a status has, in the most expensive characters.
+#[test]
+fn every_status_has_room_beside_the_largest_spec() {
+    // etcd's limit, and what kubectl may keep in annotations.
+    const ETCD: usize = 3 << 19;
+    const ANNOTATIONS: usize = 256 << 10;
+    let (text, path) = ("<".repeat(10_000), format!("/nix/store/{}", "x".repeat(244)));
+    let sim = Sim::new(spec(), class());
+    let mut draft = Draft::new(&sim.request, sim.now);
+    for number in 1..=u32::try_from(drover_api::MAX_ATTEMPTS).unwrap() {
+        draft.begin_attempt(number, None);
+        let attempt = draft.open_attempt_mut().unwrap();
+        (attempt.pod, attempt.node) = (Some("p".repeat(63)), Some("n".repeat(253)));
+        draft.end_attempt(Reason::InfrastructureFailure, &text, true);
+    }
+    for condition in conditions::PHASES {
+        draft.phase(condition, Status::Unknown, Reason::Pending, &text);
+    }
+    let mut failed = draft.clone();
+    failed.fail(Reason::InfrastructureFailure, &text, &vec![text.clone(); 100]);
+    let output = drover_api::OutputStatus {
+        path: path.clone(),
+        nar_hash: "h".repeat(59),
+        nar_size: u64::MAX,
+        references: vec![path; 400],
+        references_omitted: None,
+        signatures: vec!["s".repeat(1000); 100],
+        ca: Some("c".repeat(300)),
+    };
+    let outputs = (0..drover_api::MAX_OUTPUTS).map(|n| (format!("{n:0>211}"), output.clone()));
+    draft.succeed(Reason::Built, outputs.collect());
+    for status in [draft.finish().unwrap(), failed.finish().unwrap()] {
+        let len = json_len(&status);
+        assert!(MAX_SPEC + ANNOTATIONS + len < ETCD, "{len}");
+    }
 }
 
 #[test]
