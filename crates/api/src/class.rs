@@ -65,6 +65,12 @@ pub struct BuilderClassSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub resources: Option<ClassResources>,
 
+    /// Bytes that the NARs of all outputs of one build may have together, whatever requests say: the operator has them on its disk
+    /// on their way to the cache. Default: no limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 1_125_899_906_842_624u64))]
+    pub max_output_bytes: Option<u64>,
+
     /// Namespaces whose requests may use this class. Absent: all of them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub allowed_namespaces: Option<AllowedNamespaces>,

@@ -90,7 +90,7 @@ reasons! {
     TimedOut Failure "The build ran longer than `spec.timeoutSeconds`.",
     MaxSilentExceeded Failure "The build wrote nothing for `spec.maxSilentSeconds`.",
     LogLimitExceeded Failure "The build wrote more than `spec.maxLogBytes`.",
-    OutputSizeLimitExceeded Failure "The outputs are larger than `spec.maxOutputBytes`.",
+    OutputSizeLimitExceeded Failure "The outputs are larger than `spec.maxOutputBytes` of the request or its class.",
     OutputHashMismatch Failure
         "An output is not what was declared or what the builder said of it. For a fixed output, correct its hash.",
     OutputRejected Failure "An output breaks the derivation's own rules, such as `allowedReferences`.",

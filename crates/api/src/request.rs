@@ -92,7 +92,7 @@ pub struct BuildRequestSpec {
     #[schemars(range(min = 1, max = 1_099_511_627_776u64))]
     pub max_log_bytes: Option<u64>,
 
-    /// Bytes that the NARs of all outputs may have together. Default: no limit.
+    /// Bytes that the NARs of all outputs may have together. Default: the class's limit, which this cannot raise.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 1_125_899_906_842_624u64))]
     pub max_output_bytes: Option<u64>,

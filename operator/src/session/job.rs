@@ -59,7 +59,7 @@ impl JobPlan {
             credentials,
             signing_key,
             trust: class.trust,
-            max_output_bytes: spec.max_output_bytes,
+            max_output_bytes: spec.max_output_bytes.into_iter().chain(class.max_output_bytes).min(),
             spool_dir,
         }
     }
@@ -266,6 +266,8 @@ pub fn reason(reason: drover_session::Reason) -> Reason {
 
 #[cfg(test)]
 mod tests {
+    use drover_api::BuilderClassSpec;
+
     use super::*;
 
     #[test]
@@ -297,6 +299,36 @@ mod tests {
             ..cache.clone()
         };
         assert!(!Arc::ptr_eq(&second, &caches.open(&other, &Credentials::None).unwrap()));
+    }
+
+    #[test]
+    fn nobody_gets_more_disk_than_the_class_gives() {
+        let of = |request: Option<u64>, class: Option<u64>| {
+            let class = BuilderClassSpec { max_output_bytes: class, ..BuilderClassSpec::default() };
+            let derivation = BasicDerivation {
+                name: "x".into(),
+                outputs: BTreeMap::new(),
+                input_srcs: Default::default(),
+                system: "x86_64-linux".into(),
+                builder: "/bin/sh".into(),
+                args: Vec::new(),
+                env: Default::default(),
+            };
+            let drv_path = "f8g8x4m83da3b2f79iv84q2r3qlc58lr-x.drv".parse().unwrap();
+            let accepted = Accepted { derivation, drv_path, class_name: "small", class: &class };
+            let spec = BuildRequestSpec { max_output_bytes: request, ..BuildRequestSpec::default() };
+            JobPlan::new(accepted, &spec, None, vec![], "/tmp".into()).max_output_bytes
+        };
+        let cases = [
+            (None, None, None),
+            (None, Some(5), Some(5)),
+            (Some(9), Some(5), Some(5)),
+            (Some(3), Some(5), Some(3)),
+        ];
+        for (request, class, expected) in cases {
+            assert_eq!(of(request, class), expected);
+        }
+        assert_eq!(of(Some(7), None), Some(7));
     }
 
     #[test]
