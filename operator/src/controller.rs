@@ -73,7 +73,7 @@ pub struct Parts {
 pub async fn run(parts: Parts, shutdown: impl Future<Output = ()> + Send + Sync + 'static) {
     let Parts { client, settings, seed, metrics, health, clock, conversation, tracer } = parts;
     let (trigger, triggered) = unbounded();
-    let concurrency = settings.concurrency;
+    let (concurrency, max_sessions) = (settings.concurrency, settings.max_sessions);
     let queue = Arc::new(Queue::new(trigger.clone()));
     let ready = Arc::new(Ready::new());
     health.watches_begin(watches::sources(&settings.scope.namespaces));
@@ -115,6 +115,7 @@ pub async fn run(parts: Parts, shutdown: impl Future<Output = ()> + Send + Sync 
             clock.clone(),
             tracer.clone(),
             conversation,
+            max_sessions,
         ),
         clock,
         caches: Arc::default(),

@@ -84,7 +84,8 @@ struct Flags {
     #[arg(value_parser = clap::value_parser!(u16).range(1..))]
     concurrency: u16,
 
-    /// Builds whose sessions can run at the same time; each takes two threads
+    /// Builds whose sessions can run at the same time; each takes two threads, a process and some 2 MiB of memory. Further ones
+    /// wait for their turn, with their builders
     #[arg(long, env = "DROVER_MAX_SESSIONS", default_value_t = 1024)]
     #[arg(value_parser = clap::value_parser!(u16).range(1..))]
     max_sessions: u16,
@@ -250,6 +251,7 @@ async fn run(flags: Flags, metrics: Arc<Metrics>, tracer: Tracer) -> anyhow::Res
             builder_image: flags.builder_image,
             builder_pull_policy: flags.builder_pull_policy,
             builder_pull_secrets: flags.builder_pull_secrets,
+            max_sessions: flags.max_sessions,
             pod_deadline_seconds: flags.pod_deadline_seconds,
             work_dir: flags.work_dir,
             concurrency: flags.concurrency,

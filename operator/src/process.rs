@@ -226,6 +226,7 @@ mod tests {
                 builder_image: "drover.test/none:1".into(),
                 builder_pull_policy: "Never".into(),
                 builder_pull_secrets: vec![],
+                max_sessions: 1024,
                 pod_deadline_seconds: 60,
                 work_dir: "/tmp".into(),
                 concurrency: 1,

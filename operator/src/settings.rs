@@ -58,6 +58,8 @@ pub struct Settings {
     pub builder_pull_policy: String,
     /// Names of Secrets with which the kubelet pulls that image, in the builder's namespace.
     pub builder_pull_secrets: Vec<String>,
+    /// Sessions that run at the same time; further ones wait.
+    pub max_sessions: u16,
     /// Seconds that a pod may live if the request has no timeout and the class no deadline.
     pub pod_deadline_seconds: u32,
     /// Directory for spooled archives, logs and connections; short, since sockets lie below it.

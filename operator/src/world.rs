@@ -229,8 +229,10 @@ pub enum Stage {
 pub struct SessionView {
     pub attempt: u32,
     pub pod_uid: String,
-    /// When this process began it.
+    /// When this process began it; of one that had to wait for its turn, when that came.
     pub started: Timestamp,
+    /// It has not begun: this process has as many as it may have.
+    pub waits: bool,
     pub stage: Stage,
     /// The builder's sandbox, once it has said which.
     pub sandbox: Option<String>,

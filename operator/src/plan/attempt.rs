@@ -32,6 +32,8 @@ const MAX_RECONNECTS: u32 = 20;
 const FIRST_PAUSE: Duration = Duration::from_secs(2);
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
+const NO_TURN: &str =
+    "the operator talks with as many builders as it may (--max-sessions); this one waits for its turn";
 const POD_GONE: &str = "the builder's pod is gone: it was deleted, or its node was";
 
 /// Leads the open attempt one step on.
@@ -261,6 +263,9 @@ fn doing(draft: &Draft, pod: &PodView, session: Option<&SessionView>) -> Option<
     let stage = session.map_or(Stage::Connecting, |session| session.stage);
     let stage = match stage {
         Stage::Connecting if has_answered(draft) => return None,
+        Stage::Connecting if session.is_some_and(|session| session.waits) => {
+            return Some((Reason::StartingBuilder, NO_TURN.into()));
+        }
         stage if stage >= Stage::Ready && reached(conditions::BUILT) => stage.max(Stage::Built),
         stage if stage >= Stage::Ready && reached(conditions::INPUTS_COPIED) => {
             stage.max(Stage::InputsCopied)
@@ -315,7 +320,8 @@ fn out_of_time(
             format!("the pod was to end after {}, and its node has not ended it", format_duration(deadline));
         return Some(Failure { reason: Reason::TimedOut, message, infrastructure: false });
     }
-    let session = session.filter(|session| session.stage == Stage::Connecting)?;
+    // One that waits for its turn has not asked the builder anything.
+    let session = session.filter(|session| session.stage == Stage::Connecting && !session.waits)?;
     if has_answered(draft) {
         return lost_for_good(world, draft, now);
     }

@@ -9,6 +9,7 @@ fn settings() -> Settings {
         builder_image: "drover/builder:1".into(),
         builder_pull_policy: "IfNotPresent".into(),
         builder_pull_secrets: vec![],
+        max_sessions: 1024,
         pod_deadline_seconds: 86_400,
         work_dir: "/tmp".into(),
         concurrency: 4,

@@ -29,7 +29,7 @@ use futures::channel::mpsc::UnboundedSender;
 use futures::future::{BoxFuture, join_all};
 use jiff::Timestamp;
 use kube::runtime::reflector::ObjectRef;
-use tokio::sync::watch;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tracing::Instrument as _;
 
 use crate::clock::Clock;
@@ -55,6 +55,7 @@ pub struct Sessions {
     clock: Clock,
     tracer: Tracer,
     conversation: Arc<dyn Conversation>,
+    places: Arc<Semaphore>,
 }
 
 /// How a session is held, from a pod that has a node to its end.
@@ -101,14 +102,17 @@ pub struct Progress {
 }
 
 impl Sessions {
+    /// Of which `most` run at the same time: each has threads, a process and buffers.
     pub fn new(
         trigger: Trigger,
         metrics: Arc<Metrics>,
         clock: Clock,
         tracer: Tracer,
         conversation: Arc<dyn Conversation>,
+        most: u16,
     ) -> Self {
         Self {
+            places: Arc::new(Semaphore::new(most.into())),
             by_uid: Mutex::default(),
             handed_on: HandedOn::default(),
             trigger,
@@ -136,7 +140,8 @@ impl Sessions {
             Recorder::new(assignment.trace.clone(), assignment.attempt, &assignment.pod, clock.now());
         let progress = Progress::new(request, assignment.attempt, pod_uid, trigger, clock);
         let progress = Arc::new(progress.traced(self.tracer.clone(), recorder));
-        let (stop, stopped) = watch::channel(false);
+        let (stop, mut stopped) = watch::channel(false);
+        let places = self.places.clone();
         let kept = self.handed_on.take(uid, assignment.attempt, &assignment.pod_uid);
         assignment.kept = kept.clone();
         by_uid.insert(uid.to_owned(), Entry { progress: progress.clone(), kept, stop });
@@ -145,7 +150,12 @@ impl Sessions {
         let conversation = self.conversation.clone();
         let told = stopped.clone();
         let session = async move {
-            let held = async { conversation.hold(assignment, progress.clone(), stopped).await };
+            let held = async {
+                let Some(_place) = place(places, &progress, &mut stopped).await else {
+                    return run::gave_up();
+                };
+                conversation.hold(assignment, progress.clone(), stopped).await
+            };
             // The builder lingers; what it says to the next session is worth more than a request without an end.
             let end = AssertUnwindSafe(held).catch_unwind().await.unwrap_or_else(|_| run::fault());
             sessions.dec();
@@ -197,6 +207,25 @@ impl Sessions {
     }
 }
 
+/// Waits for a place among those that run. None if the session is stopped before it has one.
+async fn place(
+    places: Arc<Semaphore>,
+    progress: &Progress,
+    stopped: &mut watch::Receiver<bool>,
+) -> Option<OwnedSemaphorePermit> {
+    if let Ok(place) = places.clone().try_acquire_owned() {
+        return Some(place);
+    }
+    progress.wait(true);
+    let place = tokio::select! {
+        // It is never closed.
+        place = places.acquire_owned() => place.ok(),
+        _ = stopped.changed() => None,
+    };
+    progress.wait(false);
+    place
+}
+
 impl Progress {
     /// Of a session that begins.
     pub fn new(
@@ -210,6 +239,7 @@ impl Progress {
             attempt,
             pod_uid,
             started: clock.now(),
+            waits: false,
             stage: Stage::Connecting,
             sandbox: None,
             host_key: None,
@@ -236,6 +266,14 @@ impl Progress {
 
     fn follow(&self, tail: LogTail) {
         *self.tail.lock().unwrap_or_else(PoisonError::into_inner) = Some(tail);
+    }
+
+    /// Whether it has to wait for its turn.
+    fn wait(&self, waits: bool) {
+        let mut view = self.lock();
+        (view.waits, view.started) = (waits, self.clock.now());
+        drop(view);
+        self.notify();
     }
 
     /// The rung that the builder names.

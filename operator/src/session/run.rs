@@ -190,7 +190,7 @@ pub(super) fn fault() -> SessionEnd {
     infrastructure("the session ended by a fault in the operator; its log says more".into())
 }
 
-fn gave_up() -> SessionEnd {
+pub(super) fn gave_up() -> SessionEnd {
     infrastructure("the operator gave this session up".into())
 }
 

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::io::Write as _;
 use std::path::Path;
+use std::sync::atomic::AtomicU16;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -44,6 +45,8 @@ pub(crate) struct World {
     pub(crate) server: Arc<Server>,
     pub(crate) time: Arc<Time>,
     pub(crate) spans: Arc<Spans>,
+    /// Of an operator that begins from here on.
+    pub(crate) max_sessions: AtomicU16,
     cache: TempDir,
     state: Mutex<State>,
     changed: watch::Sender<u64>,
@@ -97,6 +100,7 @@ impl World {
             server: Arc::new(Server::new(move || clock.now())),
             time,
             spans: Arc::default(),
+            max_sessions: AtomicU16::new(1024),
             cache,
             state: Mutex::default(),
             changed: watch::Sender::new(0),

@@ -1,7 +1,7 @@
 //! One run of a scenario: operators, one after the other, with the double on the other end of their line.
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use drover_operator::clock::Clock;
@@ -117,6 +117,7 @@ fn settings(world: &World) -> Settings {
         builder_image: "drover/builder:1".into(),
         builder_pull_policy: "Never".into(),
         builder_pull_secrets: vec![],
+        max_sessions: world.max_sessions.load(Ordering::SeqCst),
         pod_deadline_seconds: 86_400,
         work_dir: world.cache().to_owned(),
         concurrency: 4,

@@ -3,6 +3,7 @@
 //! what it waits for, or from its end.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use base64::Engine as _;
@@ -107,6 +108,31 @@ fn a_secret_that_is_missing_is_named_and_waited_for() {
         says_within(&world, "a", GOES_ON, "Built", "").await;
         says_within(&world, "b", SAID, "WaitingForClass", "cannot use Secret a/../b").await;
     });
+}
+
+/// However long their turn takes to come: that is no fault of their builders, which are to answer within ten minutes.
+#[test]
+fn builders_beyond_the_sessions_wait_for_their_turn() {
+    const BUILDS: usize = 40;
+    let world = World::new(vec![]);
+    class(&world);
+    world.max_sessions.store(1, Ordering::SeqCst);
+    let names: Vec<String> = (0..BUILDS).map(|number| format!("a{number}")).collect();
+    while_operated(&world, async {
+        for name in &names {
+            world.make(Key::new("buildrequests", TEAM, name), request(name, &[]));
+        }
+        // Whose turn is first, nobody says.
+        let last = names.last().expect("some");
+        says_within(&world, last, SAID, "StartingBuilder", "waits for its turn").await;
+        for name in &names {
+            says_within(&world, name, Duration::from_secs(3600), "Built", "").await;
+        }
+    });
+    for name in &names {
+        let status = world.request(name).expect("it is there")["status"].clone();
+        assert_eq!(status["attempt"], 1, "{status}");
+    }
 }
 
 /// Nothing was asked of the caches by the process that goes on with the attempt.

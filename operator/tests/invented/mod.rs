@@ -49,6 +49,7 @@ impl Server {
                 builder_image: "drover.test/none:1".into(),
                 builder_pull_policy: "Never".into(),
                 builder_pull_secrets: vec![],
+                max_sessions: 1024,
                 pod_deadline_seconds: 3600,
                 work_dir: self.cache.clone(),
                 concurrency: 16,

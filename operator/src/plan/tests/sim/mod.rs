@@ -459,6 +459,7 @@ impl Sim {
                 let pod = self.pods.iter().find(|pod| pod.uid == *pod_uid).expect("the session's pod");
                 assert!(pod.node.is_some() && self.session.is_none(), "one session at a time");
                 self.session = Some(SessionView {
+                    waits: false,
                     attempt: *attempt,
                     pod_uid: pod_uid.clone(),
                     started: self.now,
