@@ -240,6 +240,8 @@ pub struct SessionView {
     pub host_key: Option<String>,
     /// Last lines of the build's log so far.
     pub log_tail: Vec<String>,
+    /// What it has done before it failed.
+    pub counted: Option<(Transfer, Timings)>,
     pub end: Option<SessionEnd>,
     /// When that was.
     pub end_time: Option<Timestamp>,

@@ -44,7 +44,14 @@ pub struct Transfer {
     pub bytes_stored: u64,
 }
 
-/// How long each phase took.
+/// What a session has done, as far as it came: of a phase that did not come to its end nothing is counted.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct Tally {
+    pub transfer: Transfer,
+    pub timings: Timings,
+}
+
+/// How long each phase took; nothing if it did not come to its end.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 pub struct Timings {
     pub connect: Duration,

@@ -6,7 +6,8 @@ use drover_serve::Client;
 
 use crate::closure::{Closure, look_up_one};
 use crate::{
-    Event, Failure, Job, Observer, Outcome, Output, Timings, Transfer, collect, copy, fetch, verdict, verify,
+    Event, Failure, Job, Observer, Outcome, Output, Tally, Timings, Transfer, collect, copy, fetch, verdict,
+    verify,
 };
 
 /// Runs one build over one connection to one builder. The builder's stderr, which carries the log, is the caller's to
@@ -17,9 +18,19 @@ pub fn run<R: Read, W: Write>(
     job: &Job,
     observer: &mut dyn Observer,
 ) -> Result<Outcome, Failure> {
+    run_counting(reader, writer, job, observer, &mut Tally::default())
+}
+
+/// [`run`], with an account of what was done that is there after a failure too.
+pub fn run_counting<R: Read, W: Write>(
+    reader: R,
+    writer: W,
+    job: &Job,
+    observer: &mut dyn Observer,
+    tally: &mut Tally,
+) -> Result<Outcome, Failure> {
     let known = job.outputs()?;
-    let mut timings = Timings::default();
-    let mut transfer = Transfer::default();
+    let Tally { timings, transfer } = tally;
     let mut clock = Clock(Instant::now());
 
     let mut client =
@@ -50,8 +61,8 @@ pub fn run<R: Read, W: Write>(
     transfer.bytes_fetched = fetched.bytes;
     timings.lock = clock.lap();
 
-    transfer.paths_sent = missing.len();
     transfer.bytes_sent = copy::send(&job.caches, &missing, &mut client, observer)?;
+    transfer.paths_sent = missing.len();
     observer.event(Event::InputsCopied { paths: missing.len(), bytes: transfer.bytes_sent });
     timings.copy_in = clock.lap();
 
@@ -77,7 +88,7 @@ pub fn run<R: Read, W: Write>(
     transfer.bytes_stored = bytes_stored;
     timings.store = clock.lap();
     observer.event(Event::OutputsCollected);
-    Ok(Outcome { outputs, built: Some(result), transfer, timings })
+    Ok(Outcome { outputs, built: Some(result), transfer: *transfer, timings: *timings })
 }
 
 /// The outcome of a job whose outputs all lie in one of its caches already, the one that it pushes to first: no builder

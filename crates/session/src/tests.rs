@@ -194,12 +194,13 @@ impl World {
             (store, result.is_ok())
         });
         let mut events = Vec::new();
-        let result = run(input, output, &job, &mut |event| events.push(event));
+        let mut tally = Tally::default();
+        let result = run_counting(input, output, &job, &mut |event| events.push(event), &mut tally);
         let (store, clean) = server.join().unwrap();
         // What is kept for another session goes with that.
         drop(std::mem::take(&mut job.kept));
         assert_eq!(std::fs::read_dir(spool.path()).unwrap().count(), 0, "nothing is left behind");
-        Ran { result, store, push, events, clean, job }
+        Ran { result, store, push, events, clean, job, tally }
     }
 }
 
@@ -211,6 +212,7 @@ struct Ran {
     /// Whether the server saw an orderly end.
     clean: bool,
     job: Job,
+    tally: Tally,
 }
 
 impl Ran {
@@ -570,6 +572,13 @@ fn a_build_that_fails() {
     world.builder(|_, _| BuildResult::failure(BuildStatus::PermanentFailure, "exit code 3"));
     let ran = world.run();
     assert_eq!(ran.reason(), (Reason::BuildFailed, false));
+    // What came before has been done, and what would have come behind it has not.
+    let Tally { transfer, timings } = ran.tally;
+    assert!(
+        transfer.paths_sent == 3 && transfer.bytes_sent > 0 && transfer.bytes_received == 0,
+        "{transfer:?}"
+    );
+    assert!(!timings.copy_in.is_zero() && !timings.build.is_zero() && timings.store.is_zero(), "{timings:?}");
     assert!(ran.message().contains("exit code 3"));
 }
 

@@ -263,7 +263,7 @@ pub const PHASE_DURATION: Spec = Spec {
     labels: &["phase"],
     series: || each(PHASE_NAMES),
     rare: none,
-    help: "Phases of attempts that succeeded: start (from a pod that has a node to a builder that answers), connect, \
+    help: "Phases that came to their end, whatever became of their attempt: start (from a pod that has a node to a builder that answers), connect, \
            copy_in, build, collect",
 };
 
@@ -281,7 +281,7 @@ pub const TRANSFER: Spec = Spec {
     labels: &["route"],
     series: || each([SENT, FETCHED, RECEIVED, STORED]),
     rare: none,
-    help: "Bytes that attempts which succeeded have moved: sent to the builder, fetched by the builder from caches, received \
+    help: "Bytes that attempts have moved, whatever became of them: sent to the builder, fetched by the builder from caches, received \
            from it (as archives), stored in the cache (compressed)",
 };
 
@@ -292,7 +292,7 @@ pub const TRANSFER_PATHS: Spec = Spec {
     labels: &["source"],
     series: || each([PRESENT, FETCHED, SENT]),
     rare: none,
-    help: "Inputs of attempts that succeeded: present in the builder, fetched by it from caches, sent by the operator",
+    help: "Inputs of attempts, whatever became of these: present in the builder, fetched by it from caches, sent by the operator",
 };
 
 pub const REQUESTS: Spec = Spec {

@@ -83,6 +83,7 @@ pub fn observe(before: &BuildRequest, after: &BuildRequestStatus, now: Timestamp
     if let Some(succeeded) = verdict {
         ended(was, after, succeeded, between(created, now), &mut seen);
     }
+    worked(was, after, &mut seen);
     seen
 }
 
@@ -147,6 +148,16 @@ fn ended(
             Some(Reason::AlreadyBuilt) => seen.push(Observation::Saved { by: table::BY_CACHE }),
             _ => {}
         }
+    }
+}
+
+/// What the last attempt has taken and moved, where it has just ended.
+fn worked(was: &BuildRequestStatus, is: &BuildRequestStatus, seen: &mut Vec<Observation>) {
+    let ended = |status: &BuildRequestStatus| {
+        status.attempts.last().filter(|last| last.end_time.is_some()).map(|last| last.number)
+    };
+    if ended(is).is_none() || ended(is) == ended(was) {
+        return;
     }
     if let Some(timings) = &is.timings {
         let phases = [
@@ -275,6 +286,40 @@ mod tests {
                 Inputs { source: "sent", paths: 2 },
             ]
         );
+    }
+
+    #[test]
+    fn a_failed_attempt_has_worked_as_well() {
+        let mut story = Story::new();
+        let work = |draft: &mut Draft, millis: u64| {
+            draft.status.timings = Some(Timings { copy_in_millis: Some(millis), ..Timings::default() });
+            draft.status.transfer = Some(Transfer { bytes_sent: millis, ..Transfer::default() });
+        };
+        story
+            .write(100, |draft| draft.begin_attempt(1, None))
+            .write(110, |draft| {
+                work(draft, 5);
+                draft.end_attempt(Reason::Evicted, "", true);
+            })
+            .write(112, |draft| draft.progress(drover_api::Phase::Pending, Reason::Retrying, "later"))
+            .write(115, |draft| draft.begin_attempt(2, None))
+            .write(120, |draft| {
+                work(draft, 7);
+                draft.fail(Reason::BuildFailed, "exit code 1", &[]);
+            });
+        let worked: Vec<Observation> = story
+            .seen
+            .into_iter()
+            .filter(|seen| matches!(seen, Observation::Phase { .. } | Observation::Moved { bytes: 1.., .. }))
+            .collect();
+        let expected = [5, 7].map(|millis| {
+            let took = Duration::from_millis(millis);
+            [
+                Observation::Phase { phase: "copy_in", took },
+                Observation::Moved { route: "sent", bytes: millis },
+            ]
+        });
+        assert_eq!(worked, expected.concat());
     }
 
     #[test]

@@ -69,7 +69,13 @@ pub(super) fn lead(
                     Err(wait) => go_on(draft, clean_up(world, Some(number)), wait),
                     Ok(failure) => match pod.filter(|pod| may_go_on(&failure, pod, session, now)) {
                         Some(pod) => go_on_with(world, draft, accepted, (pod, session), failure, now),
-                        None => failed(world, draft, failure, now),
+                        None => {
+                            if let Some((transfer, timings)) = session.counted {
+                                draft.status.transfer = Some(transfer);
+                                draft.status.timings = Some(timings);
+                            }
+                            failed(world, draft, failure, now)
+                        }
                     },
                 };
             }

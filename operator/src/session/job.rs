@@ -15,7 +15,7 @@ use drover_cache::{Cache, CacheOptions, Counts, Credentials, Guarded, Memory};
 use drover_nix::signature::{PublicKey, SecretKey};
 use drover_nix::{BasicDerivation, StoreDir, StorePath};
 use drover_serve::BuildOptions;
-use drover_session::{Failure, Job, Outcome, Proofs};
+use drover_session::{Failure, Job, Outcome, Proofs, Tally};
 
 use crate::error::Error;
 use crate::plan::Accepted;
@@ -209,29 +209,38 @@ fn add(sum: &mut Counts, more: Counts) {
 
 /// What the status says of an outcome. `reached_after`: from a pod with a node to a connection.
 pub fn finished(dir: &StoreDir, outcome: &Outcome, reached_after: Duration) -> SessionEnd {
-    let timings = &outcome.timings;
+    let (transfer, timings) =
+        counted(&Tally { transfer: outcome.transfer, timings: outcome.timings }, reached_after);
+    SessionEnd::Finished { outputs: outputs(dir, outcome), transfer, timings }
+}
+
+/// What the status says of what a session has done. Phases that did not come to their end have no time.
+pub fn counted(tally: &Tally, reached_after: Duration) -> (Transfer, Timings) {
+    let Tally { transfer, timings } = tally;
     let millis = |duration: Duration| Some(u64::try_from(duration.as_millis()).unwrap_or(u64::MAX));
-    SessionEnd::Finished {
-        outputs: outputs(dir, outcome),
-        transfer: Transfer {
-            paths_total: outcome.transfer.paths_total as u64,
-            paths_present: outcome.transfer.paths_present as u64,
-            paths_fetched: outcome.transfer.paths_fetched as u64,
-            bytes_fetched: outcome.transfer.bytes_fetched,
-            paths_sent: outcome.transfer.paths_sent as u64,
-            bytes_sent: outcome.transfer.bytes_sent,
-            bytes_received: outcome.transfer.bytes_received,
-            bytes_stored: outcome.transfer.bytes_stored,
-        },
-        timings: Timings {
-            queued_millis: None,
-            pod_start_millis: millis(reached_after),
-            connect_millis: millis(timings.connect),
-            copy_in_millis: millis(timings.closure + timings.lock + timings.copy_in),
-            build_millis: millis(timings.build),
-            collect_millis: millis(timings.copy_out + timings.store),
-        },
-    }
+    let sum = |parts: &[Duration]| match parts.last() {
+        Some(last) if !last.is_zero() => millis(parts.iter().sum()),
+        _ => None,
+    };
+    let transfer = Transfer {
+        paths_total: transfer.paths_total as u64,
+        paths_present: transfer.paths_present as u64,
+        paths_fetched: transfer.paths_fetched as u64,
+        bytes_fetched: transfer.bytes_fetched,
+        paths_sent: transfer.paths_sent as u64,
+        bytes_sent: transfer.bytes_sent,
+        bytes_received: transfer.bytes_received,
+        bytes_stored: transfer.bytes_stored,
+    };
+    let timings = Timings {
+        queued_millis: None,
+        pod_start_millis: millis(reached_after),
+        connect_millis: sum(&[timings.connect]),
+        copy_in_millis: sum(&[timings.closure, timings.lock, timings.copy_in]),
+        build_millis: sum(&[timings.build]),
+        collect_millis: sum(&[timings.copy_out, timings.store]),
+    };
+    (transfer, timings)
 }
 
 /// The outputs with full paths.
@@ -299,6 +308,23 @@ mod tests {
             ..cache.clone()
         };
         assert!(!Arc::ptr_eq(&second, &caches.open(&other, &Credentials::None).unwrap()));
+    }
+
+    #[test]
+    fn phases_without_an_end_have_no_time() {
+        let second = Duration::from_secs(1);
+        let mut tally = Tally::default();
+        (tally.timings.connect, tally.timings.closure, tally.timings.lock) = (second, second, second);
+        tally.transfer.paths_fetched = 2;
+        let (transfer, timings) = counted(&tally, second);
+        assert_eq!((timings.pod_start_millis, timings.connect_millis), (Some(1000), Some(1000)));
+        assert_eq!(
+            (timings.copy_in_millis, timings.build_millis, timings.collect_millis),
+            (None, None, None)
+        );
+        assert_eq!(transfer.paths_fetched, 2);
+        tally.timings.copy_in = second;
+        assert_eq!(counted(&tally, second).1.copy_in_millis, Some(3000));
     }
 
     #[test]

@@ -22,7 +22,7 @@ use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use drover_api::BuildRequest;
+use drover_api::{BuildRequest, Timings, Transfer};
 use drover_session::{Event, Kept};
 use futures::FutureExt as _;
 use futures::channel::mpsc::UnboundedSender;
@@ -244,6 +244,7 @@ impl Progress {
             sandbox: None,
             host_key: None,
             log_tail: vec![],
+            counted: None,
             end: None,
             end_time: None,
         };
@@ -299,6 +300,11 @@ impl Progress {
     /// The session's thread says so.
     fn heard(&self, event: &Event) {
         self.trace(|recorder, now| recorder.event(event, now).into_iter().collect());
+    }
+
+    /// What it has done, of a session that failed.
+    pub fn count(&self, counted: (Transfer, Timings)) {
+        self.lock().counted = Some(counted);
     }
 
     fn end(&self, end: SessionEnd, was_stopped: bool) {

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use drover_api::{BuildRequest, Reason};
 use drover_serve::SLOWEST_FETCH;
-use drover_session::{Event, Job, Kept};
+use drover_session::{Event, Job, Kept, Tally};
 use k8s_openapi::api::core::v1::Pod;
 use kube::Api;
 use kube::runtime::reflector::{ObjectRef, Store};
@@ -119,7 +119,8 @@ pub async fn talk(
             job.kept = kept;
             let mut observer = |event: Event| observe(&progress, &meter, &event);
             // Both pipes are consumed: when this returns, the builder has seen the end of its input.
-            let result = drover_session::run(stdout, stdin, &job, &mut observer);
+            let mut tally = Tally::default();
+            let result = drover_session::run_counting(stdout, stdin, &job, &mut observer, &mut tally);
             meter.rest(false);
             let tail = log.tail();
             // A session that was given up may have another behind it by now, which has more of the log.
@@ -128,7 +129,10 @@ pub async fn talk(
             }
             match result {
                 Ok(outcome) => job::finished(&job.dir, &outcome, reached_after),
-                Err(failure) => job::failed(&failure.with_last_words(&tail.lines())),
+                Err(failure) => {
+                    progress.count(job::counted(&tally, reached_after));
+                    job::failed(&failure.with_last_words(&tail.lines()))
+                }
             }
         })
     });

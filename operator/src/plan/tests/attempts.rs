@@ -88,8 +88,11 @@ fn a_build_takes_few_writes_and_one_pod() {
 #[test]
 fn a_failed_build_is_not_repeated_and_keeps_its_log() {
     let mut sim = building(5, 0);
+    let transfer = drover_api::Transfer { bytes_sent: 5, ..Default::default() };
+    sim.session.as_mut().unwrap().counted = Some((transfer, Default::default()));
     happens(&mut sim, Event::Ends(Reason::BuildFailed));
     sim.check_settled();
+    assert_eq!(sim.status().transfer, Some(transfer), "what was moved was moved");
     assert_eq!((sim.reason(), sim.pods_created), ("BuildFailed", 1));
     assert_eq!(sim.status().failure.as_ref().unwrap().log_tail, ["error: no"]);
 }

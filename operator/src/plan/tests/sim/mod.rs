@@ -460,6 +460,7 @@ impl Sim {
                 assert!(pod.node.is_some() && self.session.is_none(), "one session at a time");
                 self.session = Some(SessionView {
                     waits: false,
+                    counted: None,
                     attempt: *attempt,
                     pod_uid: pod_uid.clone(),
                     started: self.now,
