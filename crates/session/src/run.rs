@@ -65,6 +65,9 @@ pub fn run_counting<R: Read, W: Write>(
     transfer.paths_sent = missing.len();
     observer.event(Event::InputsCopied { paths: missing.len(), bytes: transfer.bytes_sent });
     timings.copy_in = clock.lap();
+    // A build may take days, and what caches said of a large system is many megabytes.
+    drop(missing);
+    drop(closure);
 
     observer.event(Event::BuildStarted);
     let result = client
