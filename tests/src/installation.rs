@@ -53,7 +53,7 @@ impl Installation {
         let this = Self { cluster, cache, nix, dir: dir.to_owned() };
 
         this.cluster.kubectl(&["delete", "namespace", TENANT, "--ignore-not-found", "--wait"])?;
-        let values = this.values(&[&builder.written.digest, &operator.written.digest]);
+        let values = this.values(&[&builder.digest, &operator.digest]);
         std::fs::write(this.values_file(), serde_json::to_vec_pretty(&values)?)?;
         this.cluster.kubectl(&["create", "namespace", TENANT])?;
         Ok(this)

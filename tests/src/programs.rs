@@ -6,6 +6,7 @@ use std::sync::OnceLock;
 
 use anyhow::{Context, Result, anyhow};
 use xtask::images::{self, Image};
+use xtask::platform::Platform;
 use xtask::{checkout, development, run};
 
 /// The path of `drover`, `drover-builder` or `drover-operator`, compiled with the development profile.
@@ -27,6 +28,9 @@ pub fn copy_program(from: &Path, to: &Path) -> Result<()> {
 /// The images of the builder and of the operator, made once for all tests of a program.
 pub fn images() -> Result<&'static [Image; 2]> {
     static MADE: OnceLock<Result<[Image; 2], String>> = OnceLock::new();
-    let make = || images::make(&checkout().join("target/images")).map_err(|error| format!("{error:#}"));
+    let make = || {
+        let platforms = [Platform::native().map_err(|error| format!("{error:#}"))?];
+        images::make(&checkout().join("target/images"), &platforms).map_err(|error| format!("{error:#}"))
+    };
     MADE.get_or_init(make).as_ref().map_err(|error| anyhow!("{error}"))
 }

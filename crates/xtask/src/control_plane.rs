@@ -21,6 +21,7 @@ use tempfile::TempDir;
 use crate::audit;
 use crate::parts::{go, rootfs};
 use crate::pki::{self, Authority};
+use crate::platform::Platform;
 use crate::run;
 
 const READY_LIMIT: Duration = Duration::from_secs(60);
@@ -194,8 +195,10 @@ impl ControlPlane {
         }
 
         // Debian's etcd is linked to the glibc of its own suite: run it by that suite's loader, which takes no root.
-        let mut etcd = Command::new(node.join("usr/lib64/ld-linux-x86-64.so.2"));
-        etcd.arg("--library-path").arg(node.join("usr/lib/x86_64-linux-gnu")).arg(node.join("usr/bin/etcd"));
+        let platform = Platform::native()?;
+        let libraries = node.join("usr/lib").join(platform.triplet());
+        let mut etcd = Command::new(libraries.join(platform.loader().1));
+        etcd.arg("--library-path").arg(&libraries).arg(node.join("usr/bin/etcd"));
         etcd.arg("--data-dir").arg(path("etcd")).arg("--unsafe-no-fsync");
         etcd.args(["--listen-client-urls", &etcd_url, "--advertise-client-urls", &etcd_url]);
         etcd.arg(format!("--listen-peer-urls=http://127.0.0.1:{peer}"));

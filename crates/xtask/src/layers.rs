@@ -15,6 +15,7 @@ use crate::cluster::Cluster;
 use crate::limit::{self, Watch};
 use crate::parts::rootfs::{self, Nix};
 use crate::parts::{self, go, host};
+use crate::platform::Platform;
 use crate::{fuzz, images, mutants, run};
 
 /// For each target in the layer `fuzz`: enough to see that everything works, and that the seeds still get deep.
@@ -111,7 +112,7 @@ impl Layer {
                 rootfs::nix(Nix::V2_34)?;
                 go::kubernetes()?;
                 go::helm()?;
-                images::make(&crate::checkout().join("target/images")).map(drop)
+                images::make(&crate::checkout().join("target/images"), &[Platform::native()?]).map(drop)
             }
         }
     }

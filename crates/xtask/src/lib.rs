@@ -31,6 +31,7 @@ pub mod mutants;
 pub mod parts;
 pub mod permissions;
 pub mod pki;
+pub mod platform;
 pub mod prometheus;
 pub mod root;
 pub mod run;

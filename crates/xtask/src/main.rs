@@ -9,6 +9,7 @@ use clap::{Parser, Subcommand};
 use xtask::cluster::Cluster;
 use xtask::layers::{self, Layer, Tally};
 use xtask::parts::rootfs::Nix;
+use xtask::platform::Platform;
 use xtask::{bench, chart, crds, dashboard, development, docs, fuzz, images, mutants, parts, root, run};
 
 /// What people who work on Drover run.
@@ -60,7 +61,12 @@ enum Act {
     /// Fetches and builds what tests need, and prints where it is
     Parts,
     /// Makes the two OCI images, drover-builder.tar and drover-operator.tar, in the directory OUT
-    Images { out: PathBuf },
+    Images {
+        out: PathBuf,
+        /// What for: linux/amd64, linux/arm64, or both with a comma in between. This machine's platform, if absent
+        #[arg(long, value_delimiter = ',')]
+        platform: Vec<Platform>,
+    },
     /// Measures Drover beside the programs that people use today
     #[command(subcommand)]
     Bench(BenchAct),
@@ -163,7 +169,7 @@ fn act(act: Act) -> Result<ExitCode> {
         Act::Dashboard { out } => dashboard::draw(&out).map(|()| ExitCode::SUCCESS),
         Act::Demo => demo(),
         Act::Parts => print_parts(),
-        Act::Images { out } => images(&out),
+        Act::Images { out, platform } => images(&out, platform),
         Act::Bench(act) => benchmark(act),
         Act::Cluster(act) => cluster(act),
         Act::Peer { version, command } => peer(version, &command),
@@ -189,7 +195,7 @@ fn print_parts() -> Result<ExitCode> {
         println!("nix {:<6}  {}", nix.version(), parts::rootfs::nix(nix)?.display());
     }
     println!("nginx       {}", parts::rootfs::nginx()?.display());
-    println!("ssh         {}", parts::rootfs::ssh()?.display());
+    println!("ssh         {}", parts::rootfs::ssh(Platform::native()?)?.display());
     println!("sshd        {}", parts::rootfs::sshd()?.display());
     println!("passt       {}", parts::rootfs::passt()?.display());
     println!("tcc         {}", parts::rootfs::tcc()?.display());
@@ -202,15 +208,16 @@ fn print_parts() -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn images(out: &Path) -> Result<ExitCode> {
-    for image in images::make(out)? {
-        let megabytes = image.written.compressed as f64 / (1 << 20) as f64;
-        println!(
-            "{}  {}  {megabytes:.1} MiB compressed  {}",
-            image.reference,
-            image.written.digest,
-            image.file.display()
-        );
+fn images(out: &Path, mut platforms: Vec<Platform>) -> Result<ExitCode> {
+    if platforms.is_empty() {
+        platforms.push(Platform::native()?);
+    }
+    for image in images::make(out, &platforms)? {
+        println!("{}  {}  {}", image.reference, image.digest, image.file.display());
+        for part in &image.parts {
+            let megabytes = part.written.compressed as f64 / (1 << 20) as f64;
+            println!("  {}  {}  {megabytes:.1} MiB compressed", part.platform, part.written.digest);
+        }
     }
     Ok(ExitCode::SUCCESS)
 }

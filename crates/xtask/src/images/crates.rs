@@ -9,7 +9,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 
-use super::programs::TARGET;
+use super::programs::FEATURES;
+use crate::platform::Platform;
 use crate::run;
 
 /// Name and version.
@@ -51,8 +52,8 @@ struct Locked {
     checksum: Option<String>,
 }
 
-/// Asks cargo what these packages of the workspace are linked with when they are built together.
-pub(super) fn of(programs: &[&str]) -> Result<Crates> {
+/// Asks cargo what these packages of the workspace are linked with when they are built together for a platform.
+pub(super) fn of(programs: &[&str], platform: Platform) -> Result<Crates> {
     let mut tree = run::cargo();
     tree.args([
         "tree",
@@ -62,7 +63,9 @@ pub(super) fn of(programs: &[&str]) -> Result<Crates> {
         "--prefix",
         "depth",
         "--target",
-        TARGET,
+        platform.target(),
+        "--features",
+        FEATURES,
     ]);
     tree.args(programs.iter().flat_map(|program| ["-p", program]));
     let links = links(&run::stdout(&mut tree)?)?;

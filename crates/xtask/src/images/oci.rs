@@ -1,7 +1,7 @@
 //! OCI image layouts as tar files, byte for byte the same for the same content: sorted entries, one fixed time, owner as given.
 //!
 //! The OCI image specification: `oci-layout`, `index.json` and `blobs/sha256/…`; the index entry's annotation names the image
-//! for `ctr image import`.
+//! for `ctr image import`. An image for several platforms is an index of its own among the blobs.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -11,6 +11,11 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use flate2::{Compression, GzBuilder};
 use serde_json::{Value, json};
+
+use crate::platform::Platform;
+
+const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+const INDEX: &str = "application/vnd.oci.image.index.v1+json";
 
 /// Modification time of everything in a layer, in seconds: one second after the epoch, as in the Nix store.
 const MTIME: u64 = 1;
@@ -101,60 +106,98 @@ pub struct Config {
     pub labels: BTreeMap<String, String>,
 }
 
-/// What was written: `sha256:…` of the manifest, which is the image's digest, and the size of config and layers, compressed.
+/// The image for one platform.
+pub struct Content {
+    pub platform: Platform,
+    pub config: Config,
+    pub layers: Vec<Layer>,
+}
+
+/// What was written for a platform: `sha256:…` of its manifest, and the size of config and layers, compressed.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Written {
     pub digest: String,
     pub compressed: u64,
 }
 
-/// Writes the image as an OCI layout in the tar file `out`, under the name `reference`.
-pub fn write(out: &Path, reference: &str, config: &Config, layers: &[Layer]) -> Result<Written> {
-    let mut blobs = BTreeMap::new();
-    let mut put = |media_type: &str, bytes: Vec<u8>| {
+/// Writes the image as an OCI layout in the tar file `out`, under the name `reference`. Returns the digest that a registry
+/// gives it, and what was written for each platform. For one platform that digest is its manifest's; for several it is that
+/// of an index over their manifests.
+pub fn write(out: &Path, reference: &str, contents: &[Content]) -> Result<(String, Vec<Written>)> {
+    let mut blobs = Blobs::default();
+    let (mut descriptors, mut written) = (Vec::new(), Vec::new());
+    for content in contents {
+        let (mut descriptor, one) = blobs.image(content)?;
+        let architecture = content.platform.architecture();
+        descriptor["platform"] = json!({ "architecture": architecture, "os": "linux" });
+        descriptors.push(descriptor);
+        written.push(one);
+    }
+    let mut named = match descriptors.as_slice() {
+        [one] => one.clone(),
+        all => blobs.put(INDEX, serde_json::to_vec(&index(all))?),
+    };
+    let digest = digest(&named)?;
+    named["annotations"] = json!({ "io.containerd.image.name": reference });
+    save(out, &index(&[named]), blobs.0)
+        .with_context(|| format!("could not write the image {}", out.display()))?;
+    Ok((digest, written))
+}
+
+/// By the hexadecimal digits of their SHA-256.
+#[derive(Default)]
+struct Blobs(BTreeMap<String, Vec<u8>>);
+
+impl Blobs {
+    /// The descriptor of a blob that is kept.
+    fn put(&mut self, media_type: &str, bytes: Vec<u8>) -> Value {
         let digest = sha256(&bytes);
         let descriptor =
             json!({ "mediaType": media_type, "digest": format!("sha256:{digest}"), "size": bytes.len() });
-        blobs.insert(digest, bytes);
+        self.0.insert(digest, bytes);
         descriptor
-    };
-
-    let mut diff_ids = Vec::new();
-    let mut descriptors = Vec::new();
-    for layer in layers {
-        let tar = layer.tar()?;
-        diff_ids.push(format!("sha256:{}", sha256(&tar)));
-        descriptors.push(put("application/vnd.oci.image.layer.v1.tar+gzip", gzip(&tar)?));
     }
-    let image = json!({
-        "architecture": "amd64",
-        "os": "linux",
-        "created": "1970-01-01T00:00:01Z",
-        "config": {
-            "Entrypoint": config.entrypoint, "Cmd": config.cmd, "Env": config.env,
-            "User": config.user, "Labels": config.labels,
-        },
-        "rootfs": { "type": "layers", "diff_ids": diff_ids },
-    });
-    let manifest = json!({
-        "schemaVersion": 2,
-        "mediaType": "application/vnd.oci.image.manifest.v1+json",
-        "config": put("application/vnd.oci.image.config.v1+json", serde_json::to_vec(&image)?),
-        "layers": descriptors,
-    });
-    let mut descriptor = put("application/vnd.oci.image.manifest.v1+json", serde_json::to_vec(&manifest)?);
-    let digest = descriptor["digest"].as_str().context("a descriptor has a digest")?.to_owned();
-    let manifest_size = descriptor["size"].as_u64().unwrap_or_default();
-    descriptor["annotations"] = json!({ "io.containerd.image.name": reference });
-    descriptor["platform"] = json!({ "architecture": "amd64", "os": "linux" });
-    let compressed = blobs.values().map(|blob| blob.len() as u64).sum::<u64>() - manifest_size;
-    let index = json!({
-        "schemaVersion": 2,
-        "mediaType": "application/vnd.oci.image.index.v1+json",
-        "manifests": [descriptor],
-    });
-    save(out, &index, blobs).with_context(|| format!("could not write the image {}", out.display()))?;
-    Ok(Written { digest, compressed })
+
+    /// The descriptor of a platform's manifest.
+    fn image(&mut self, content: &Content) -> Result<(Value, Written)> {
+        let Content { platform, config, layers } = content;
+        let (mut diff_ids, mut descriptors) = (Vec::new(), Vec::new());
+        for layer in layers {
+            let tar = layer.tar()?;
+            diff_ids.push(format!("sha256:{}", sha256(&tar)));
+            descriptors.push(self.put("application/vnd.oci.image.layer.v1.tar+gzip", gzip(&tar)?));
+        }
+        let image = json!({
+            "architecture": platform.architecture(),
+            "os": "linux",
+            "created": "1970-01-01T00:00:01Z",
+            "config": {
+                "Entrypoint": config.entrypoint, "Cmd": config.cmd, "Env": config.env,
+                "User": config.user, "Labels": config.labels,
+            },
+            "rootfs": { "type": "layers", "diff_ids": diff_ids },
+        });
+        let config = self.put("application/vnd.oci.image.config.v1+json", serde_json::to_vec(&image)?);
+        let size = |descriptor: &Value| descriptor["size"].as_u64().unwrap_or_default();
+        let compressed = size(&config) + descriptors.iter().map(size).sum::<u64>();
+        let manifest = json!({
+            "schemaVersion": 2,
+            "mediaType": MANIFEST,
+            "config": config,
+            "layers": descriptors,
+        });
+        let descriptor = self.put(MANIFEST, serde_json::to_vec(&manifest)?);
+        let digest = digest(&descriptor)?;
+        Ok((descriptor, Written { digest, compressed }))
+    }
+}
+
+fn index(manifests: &[Value]) -> Value {
+    json!({ "schemaVersion": 2, "mediaType": INDEX, "manifests": manifests })
+}
+
+fn digest(descriptor: &Value) -> Result<String> {
+    Ok(descriptor["digest"].as_str().context("a descriptor has a digest")?.to_owned())
 }
 
 fn save(out: &Path, index: &Value, blobs: BTreeMap<String, Vec<u8>>) -> Result<()> {
@@ -196,13 +239,43 @@ mod tests {
         }
     }
 
+    fn content(platform: Platform, order: bool) -> Content {
+        let config = Config { entrypoint: vec!["/bin/a".into()], ..Config::default() };
+        Content { platform, config, layers: vec![sample(order)] }
+    }
+
+    /// By their names.
+    fn files(layout: &Path) -> BTreeMap<String, Vec<u8>> {
+        let mut files = BTreeMap::new();
+        for entry in tar::Archive::new(File::open(layout).unwrap()).entries().unwrap() {
+            let mut entry = entry.unwrap();
+            let name = entry.path().unwrap().display().to_string();
+            let mut bytes = Vec::new();
+            std::io::copy(&mut entry, &mut bytes).unwrap();
+            files.insert(name, bytes);
+        }
+        files
+    }
+
+    /// What a descriptor stands for.
+    fn blob(files: &BTreeMap<String, Vec<u8>>, descriptor: &Value) -> Vec<u8> {
+        let digest = descriptor["digest"].as_str().unwrap().strip_prefix("sha256:").unwrap();
+        let bytes = &files[&format!("blobs/sha256/{digest}")];
+        assert_eq!(sha256(bytes), digest);
+        assert_eq!(descriptor["size"], bytes.len());
+        bytes.clone()
+    }
+
+    fn json_blob(files: &BTreeMap<String, Vec<u8>>, descriptor: &Value) -> Value {
+        serde_json::from_slice(&blob(files, descriptor)).unwrap()
+    }
+
     #[test]
     fn the_same_content_is_the_same_bytes_whatever_the_order() {
         let dir = tempfile::tempdir().unwrap();
-        let config = Config { entrypoint: vec!["/bin/a".into()], ..Config::default() };
         let [one, two] = ["one", "two"].map(|name| dir.path().join(name));
-        let first = write(&one, "example/a:1", &config, &[sample(true)]).unwrap();
-        let second = write(&two, "example/a:1", &config, &[sample(false)]).unwrap();
+        let first = write(&one, "example/a:1", &[content(Platform::Amd64, true)]).unwrap();
+        let second = write(&two, "example/a:1", &[content(Platform::Amd64, false)]).unwrap();
         assert_eq!(first, second);
         assert_eq!(std::fs::read(one).unwrap(), std::fs::read(two).unwrap());
     }
@@ -211,29 +284,42 @@ mod tests {
     fn every_blob_is_named_by_its_digest_and_found_by_its_size() {
         let dir = tempfile::tempdir().unwrap();
         let out = dir.path().join("image.tar");
-        let written = write(&out, "example/a:1", &Config::default(), &[sample(true)]).unwrap();
-        let mut blobs = BTreeMap::new();
-        for entry in tar::Archive::new(File::open(&out).unwrap()).entries().unwrap() {
-            let mut entry = entry.unwrap();
-            let name = entry.path().unwrap().display().to_string();
-            let mut bytes = Vec::new();
-            std::io::copy(&mut entry, &mut bytes).unwrap();
-            blobs.insert(name, bytes);
-        }
-        let blob = |descriptor: &Value| {
-            let digest = descriptor["digest"].as_str().unwrap().strip_prefix("sha256:").unwrap();
-            let bytes = &blobs[&format!("blobs/sha256/{digest}")];
-            assert_eq!(sha256(bytes), digest);
-            assert_eq!(descriptor["size"], bytes.len());
-            bytes.clone()
-        };
-        let index: Value = serde_json::from_slice(&blobs["index.json"]).unwrap();
-        assert_eq!(index["manifests"][0]["digest"], written.digest);
-        let manifest: Value = serde_json::from_slice(&blob(&index["manifests"][0])).unwrap();
-        let image: Value = serde_json::from_slice(&blob(&manifest["config"])).unwrap();
+        let (digest, written) = write(&out, "example/a:1", &[content(Platform::Amd64, true)]).unwrap();
+        assert_eq!(digest, written[0].digest);
+        let files = files(&out);
+        let index: Value = serde_json::from_slice(&files["index.json"]).unwrap();
+        assert_eq!(index["manifests"][0]["digest"], digest);
+        let manifest = json_blob(&files, &index["manifests"][0]);
+        let image = json_blob(&files, &manifest["config"]);
         let mut layer = Vec::new();
-        let gzip = blob(&manifest["layers"][0]);
+        let gzip = blob(&files, &manifest["layers"][0]);
         std::io::Read::read_to_end(&mut flate2::read::GzDecoder::new(gzip.as_slice()), &mut layer).unwrap();
         assert_eq!(image["rootfs"]["diff_ids"][0], format!("sha256:{}", sha256(&layer)));
+        let sizes = [&manifest["config"], &manifest["layers"][0]].map(|one| one["size"].as_u64().unwrap());
+        assert_eq!(written[0].compressed, sizes.iter().sum::<u64>());
+    }
+
+    #[test]
+    fn several_platforms_are_one_name_and_each_has_the_digest_that_it_has_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let [both, alone] = ["both", "alone"].map(|name| dir.path().join(name));
+        let contents = Platform::ALL.map(|platform| content(platform, true));
+        let (digest, written) = write(&both, "example/a:1", &contents).unwrap();
+        let files = files(&both);
+        let layout: Value = serde_json::from_slice(&files["index.json"]).unwrap();
+        let named = layout["manifests"].as_array().unwrap();
+        assert_eq!(named.len(), 1);
+        assert_eq!((&named[0]["digest"], &named[0]["mediaType"]), (&json!(digest), &json!(INDEX)));
+        assert_eq!(named[0]["annotations"]["io.containerd.image.name"], "example/a:1");
+        let index = json_blob(&files, &named[0]);
+        for (at, platform) in Platform::ALL.into_iter().enumerate() {
+            let descriptor = &index["manifests"][at];
+            assert_eq!(descriptor["platform"]["architecture"], platform.architecture());
+            let image = json_blob(&files, &json_blob(&files, descriptor)["config"]);
+            assert_eq!(image["architecture"], platform.architecture());
+            let (one, _) = write(&alone, "example/a:1", &[content(platform, true)]).unwrap();
+            assert_eq!(one, written[at].digest);
+            assert_eq!(descriptor["digest"], one);
+        }
     }
 }

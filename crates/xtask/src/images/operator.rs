@@ -1,24 +1,25 @@
 //! The operator's image: the program, and the OpenSSH client, which it runs, with the libraries that it is linked with.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::process::Command;
 
-use anyhow::{Result, bail};
+use anyhow::{Result, ensure};
 
 use super::oci::{Config, Layer};
+use crate::platform::Platform;
 use crate::run;
 
 /// The user that the operator runs as. ssh refuses to run as a user that /etc/passwd does not know.
 const USER: u64 = 65532;
 
-const LIBRARIES: &str = "usr/lib/x86_64-linux-gnu";
-const LOADER: &str = "ld-linux-x86-64.so.2";
-
-pub(super) fn image(programs: &Path, debian: &Path) -> Result<(Config, Layer)> {
+pub(super) fn image(platform: Platform, programs: &Path, debian: &Path) -> Result<(Config, Layer)> {
     let passwd = format!(
         "root:x:0:0:root:/:/sbin/nologin\ndrover:x:{USER}:{USER}:drover:/home/drover:/sbin/nologin\n"
     );
     let group = format!("root:x:0:\ndrover:x:{USER}:\n");
+    let libraries = format!("usr/lib/{}", platform.triplet());
+    let (loader_dir, loader) = platform.loader();
     let mut layer = super::base(&passwd, &group)
         .directory("home", 0o755)
         .owned_directory("home/drover", 0o700, USER)
@@ -29,15 +30,21 @@ pub(super) fn image(programs: &Path, debian: &Path) -> Result<(Config, Layer)> {
         .directory("usr", 0o755)
         .directory("usr/bin", 0o755)
         .directory("usr/lib", 0o755)
-        .directory(LIBRARIES, 0o755)
+        .directory(&libraries, 0o755)
         .symlink("lib", "usr/lib")
-        .directory("lib64", 0o755)
-        .file(&format!("lib64/{LOADER}"), 0o755, &debian.join("usr/lib64").join(LOADER))?
         .file("usr/bin/ssh", 0o755, &debian.join("usr/bin/ssh"))?
         .file("bin/drover-operator", 0o755, &programs.join("drover-operator"))?;
-    for library in libraries(debian)? {
-        layer =
-            layer.file(&format!("{LIBRARIES}/{library}"), 0o644, &debian.join(LIBRARIES).join(&library))?;
+    let loader_dir = match loader_dir {
+        "lib" => "usr/lib",
+        other => {
+            layer = layer.directory(other, 0o755);
+            other
+        }
+    };
+    let debian_libraries = debian.join(&libraries);
+    layer = layer.file(&format!("{loader_dir}/{loader}"), 0o755, &debian_libraries.join(loader))?;
+    for library in linked(&debian.join("usr/bin/ssh"), &debian_libraries, loader)? {
+        layer = layer.file(&format!("{libraries}/{library}"), 0o644, &debian_libraries.join(&library))?;
     }
     let layer = super::licences(layer, debian, &notices(debian)?)?;
     let config = Config {
@@ -54,24 +61,28 @@ pub(super) fn image(programs: &Path, debian: &Path) -> Result<(Config, Layer)> {
     Ok((config, layer))
 }
 
-/// The file names of the libraries that ssh is linked with, directly or not, as the loader of its own suite finds them.
-fn libraries(debian: &Path) -> Result<Vec<String>> {
-    let mut list = Command::new(debian.join("usr/lib64").join(LOADER));
-    list.arg("--library-path").arg(debian.join(LIBRARIES)).arg("--list").arg(debian.join("usr/bin/ssh"));
-    parse_libraries(&run::stdout(&mut list)?)
-}
-
-fn parse_libraries(listed: &str) -> Result<Vec<String>> {
-    let mut names = Vec::new();
-    for line in listed.lines() {
-        match line.trim().split_once(" => ") {
-            Some((name, found)) if found.starts_with('/') => names.push(name.to_owned()),
-            Some((name, _)) => bail!("ssh is linked with {name}, which is not there"),
-            None => {} // the loader and the kernel's vDSO
+/// The file names of the libraries in `libraries` that a program is linked with, directly or not; of any platform: nothing
+/// of it is run.
+fn linked(program: &Path, libraries: &Path, loader: &str) -> Result<BTreeSet<String>> {
+    let (mut found, mut next) = (BTreeSet::new(), vec![program.to_owned()]);
+    while let Some(file) = next.pop() {
+        let dynamic = run::stdout(Command::new("readelf").args(["--dynamic", "--wide"]).arg(&file))?;
+        for name in needed(&dynamic).filter(|name| *name != loader) {
+            let library = libraries.join(name);
+            ensure!(library.is_file(), "{} is linked with {name}, which is not there", file.display());
+            if found.insert(name.to_owned()) {
+                next.push(library);
+            }
         }
     }
-    names.retain(|name| name != LOADER && !name.contains('/'));
-    Ok(names)
+    ensure!(!found.is_empty(), "{} is linked with nothing", program.display());
+    Ok(found)
+}
+
+/// From lines such as ` 0x0000000000000001 (NEEDED)  Shared library: [libz.so.1]`.
+fn needed(dynamic: &str) -> impl Iterator<Item = &str> {
+    let lines = dynamic.lines().filter(|line| line.contains("(NEEDED)"));
+    lines.filter_map(|line| line.split_once('[')?.1.strip_suffix(']'))
 }
 
 /// Every package that was unpacked with ssh: more than the image has files of, and none too few.
@@ -92,9 +103,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_loader_and_the_vdso_are_no_libraries() {
-        let listed = "\tlinux-vdso.so.1 (0x00)\n\tlibz.so.1 => /r/usr/lib/libz.so.1 (0x01)\n\t/lib64/ld-linux-x86-64.so.2 => /r/ld.so (0x02)\n";
-        assert_eq!(parse_libraries(listed).unwrap(), ["libz.so.1"]);
-        assert!(parse_libraries("\tlibx.so.1 => not found\n").is_err());
+    fn libraries_are_those_that_are_needed() {
+        let dynamic =
+            " 0x01 (NEEDED)    Shared library: [libz.so.1]\n 0x0e (SONAME)    Library soname: [liba.so]\n";
+        assert_eq!(needed(dynamic).collect::<Vec<_>>(), ["libz.so.1"]);
+    }
+
+    #[test]
+    fn a_library_that_is_missing_is_told() {
+        let program = std::env::current_exe().unwrap();
+        let nowhere = tempfile::tempdir().unwrap();
+        let error = linked(&program, nowhere.path(), "none").unwrap_err().to_string();
+        assert!(error.contains("is linked with lib") && error.ends_with("which is not there"), "{error}");
     }
 }

@@ -12,6 +12,8 @@ use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
 use super::crates::{Crates, Id};
+use super::programs;
+use crate::platform::Platform;
 use crate::{parts, run};
 
 /// Where it lies in each image.
@@ -36,9 +38,10 @@ const BUNDLED: [(&str, &str, &str, &str, &[&str]); 3] = [
     ),
 ];
 
-/// The document of the image `image`, whose program is that crate, with these Debian packages beside it: name and version.
+/// The document of the image `image` for a platform, whose program is that crate, with these Debian packages beside it: name and version.
 pub(super) fn document(
     image: &str,
+    platform: Platform,
     program: &Id,
     crates: &Crates,
     debian: &[(String, String)],
@@ -74,7 +77,7 @@ pub(super) fn document(
             relations.push(relation(&crate_id(&id), "STATIC_LINK", &spdx));
         }
     }
-    for (id, licence) in [(rust()?, "MIT OR Apache-2.0"), (glibc()?, "LGPL-2.1-or-later")] {
+    for (id, licence) in [(rust()?, "MIT OR Apache-2.0"), (glibc(platform)?, "LGPL-2.1-or-later")] {
         let spdx = format!("SPDXRef-generic-{}", id.0);
         let purl = format!("pkg:generic/{}@{}", id.0, id.1.replace('+', "%2B"));
         packages.push(package(&spdx, &id, licence, &purl));
@@ -89,7 +92,8 @@ pub(super) fn document(
             "name": format!("Debian's copyright file of {}", id.0),
             "extractedText": format!("See /licenses/{} in the image.", id.0),
         }));
-        let purl = format!("pkg:deb/debian/{}@{}", id.0, id.1.replace('+', "%2B").replace(':', "%3A"));
+        let version = id.1.replace('+', "%2B").replace(':', "%3A");
+        let purl = format!("pkg:deb/debian/{}@{version}?arch={}", id.0, platform.architecture());
         packages.push(package(&spdx, id, &licence, &purl));
         relations.push(relation("SPDXRef-DOCUMENT", "DESCRIBES", &spdx));
     }
@@ -166,28 +170,29 @@ fn rust() -> Result<Id> {
     Ok(("rust-std".into(), version.to_owned()))
 }
 
-/// The C library of the machine that links.
-fn glibc() -> Result<Id> {
-    let said = run::stdout(Command::new("ldd").arg("--version"))?;
-    let version =
-        said.lines().next().and_then(|line| line.rsplit(' ').next()).context("ldd names no version")?;
-    Ok(("glibc".into(), version.to_owned()))
+/// The C library that the platform's compiler links, by its own headers.
+fn glibc(platform: Platform) -> Result<Id> {
+    let mut preprocess = Command::new(programs::compiler(platform)?);
+    preprocess.args(["-E", "-dM", "-include", "features.h", "-x", "c", "/dev/null"]);
+    let version = version(&run::stdout(&mut preprocess)?, &["__GLIBC__ ", "__GLIBC_MINOR__ "]);
+    Ok(("glibc".into(), version.context("the C library's headers name no version")?))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::images::{crates, programs};
+    use crate::images::crates;
     use std::collections::BTreeMap;
 
     #[test]
     fn every_crate_that_is_linked_is_there_with_a_licence_and_none_else() {
-        let all = crates::of(&programs::NAMES).unwrap();
+        let platform = Platform::native().unwrap();
+        let all = crates::of(&programs::NAMES, platform).unwrap();
         for name in programs::NAMES {
             let program = all.id(name).unwrap();
             let debian = [("libx".to_owned(), "1:2.0+b1".to_owned())];
-            let document = document(name, &program, &all, &debian).unwrap();
-            assert_eq!(document, self::document(name, &program, &all, &debian).unwrap());
+            let document = document(name, platform, &program, &all, &debian).unwrap();
+            assert_eq!(document, self::document(name, platform, &program, &all, &debian).unwrap());
             let mut ids = BTreeSet::from(["SPDXRef-DOCUMENT"]);
             let mut purls = BTreeMap::new();
             let text = |value: &'_ Value, key: &str| value[key].as_str().unwrap().to_owned();
@@ -212,7 +217,10 @@ mod tests {
             // Cargo's own list, without a graph in between; each program alone has no more features than both together.
             let mut tree = run::cargo();
             tree.args(["tree", "--locked", "-e", "normal,no-proc-macro", "--prefix", "none", "-p", name]);
-            let said = run::stdout(tree.args(["--target", programs::TARGET])).unwrap();
+            if programs::FEATURES.starts_with(name) {
+                tree.args(["--features", programs::FEATURES]);
+            }
+            let said = run::stdout(tree.args(["--target", platform.target()])).unwrap();
             let linked: BTreeSet<_> = said.lines().filter_map(|line| line.split_once(" v")).collect();
             for (crate_name, rest) in linked {
                 let id = (crate_name.to_owned(), rest.split(' ').next().unwrap().to_owned());

@@ -9,6 +9,7 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 
 use super::host;
+use crate::platform::Platform;
 use crate::root::Root;
 use crate::run;
 
@@ -101,9 +102,9 @@ pub fn tcc() -> Result<PathBuf> {
     unpacked("tcc", "sid", &["tcc", "libc6-dev", "dash", "coreutils"])
 }
 
-/// An OpenSSH client and the certificates of Debian's stable release, for the operator's image.
-pub fn ssh() -> Result<PathBuf> {
-    unpacked(SSH, "trixie", &["openssh-client", "ca-certificates"])
+/// An OpenSSH client, the certificates and a static shell of Debian's stable release, for the images of a platform.
+pub fn ssh(platform: Platform) -> Result<PathBuf> {
+    unpacked_for(platform, SSH, "trixie", &["openssh-client", "ca-certificates"])
 }
 
 /// A whole OpenSSH server, and a client, for tests of what people have in front of a builder.
@@ -122,14 +123,21 @@ pub fn prometheus() -> Result<PathBuf> {
     unpacked("prometheus", "sid", &["prometheus", "dash", "coreutils"])
 }
 
-/// Unpacks Debian packages and everything that they depend on, a static busybox (which [`Root`] needs), and adds what their scripts would have set up.
+/// [`unpacked_for`] this machine.
 fn unpacked(name: &str, suite: &str, packages: &[&str]) -> Result<PathBuf> {
+    unpacked_for(Platform::native()?, name, suite, packages)
+}
+
+/// Unpacks Debian packages and everything that they depend on, a static busybox (which [`Root`] needs), and adds what their scripts would have set up.
+fn unpacked_for(platform: Platform, name: &str, suite: &str, packages: &[&str]) -> Result<PathBuf> {
     // The mirror is no part of the key: what a suite holds is the same everywhere.
     let packages = [packages, &["busybox-static"]].concat();
     // What images are made of says its versions, and nothing else has to.
     let versions = if name == SSH { VERSIONS } else { "" };
     let recipe = format!("{suite}\n{}\n{FINISH}{versions}", packages.join(","));
-    super::ensure(name, &recipe, |dir| {
+    let foreign = (platform != Platform::native()?).then(|| platform.architecture());
+    let name = foreign.map_or_else(|| name.to_owned(), |architecture| format!("{name}-{architecture}"));
+    super::ensure(&name, &recipe, |dir| {
         if !host::is_root() {
             bail!("making a root filesystem takes root");
         }
@@ -147,6 +155,10 @@ fn unpacked(name: &str, suite: &str, packages: &[&str]) -> Result<PathBuf> {
         mmdebstrap.args(["--dpkgopt=path-exclude=/usr/share/man/*", "--dpkgopt=path-exclude=/usr/share/locale/*"]);
         if !versions.is_empty() {
             mmdebstrap.arg(format!("--extract-hook={versions}"));
+        }
+        // Unpacking runs nothing of another platform.
+        if let Some(architecture) = foreign {
+            mmdebstrap.arg(format!("--architectures={architecture}"));
         }
         mmdebstrap.arg(format!("--include={}", packages.join(","))).arg(suite).arg(&root).arg(host::mirror()?);
         run::stdout(&mut mmdebstrap)?;
