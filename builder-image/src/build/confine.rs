@@ -117,11 +117,10 @@ pub(super) fn is_32_bit(system: &str) -> bool {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, target_arch = "x86_64"))]
 mod tests {
     use super::*;
 
-    #[cfg(target_arch = "x86_64")]
     #[test]
     fn which_systems_have_32_bits() {
         assert!(is_32_bit("i686-linux"));

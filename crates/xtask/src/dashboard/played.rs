@@ -53,6 +53,7 @@ pub(super) fn samples() -> String {
     counter("drover_cache_paths_wrong_total", "", &|_| 0.0);
     counter("drover_reconcile_errors_total", "kind=\"conflict\"", &|minute| 0.3 * day(minute));
     counter("drover_reconcile_errors_total", "kind=\"api-timeout\"", &storm);
+    counter("drover_trace_spans_dropped_total", "", &storm);
     counter("drover_status_writes_total", "", &|minute| 7.0 * day(minute));
     for (verb, code, share) in [
         ("get", "200", 12.0),
