@@ -3,7 +3,8 @@
 
 use std::io::Write;
 
-use drover_cache::{Guarded, Memory};
+use drover_cache::{Cache, Guarded, Memory};
+use drover_serve::serve;
 
 use super::*;
 
