@@ -265,19 +265,9 @@ fn write_json(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::notation::{s, u};
 
     const BASE: &str = "i00sflxqsj37lfmf95m8mn0grv615hpj-a";
-
-    fn u(value: u64) -> Vec<u8> {
-        value.to_le_bytes().to_vec()
-    }
-
-    fn s(text: &str) -> Vec<u8> {
-        let mut bytes = u(text.len() as u64);
-        bytes.extend(text.as_bytes());
-        bytes.resize(bytes.len().next_multiple_of(8), 0);
-        bytes
-    }
 
     fn built() -> BuildResult {
         let output = BuiltOutput { path: BASE.parse().unwrap(), signatures: Vec::new() };

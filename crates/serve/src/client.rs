@@ -125,7 +125,8 @@ impl<R: Read, W: Write> Client<R, W> {
         sink: &mut dyn Write,
     ) -> Result<(), Error> {
         self.finish_nars()?;
-        dump_store_path_from::Request { path: path.clone(), offset }.write(&mut self.output, &self.dir)?;
+        let request = dump_store_path_from::Request { path: path.clone(), offset };
+        request.write(Command::DumpStorePathFrom, &mut self.output, &self.dir)?;
         self.flush()?;
         copy_bytes(&mut self.input, path, size.saturating_sub(offset), sink)
     }
@@ -140,8 +141,8 @@ impl<R: Read, W: Write> Client<R, W> {
     /// server that [knows it](Self::knows_frames); any other ends the session.
     pub fn dump_store_path_frames(&mut self, path: &StorePath, offset: u64) -> Result<Frames<'_, R>, Error> {
         self.finish_nars()?;
-        let request = dump_store_path_frames::Request { path: path.clone(), offset };
-        request.write(&mut self.output, &self.dir)?;
+        let request = dump_store_path_from::Request { path: path.clone(), offset };
+        request.write(Command::DumpStorePathFrames, &mut self.output, &self.dir)?;
         self.flush()?;
         Ok(Frames { input: &mut self.input })
     }

@@ -19,6 +19,8 @@ mod derivation;
 mod error;
 mod greeting;
 mod nar_copy;
+#[cfg(test)]
+mod notation;
 mod path_info;
 mod server;
 #[cfg(any(test, feature = "testing"))]

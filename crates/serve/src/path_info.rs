@@ -132,20 +132,10 @@ fn write_signatures(output: &mut impl Write, signatures: &[Signature]) -> Result
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::notation::{s, u};
 
     const A: &str = "/nix/store/i00sflxqsj37lfmf95m8mn0grv615hpj-a";
     const B: &str = "/nix/store/q4mzjdlh5px6977h7v5fdsk1p33yg583-b";
-
-    fn u(value: u64) -> Vec<u8> {
-        value.to_le_bytes().to_vec()
-    }
-
-    fn s(text: &str) -> Vec<u8> {
-        let mut bytes = u(text.len() as u64);
-        bytes.extend(text.as_bytes());
-        bytes.resize(bytes.len().next_multiple_of(8), 0);
-        bytes
-    }
 
     fn info() -> PathInfo {
         let dir = StoreDir::default();

@@ -240,8 +240,8 @@ impl<R: Read, W: Write> Session<'_, R, W> {
     }
 
     fn dump_store_path_frames(&mut self) -> Result<(), Error> {
-        let dump_store_path_frames::Request { path, offset } =
-            dump_store_path_frames::Request::read(&mut self.input, self.dir)?;
+        let dump_store_path_from::Request { path, offset } =
+            dump_store_path_from::Request::read(&mut self.input, self.dir)?;
         let output = &mut self.output;
         let mut send = |frame: &[u8]| dump_store_path_frames::write_frame(output, frame);
         self.backend.dump_frames(&path, offset, &mut send).map_err(backend_on("dump", &path))?;

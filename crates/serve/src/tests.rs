@@ -7,6 +7,7 @@ use std::thread::{self, JoinHandle};
 use drover_nix::{DerivationOutput, OutputName, PathInfo, Sha256, StoreDir, StorePath};
 
 use crate::derivation::tests::hello;
+use crate::notation::{s, u};
 use crate::testing::{MemoryStore, file_nar, info_of};
 use crate::{BuildOptions, BuildResult, BuildStatus, BuiltOutput, Client, Error, Version, serve};
 
@@ -45,17 +46,6 @@ fn answer(store: &mut MemoryStore, version: u64, request: &[u8]) -> (Vec<u8>, Re
     let mut output = Vec::new();
     let result = serve(input.as_slice(), &mut output, store, &StoreDir::default(), true);
     (output.split_off(16), result)
-}
-
-fn u(value: u64) -> Vec<u8> {
-    value.to_le_bytes().to_vec()
-}
-
-fn s(text: &str) -> Vec<u8> {
-    let mut bytes = u(text.len() as u64);
-    bytes.extend(text.as_bytes());
-    bytes.resize(bytes.len().next_multiple_of(8), 0);
-    bytes
 }
 
 fn p(base: &str) -> Vec<u8> {

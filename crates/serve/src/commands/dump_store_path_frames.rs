@@ -1,41 +1,21 @@
 //! The NAR of one valid path from an offset on, compressed: no command of Nix's.
 //!
-//! The answer is frames, each with its length before it, and a length of 0 behind the last. What is in a frame is for the
+//! The request is that of [`super::dump_store_path_from`] with another number. The answer is frames, each with its length before it, and a length of 0 behind the last. What is in a frame is for the
 //! two stores behind the session to agree about: here it is bytes. A server that knows this command says so when it is
 //! asked about the path [`announcement`], which no store has: any other server has nothing to say about that one, and
 //! the session goes on.
 
 use std::io::{Read, Write};
 
-use drover_nix::{StoreDir, StorePath};
+use drover_nix::StorePath;
 
-use super::Command;
 use crate::Error;
-use crate::wire::{self, WireWrite as _};
+use crate::wire;
 
 /// Most bytes of one frame: a mebibyte of a NAR, however badly it compresses.
 pub(crate) const MAX_FRAME: u64 = 2 << 20;
 /// Behind the last frame.
 pub(crate) const END: u64 = 0;
-
-pub(crate) struct Request {
-    pub path: StorePath,
-    /// Bytes of the NAR that are left out.
-    pub offset: u64,
-}
-
-impl Request {
-    pub(crate) fn read(input: &mut impl Read, dir: &StoreDir) -> Result<Self, Error> {
-        let path = wire::read_path(input, dir)?;
-        Ok(Self { path, offset: wire::read_u64(input, "reading an offset")? })
-    }
-
-    pub(crate) fn write(&self, output: &mut impl Write, dir: &StoreDir) -> Result<(), Error> {
-        output.put_u64(Command::DumpStorePathFrames as u64)?;
-        output.put_path(dir, &self.path)?;
-        output.put_u64(self.offset)
-    }
-}
 
 /// Valid, says a server that knows this command. Its hash part is zeros, which nothing hashes to.
 pub(crate) fn announcement() -> StorePath {
@@ -67,6 +47,7 @@ pub(crate) fn write_frame(output: &mut impl Write, frame: &[u8]) -> std::io::Res
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::wire::WireWrite as _;
 
     #[test]
     fn frames_and_their_end() {

@@ -12,6 +12,7 @@ use super::Command;
 use crate::Error;
 use crate::wire::{self, WireWrite as _};
 
+/// The request of this command and of DumpStorePathFrames.
 pub(crate) struct Request {
     pub path: StorePath,
     /// Bytes of the NAR that are left out.
@@ -24,8 +25,13 @@ impl Request {
         Ok(Self { path, offset: wire::read_u64(input, "reading an offset")? })
     }
 
-    pub(crate) fn write(&self, output: &mut impl Write, dir: &StoreDir) -> Result<(), Error> {
-        output.put_u64(Command::DumpStorePathFrom as u64)?;
+    pub(crate) fn write(
+        &self,
+        command: Command,
+        output: &mut impl Write,
+        dir: &StoreDir,
+    ) -> Result<(), Error> {
+        output.put_u64(command as u64)?;
         output.put_path(dir, &self.path)?;
         output.put_u64(self.offset)
     }
