@@ -17,6 +17,7 @@ type Page = (&'static str, fn() -> Result<String>);
 
 const PAGES: &[Page] = &[
     ("docs/reasons.md", || example("reasons")),
+    ("docs/events.md", || example("events")),
     ("docs/metrics.md", || example("metrics")),
     ("docs/tracing.md", || example("spans")),
     ("docs/limits.md", || limits::table(&crate::checkout())),

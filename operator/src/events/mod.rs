@@ -71,6 +71,16 @@ words! {
     Succeeded Normal "The end: the note has the output, or how many there are.",
 }
 
+/// The table for the documentation (`cargo xtask docs`).
+pub fn markdown() -> String {
+    let row = |word: &Word| {
+        let kind = if word.is_warning() { "Warning" } else { "Normal" };
+        format!("| `{}` | {kind} | {} |\n", word.as_str(), word.description())
+    };
+    let head = "| reason | type | what it means |\n|---|---|---|\n".to_owned();
+    [head].into_iter().chain(Word::ALL.iter().map(row)).collect()
+}
+
 /// Something that happened to a request.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Event {
